@@ -1,0 +1,35 @@
+"""The errors hf_prune raises. Each message says what was found, what was expected, and what to do."""
+
+from __future__ import annotations
+
+
+class HFPruneError(ValueError):
+    """Base class of every error that hf_prune raises on bad input."""
+
+
+class ConfigError(HFPruneError):
+    """A pruning configuration has an unknown key, a wrong type or a value out of range."""
+
+
+class StructureError(HFPruneError):
+    """An architecture, or one of its operations, keeps something from being pruned."""
+
+
+class CalibrationError(HFPruneError):
+    """Calibration or evaluation text is missing, empty or too short."""
+
+
+class ScoreError(HFPruneError):
+    """Scores are missing, not finite, or of the wrong shape."""
+
+
+class BudgetError(HFPruneError):
+    """A budget cannot be met, or would remove nothing although asked to."""
+
+
+class PlanError(HFPruneError):
+    """A pruning plan does not fit the model it is applied to, or is damaged."""
+
+
+class CheckpointError(HFPruneError):
+    """A checkpoint is damaged, incomplete, or could not be written."""

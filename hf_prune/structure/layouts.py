@@ -1,0 +1,157 @@
+"""The algebra of layouts: how one dimension of a tensor is laid out over axes.
+
+A layout is a tree. `Units("layers.3.mlp", 11008)` is a whole axis, `Fixed(64)` a run of entries that nobody prunes,
+`Product` is row-major (`H × E`), `Concat` puts parts one after another (`[I + I]`). Three operations are all that the
+rest of the package needs: `size`, `indices` and `unit_ids`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from torch import Tensor
+
+Widths = Mapping[str, int]
+KeptIndices = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A run of `length` entries that is on no axis."""
+
+    length: int
+
+    def __str__(self) -> str:
+        return str(self.length)
+
+
+@dataclass(frozen=True)
+class Units:
+    """One whole axis with `num_units` units, one entry each."""
+
+    axis: str
+    num_units: int
+
+    def __str__(self) -> str:
+        return self.axis
+
+
+@dataclass(frozen=True)
+class Product:
+    """Row-major product of `factors`: the last factor varies fastest."""
+
+    factors: tuple[Layout, ...]
+
+    def __str__(self) -> str:
+        return "(" + " × ".join(map(str, self.factors)) + ")"
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Concatenation of `parts`."""
+
+    parts: tuple[Layout, ...]
+
+    def __str__(self) -> str:
+        return "[" + " + ".join(map(str, self.parts)) + "]"
+
+
+Layout = Union[Fixed, Units, Product, Concat]
+
+
+def axes(layout: Layout) -> Iterator[str]:
+    """Yield the axis names of `layout`, in order, with repetition."""
+    if isinstance(layout, Units):
+        yield layout.axis
+    elif isinstance(layout, Product):
+        for factor in layout.factors:
+            yield from axes(factor)
+    elif isinstance(layout, Concat):
+        for part in layout.parts:
+            yield from axes(part)
+
+
+def size(layout: Layout, widths: Widths) -> int:
+    """Length of the dimension when each axis has its width in `widths` (an axis not named keeps all units)."""
+    if isinstance(layout, Fixed):
+        return layout.length
+    if isinstance(layout, Units):
+        return widths.get(layout.axis, layout.num_units)
+    if isinstance(layout, Product):
+        return math.prod(size(factor, widths) for factor in layout.factors)
+    return sum(size(part, widths) for part in layout.parts)
+
+
+def indices(layout: Layout, kept: KeptIndices) -> Tensor:
+    """Positions of the dimension that stay when only the units in `kept` stay.
+
+    Args:
+        layout: layout of the dimension.
+        kept: sorted unit indices per axis; an axis not named keeps all units.
+
+    Returns:
+        int64 `[size(layout, widths)]`, ascending if the unit indices are.
+    """
+    if isinstance(layout, Fixed):
+        return torch.arange(layout.length)
+    if isinstance(layout, Units):
+        if layout.axis in kept:
+            return torch.as_tensor(list(kept[layout.axis]), dtype=torch.int64)
+        return torch.arange(layout.num_units)
+    if isinstance(layout, Product):
+        result = torch.zeros(1, dtype=torch.int64)
+        for factor in layout.factors:
+            result = (result[:, None] * size(factor, {}) + indices(factor, kept)[None, :]).reshape(-1)
+        return result
+    offset, found = 0, []
+    for part in layout.parts:
+        found.append(indices(part, kept) + offset)
+        offset += size(part, {})
+    return torch.cat(found)
+
+
+def unit_ids(layout: Layout, axis: str) -> Tensor:
+    """For each position of the dimension the unit of `axis` it carries, or -1 where it carries none: int64 `[size]`."""
+    if isinstance(layout, Units) and layout.axis == axis:
+        return torch.arange(layout.num_units)
+    if isinstance(layout, (Fixed, Units)):
+        return torch.full((size(layout, {}),), -1)
+    if isinstance(layout, Product):
+        result = torch.full((1,), -1)
+        for factor in layout.factors:
+            ids = unit_ids(factor, axis)
+            result = torch.where(ids[None, :] >= 0, ids[None, :], result[:, None]).reshape(-1)
+        return result
+    return torch.cat([unit_ids(part, axis) for part in layout.parts])
+
+
+def reduce(values: Tensor, layouts: Sequence[Layout], axis: str) -> Tensor:
+    """Sum a weight-shaped tensor over everything but one axis.
+
+    Args:
+        values: tensor with one layout per dimension.
+        layouts: the layouts of its dimensions.
+        axis: the axis that stays. If several dimensions carry it, their sums are added.
+
+    Returns:
+        float32 (float64 for float64 `values`) `[num_units]`, summed in that dtype.
+    """
+    values = values.to(torch.float64 if values.dtype == torch.float64 else torch.float32)
+    total: Tensor | None = None
+    for dim, layout in enumerate(layouts):
+        if axis not in axes(layout):
+            continue
+        others = [d for d in range(values.dim()) if d != dim]
+        line = values.sum(dim=others) if others else values
+        ids = unit_ids(layout, axis).to(values.device)
+        on_axis = ids >= 0
+        num_units = int(ids.max()) + 1
+        part = line.new_zeros(num_units).index_add_(0, ids[on_axis], line[on_axis])
+        total = part if total is None else total + part
+    if total is None:
+        raise KeyError(f"no dimension carries axis {axis!r}")
+    return total

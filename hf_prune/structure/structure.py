@@ -1,0 +1,118 @@
+"""The structure of a model: its axes, and the layout of every tensor in its state dict over them. No weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from hf_prune.structure import layouts as lay
+from hf_prune.structure.layouts import Layout, Widths
+
+Kind = Literal["attention", "mlp", "hidden", "layer"]
+Branch = Literal["attention", "mlp"]
+Role = Literal["producer", "consumer", "other"]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Units that several parameter dimensions share.
+
+    Per-layer axes are named `layers.{i}.attention` (units: KV groups; query heads where there is one KV head) and
+    `layers.{i}.mlp` (`layers.{i}.mlp.{name}` where a layer has several). The others are `hidden`, `layers` (units: whole
+    decoder layers), `layers.attention` and `layers.mlp` (units: the attention, or the MLP, of each decoder layer).
+    """
+
+    name: str
+    kind: Kind
+    layer: int | None
+    """Decoder layer, `None` for axes of the whole model."""
+    num_units: int
+    exact: bool = True
+    """Removing units equals masking them (false where a norm mixes all units)."""
+    blocker: str = ""
+    """Why the axis cannot be pruned; empty if it can."""
+
+    @property
+    def prunable(self) -> bool:
+        """Whether units of this axis can be removed."""
+        return not self.blocker and self.num_units > 1
+
+
+@dataclass(frozen=True)
+class Member:
+    """One parameter dimension that carries an axis."""
+
+    parameter: str
+    dim: int
+    role: Role
+    """`producer`: the operation's output carries the axis; `consumer`: the operation sums over it."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The decoder layer and branch that a parameter belongs to."""
+
+    layer: int
+    branch: Branch | None
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Axes of a model and the layout of every tensor of its state dict over them. Holds no weights.
+
+    `layouts` has one entry per name of the state dict (tied names each have theirs) with one layout per dimension.
+    """
+
+    model_type: str
+    axes: dict[str, Axis]
+    layouts: dict[str, tuple[Layout, ...]]
+    members: dict[str, tuple[Member, ...]]
+    layer_paths: tuple[str, ...]
+    """Module path of each decoder layer, e.g. `model.layers.0`."""
+    owners: dict[str, Owner]
+    """Layer and branch of each parameter inside a decoder layer."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Tied names → the name that counts."""
+    buffers: frozenset[str] = frozenset()
+    """Names in `layouts` that are buffers: saved and sliced, not counted as parameters."""
+
+    @cached_property
+    def widths(self) -> dict[str, int]:
+        """Units of every axis of the dense model."""
+        return {name: axis.num_units for name, axis in self.axes.items()}
+
+    def axes_of(self, kind: Kind) -> list[Axis]:
+        """The axes of one kind, in layer order."""
+        return [axis for axis in self.axes.values() if axis.kind == kind]
+
+    def num_parameters(self, widths: Widths | None = None, budget: Literal["decoder", "model"] = "model") -> int:
+        """Exact parameter count at `widths` (default: dense); tied parameters count once.
+
+        Widths of the kind `layer` are not counted here: removed layers depend on which layers go, see
+        `PruningPlan.num_parameters`.
+        """
+        widths = widths or {}
+        return sum(self.numel(name, widths) for name in self.counted(budget))
+
+    def counted(self, budget: Literal["decoder", "model"]) -> list[str]:
+        """Names of the parameters that `budget` counts: all, or attention and MLP parameters of the decoder layers."""
+        names = [name for name in self.layouts if name not in self.aliases and name not in self.buffers]
+        if budget == "model":
+            return names
+        return [name for name in names if (owner := self.owners.get(name)) is not None and owner.branch is not None]
+
+    def numel(self, name: str, widths: Widths | None = None) -> int:
+        """Number of elements of one tensor at `widths`."""
+        return math.prod(self.shape(name, widths))
+
+    def shape(self, name: str, widths: Widths | None = None) -> tuple[int, ...]:
+        """Shape of one tensor at `widths`."""
+        widths = widths or {}
+        return tuple(lay.size(layout, widths) for layout in self.layouts[name])
+
+
+def _freeze(members: Mapping[str, list[Member]]) -> dict[str, tuple[Member, ...]]:
+    return {name: tuple(found) for name, found in members.items()}
