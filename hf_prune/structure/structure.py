@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.layouts import Layout, Widths
@@ -60,6 +59,30 @@ class Owner:
 
 
 @dataclass(frozen=True)
+class BranchModule:
+    """The module that computes the attention or the MLP of one layer, so that it can be left out as a whole."""
+
+    path: str
+    """Relative to the layer, e.g. `self_attn`."""
+    outputs: Any
+    """What it returns: "zeros" for a tensor, `None`, or a list of these."""
+
+
+@dataclass(frozen=True)
+class SelectedInput:
+    """A constant handed to a module that carries an axis (ALiBi slopes): sliced on entry.
+
+    Dimension `dim` of argument `name`, seen as row-major product of `sizes` (-1: any), carries the axis as factor `factor`.
+    """
+
+    module_path: str
+    name: str
+    dim: int
+    sizes: tuple[int, ...]
+    factor: int
+
+
+@dataclass(frozen=True)
 class Structure:
     """Axes of a model and the layout of every tensor of its state dict over them. Holds no weights.
 
@@ -78,6 +101,12 @@ class Structure:
     """Tied names → the name that counts."""
     buffers: frozenset[str] = frozenset()
     """Names in `layouts` that are buffers: saved and sliced, not counted as parameters."""
+    branch_modules: dict[str, BranchModule] = field(default_factory=dict)
+    """`layers.{i}.attention`, `layers.{i}.mlp` → the module to leave out."""
+    selected_inputs: dict[str, tuple[SelectedInput, ...]] = field(default_factory=dict)
+    """Axis → the constants that carry it."""
+    without_rule: dict[str, str] = field(default_factory=dict)
+    """Operations that no tracing rule covers → the module that first ran them. The axes they touch are fixed."""
 
     @cached_property
     def widths(self) -> dict[str, int]:
@@ -113,6 +142,3 @@ class Structure:
         widths = widths or {}
         return tuple(lay.size(layout, widths) for layout in self.layouts[name])
 
-
-def _freeze(members: Mapping[str, list[Member]]) -> dict[str, tuple[Member, ...]]:
-    return {name: tuple(found) for name, found in members.items()}

@@ -1,0 +1,44 @@
+"""Build models without memory, and copies of configs."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from hf_prune.errors import StructureError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def fresh_config(config: Any) -> Any:
+    """An independent copy of `config`, never shared with a model (one used for a model cannot build a second one)."""
+    duplicate = type(config).from_dict(copy.deepcopy(config.to_dict()))
+    for name in ("_name_or_path",):
+        setattr(duplicate, name, getattr(config, name, ""))
+    return duplicate
+
+
+def build_empty(config: Any, cls: type | None = None) -> PreTrainedModel:
+    """Build the causal LM of `config` with its parameters on the meta device and its buffers real.
+
+    Args:
+        config: the config; not shared with the model.
+        cls: the model class; by default the one that `AutoModelForCausalLM` chooses.
+
+    Raises:
+        StructureError: the class refuses the config.
+    """
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    try:
+        with init_empty_weights(include_buffers=False), no_init_weights(), torch.random.fork_rng(devices=[]):
+            model = cls(config) if cls is not None else AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise StructureError(
+            f"{config.model_type}: the model cannot be built from its config: {type(error).__name__}: {error}"
+        ) from error
+    return model.eval()  # type: ignore[no-any-return]

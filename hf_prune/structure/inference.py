@@ -1,0 +1,372 @@
+"""From the equations of one traced forward pass to named axes: the structure of any causal LM, from its config alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from hf_prune.errors import StructureError
+from hf_prune.structure import layouts as lay
+from hf_prune.structure.building import build_empty, fresh_config
+from hf_prune.structure.layouts import Concat, Fixed, Layout, Product, Units
+from hf_prune.structure.structure import (
+    Axis,
+    Branch,
+    BranchModule,
+    Member,
+    Owner,
+    Role,
+    SelectedInput,
+    Structure,
+)
+from hf_prune.structure.tracing import ConstantInput, Tracer, trace
+from hf_prune.structure.unify import Atom, Cat, Prod, Term, factors, leaves, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def infer_structure(source: PreTrainedConfig | PreTrainedModel | str) -> Structure:
+    """Infer the axes of a causal LM from one forward pass without memory. Allocates no weights, at any size.
+
+    Args:
+        source: a config, a model (its class and config are used, not its weights), or a directory or Hub id.
+
+    Returns:
+        The structure of the model that `source` describes.
+
+    Raises:
+        StructureError: the model cannot be built or traced from its config; the message names the operation in the way.
+    """
+    config, cls = _config_and_class(source)
+    model = build_empty(traceable_config(config), cls)
+    layer_paths = find_layers(model)
+    try:
+        tracer, terms = trace(model)
+    except Exception as error:
+        raise StructureError(
+            f"{config.model_type}: the forward pass cannot be traced without weights: {_short(error)}. "
+            "Operations whose result shape depends on values cannot be inferred; the model cannot be pruned."
+        ) from error
+    return _Naming(model, tracer, terms, layer_paths).structure(config.model_type)
+
+
+def _short(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
+
+
+def _config_and_class(source: Any) -> tuple[Any, type | None]:
+    if isinstance(source, (str, os.PathLike)):
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(source), None
+    if isinstance(source, nn.Module):
+        return source.config, type(source)
+    return source, None
+
+
+def traceable_config(config: Any) -> Any:
+    """A copy of `config` whose forward pass shows every operation: eager attention, experts as batched products."""
+    copy = fresh_config(config)
+    copy._attn_implementation = "eager"
+    copy._experts_implementation = "batched_mm"
+    return copy
+
+
+def find_layers(model: nn.Module) -> tuple[str, ...]:
+    """Module paths of the decoder layers: the children of the list of modules that holds most parameters."""
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > 0:
+            count = sum(parameter.numel() for parameter in module.parameters())
+            if best is None or count > best[0]:
+                best = (count, path, module)
+    if best is None:
+        raise StructureError(f"{type(model).__name__} has no list of decoder layers; it cannot be pruned.")
+    return tuple(f"{best[1]}.{index}" for index in range(len(best[2])))
+
+
+@dataclass
+class _Found:
+    """An atom that lies on parameters of one decoder layer."""
+
+    atom: Atom
+    layer: int
+    places: list[tuple[str, int]] = field(default_factory=list)
+    consumers: list[tuple[str, int]] = field(default_factory=list)
+    producers: list[tuple[str, int]] = field(default_factory=list)
+
+
+class _Naming:
+    """Finds which atoms are the prunable axes, and names them."""
+
+    def __init__(self, model: nn.Module, tracer: Tracer, terms: dict[str, list[Term]], layers: tuple[str, ...]) -> None:
+        self.tracer, self.terms, self.layers = tracer, terms, layers
+        self.buffers = {name for name, _ in model.named_buffers()}
+        self.aliases = _aliases(model)
+        prefix = {path + ".": index for index, path in enumerate(layers)}
+        self.layer_of = {name: next((i for p, i in prefix.items() if name.startswith(p)), None) for name in terms}
+        self.consumed = {name: _atom_ids(found) for name, found in tracer.consumed.items()}
+        self.produced = {name: _atom_ids(found) for name, found in tracer.produced.items()}
+        embedding = model.get_input_embeddings()
+        self.embedding = next((n for n, p in model.named_parameters() if embedding is not None and p is embedding.weight), None)
+
+    def structure(self, model_type: str) -> Structure:
+        """Name the axes and freeze the layouts."""
+        named: dict[int, Axis] = {}
+        layer_atoms = self._layer_atoms()
+        found: dict[str, tuple[_Found, Axis]] = {}
+        for layer in range(len(self.layers)):
+            here = [f for f in layer_atoms if f.layer == layer]
+            for branch, chosen in (("attention", self._attention(here)), ("mlp", self._mlp(here))):
+                for name, axis_found in self._names(layer, branch, chosen):  # type: ignore[arg-type]
+                    axis = self._axis(name, branch, axis_found)  # type: ignore[arg-type]
+                    found[name] = (axis_found, axis)
+                    named[id(axis_found.atom)] = axis
+        hidden = self._hidden(named)
+        owners, roots = self._owners(found)
+        branch_modules = self._branch_modules(found, roots)
+        axes = {name: axis for name, (_, axis) in found.items()}
+        if hidden is not None:
+            axes["hidden"] = hidden
+        axes.update(self._layer_axes(branch_modules))
+        frozen = {name: tuple(_freeze(term, named) for term in terms) for name, terms in self.terms.items()}
+        return Structure(
+            model_type=model_type,
+            axes=axes,
+            layouts=frozen,
+            members=self._members(frozen, named),
+            layer_paths=self.layers,
+            owners=owners,
+            aliases=self.aliases,
+            buffers=frozenset(self.buffers & set(self.terms)),
+            branch_modules=branch_modules,
+            selected_inputs={n: s for n, (f, _) in found.items() if (s := self._selected_inputs(n, f))},
+            without_rule=dict(tracer_rules(self.tracer)),
+        )
+
+    # --- which atoms ---------------------------------------------------------------------------------------------------
+
+    def _layer_atoms(self) -> list[_Found]:
+        """Atoms all of whose parameters lie in one decoder layer."""
+        by_atom: dict[int, _Found] = {}
+        layers: dict[int, set[int | None]] = {}
+        for name, terms in self.terms.items():
+            for dim, term in enumerate(terms):
+                for atom in dict.fromkeys(leaves(term)):
+                    layer = self.layer_of[name]
+                    entry = by_atom.setdefault(id(atom), _Found(atom, -1 if layer is None else layer))
+                    layers.setdefault(id(atom), set()).add(layer)
+                    if name in self.aliases:
+                        continue
+                    entry.places.append((name, dim))
+                    if id(atom) in self.consumed.get(name, ()):
+                        entry.consumers.append((name, dim))
+                    if id(atom) in self.produced.get(name, ()):
+                        entry.producers.append((name, dim))
+        return [f for key, f in by_atom.items() if f.layer >= 0 and len(layers[key]) == 1 and f.atom.size > 1]
+
+    def _attention(self, here: list[_Found]) -> list[_Found]:
+        """For each output projection the outermost axis along which attention is independent: KV groups, or heads."""
+        heads = {id(f.atom): f for f in here if f.atom.heads}
+        chosen: dict[int, _Found] = {}
+        for entry in heads.values():
+            for name, dim in entry.consumers:
+                lead = next((atom for atom in leaves(self.terms[name][dim]) if atom.heads), None)
+                if lead is entry.atom:
+                    chosen[id(lead)] = entry
+        return list(chosen.values())
+
+    def _mlp(self, here: list[_Found]) -> list[_Found]:
+        """Axes between two projections of one layer that have nothing to do with heads."""
+        chosen = []
+        for entry in here:
+            if entry.atom.heads or not entry.consumers or not entry.producers:
+                continue
+            dims = [(n, d, term) for n, _ in entry.places for d, term in enumerate(self.terms[n])]
+            if any(atom.heads for n, d, term in dims if (n, d) in entry.places for atom in leaves(term)):
+                continue  # value dimensions of attention
+            if any(atom.heads for n, _ in entry.consumers for term in self.terms[n] for atom in leaves(term)):
+                continue  # a low-rank query, key or value projection
+            chosen.append(entry)
+        return chosen
+
+    def _names(self, layer: int, branch: Branch, chosen: list[_Found]) -> Iterable[tuple[str, _Found]]:
+        base = f"layers.{layer}.{branch}"
+        if len(chosen) == 1:
+            return [(base, chosen[0])]
+        taken: dict[str, _Found] = {}
+        for entry in chosen:
+            path = self._root(entry).removeprefix(self.layers[layer]).strip(".")
+            tail = ".".join(part for part in path.split(".") if part not in ("mlp", "feed_forward", "block_sparse_moe"))
+            name = f"{base}.{tail}" if tail else base
+            while name in taken:
+                name += "_"
+            taken[name] = entry
+        return list(taken.items())
+
+    def _root(self, entry: _Found) -> str:
+        """Deepest module that holds all parameters of an axis."""
+        modules = [name.split(".")[:-1] for name, _ in entry.places]
+        common = os.path.commonprefix(modules)
+        if len(set(map(tuple, modules))) == 1 and len(modules[0]) > len(self.layers[entry.layer].split(".")) + 1:
+            return ".".join(common)
+        return ".".join(common)
+
+    def _axis(self, name: str, branch: Branch, entry: _Found) -> Axis:
+        atom = entry.atom
+        blocker = atom.fixed
+        if not blocker and atom.origins and not self._selected_inputs(name, entry):
+            blocker = "a constant of the model differs along it, and is not handed to the layer as an argument"
+        if not blocker and atom.size < 2:
+            blocker = "it has one unit"
+        return Axis(name, branch, entry.layer, atom.size, exact=not atom.mixed, blocker=blocker)
+
+    def _hidden(self, named: dict[int, Axis]) -> Axis | None:
+        """The residual stream: the second dimension of the input embedding."""
+        if self.embedding is None:
+            return None
+        term = resolve(self.terms[self.embedding][-1])
+        if not isinstance(term, Atom):
+            return None
+        blocker = term.fixed
+        if not blocker and term.origins:
+            blocker = "a constant of the model (such as position encodings) differs along it"
+        named[id(term)] = axis = Axis("hidden", "hidden", None, term.size, exact=False, blocker=blocker)
+        return axis
+
+    def _selected_inputs(self, name: str, entry: _Found) -> tuple[SelectedInput, ...]:
+        """The arguments that hand a varying constant to the layer's attention (or MLP), one per constant; () if any is missing."""
+        root = self._root(entry)
+        result = []
+        for origin in dict.fromkeys(entry.atom.origins):
+            carried = {id(atom) for atom in leaves(origin)}
+            uses = [c for c in self.tracer.constant_inputs if c.module_path == root]
+            use = next((u for c in uses if (u := _use(c, carried)) is not None), None)
+            if use is None:
+                return ()
+            if use not in result:
+                result.append(use)
+        return tuple(result)
+
+    # --- where parameters belong -----------------------------------------------------------------------------------------
+
+    def _owners(self, found: dict[str, tuple[_Found, Axis]]) -> tuple[dict[str, Owner], dict[tuple[int, Branch], list[str]]]:
+        roots: dict[tuple[int, Branch], list[str]] = {}
+        leaf_modules: dict[str, Branch] = {}
+        for entry, axis in found.values():
+            root = self._root(entry)
+            branch: Branch = "attention" if axis.kind == "attention" else "mlp"
+            if root != self.layers[entry.layer]:
+                roots.setdefault((entry.layer, branch), []).append(_child(root, self.layers[entry.layer]))
+            for name, _ in entry.places:
+                leaf_modules[name.rpartition(".")[0]] = branch
+        owners = {}
+        for name, layer in self.layer_of.items():
+            if layer is None:
+                continue
+            inside = [b for (i, b), paths in roots.items() if i == layer and any(name.startswith(p + ".") for p in paths)]
+            owners[name] = Owner(layer, inside[0] if inside else leaf_modules.get(name.rpartition(".")[0]))
+        return owners, roots
+
+    def _branch_modules(self, found: dict[str, tuple[_Found, Axis]], roots: dict[tuple[int, Branch], list[str]]) -> dict[str, BranchModule]:
+        """Branches that are one module, whose output a stand-in can give."""
+        result = {}
+        for (layer, branch), paths in roots.items():
+            entries = [entry for entry, axis in found.values() if axis.layer == layer and axis.kind == branch]
+            other = [p for (i, b), found_paths in roots.items() if i == layer and b != branch for p in found_paths]
+            whole = all(name.startswith(paths[0] + ".") for entry in entries for name, _ in entry.places)
+            outputs = self.tracer.outputs.get(paths[0], "other")
+            if len(set(paths)) == 1 and whole and paths[0] not in other and "other" not in _flat(outputs):
+                result[f"layers.{layer}.{branch}"] = BranchModule(paths[0].removeprefix(self.layers[layer] + "."), outputs)
+        return result
+
+    def _layer_axes(self, branch_modules: dict[str, BranchModule]) -> dict[str, Axis]:
+        n = len(self.layers)
+        axes = {"layers": Axis("layers", "layer", None, n)}
+        for branch in ("attention", "mlp"):
+            missing = [i for i in range(n) if f"layers.{i}.{branch}" not in branch_modules]
+            blocker = f"{branch} of layer {missing[0]} is not one module with a tensor result" if missing else ""
+            axes[f"layers.{branch}"] = Axis(f"layers.{branch}", "layer", None, n, blocker=blocker)
+        return axes
+
+    def _members(self, frozen: dict[str, tuple[Layout, ...]], named: dict[int, Axis]) -> dict[str, tuple[Member, ...]]:
+        members: dict[str, list[Member]] = {axis.name: [] for axis in named.values()}
+        atoms = {axis.name: key for key, axis in named.items()}
+        for name, found in frozen.items():
+            if name in self.aliases:
+                continue
+            for dim, layout in enumerate(found):
+                for axis in dict.fromkeys(lay.axes(layout)):
+                    role: Role = "other"
+                    if atoms[axis] in self.consumed.get(name, ()):
+                        role = "consumer"
+                    elif atoms[axis] in self.produced.get(name, ()):
+                        role = "producer"
+                    members[axis].append(Member(name, dim, role))
+        return {name: tuple(found) for name, found in members.items()}
+
+
+def tracer_rules(tracer: Tracer) -> Iterable[tuple[str, str]]:
+    """Operations without a rule and where they ran."""
+    return sorted(tracer.without_rule.items())
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if (seen := first.setdefault(id(tensor), name)) != name:
+            aliases[name] = seen
+    return aliases
+
+
+def _atom_ids(terms: list[Term]) -> set[int]:
+    return {id(atom) for term in terms for atom in leaves(term)}
+
+
+def _child(path: str, parent: str) -> str:
+    """The direct child of `parent` on the way to `path`."""
+    return parent + "." + path.removeprefix(parent + ".").split(".")[0]
+
+
+def _flat(outputs: Any) -> list[Any]:
+    return [leaf for item in outputs for leaf in _flat(item)] if isinstance(outputs, list) else [outputs]
+
+
+def _use(constant: ConstantInput, carried: set[int]) -> SelectedInput | None:
+    for dim, term in enumerate(constant.terms):
+        found = factors(term)
+        for position, factor in enumerate(found):
+            if isinstance(factor, Atom) and id(factor) in carried:
+                sizes = [f.size for f in found]
+                if len(sizes) > 1 and position > 0:
+                    sizes[0] = -1  # the batch, of whatever size
+                return SelectedInput(constant.module_path, constant.name, dim, tuple(sizes), position)
+    return None
+
+
+def _freeze(term: Term, named: dict[int, Axis]) -> Layout:
+    """The frozen layout of one dimension: named axes, everything else fixed."""
+    term = resolve(term)
+    if isinstance(term, Atom):
+        axis = named.get(id(term))
+        return Units(axis.name, axis.num_units) if axis is not None else Fixed(term.size)
+    children = [_freeze(child, named) for child in (term.factors if isinstance(term, Prod) else term.parts)]
+    assert isinstance(term, (Prod, Cat))
+    if all(isinstance(child, Fixed) for child in children):
+        return Fixed(term.size)
+    merged: list[Layout] = []
+    for child in children:
+        if merged and isinstance(child, Fixed) and isinstance(last := merged[-1], Fixed):
+            merged[-1] = Fixed(last.length * child.length if isinstance(term, Prod) else last.length + child.length)
+        else:
+            merged.append(child)
+    if len(merged) == 1:
+        return merged[0]
+    return Product(tuple(merged)) if isinstance(term, Prod) else Concat(tuple(merged))
