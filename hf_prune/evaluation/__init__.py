@@ -1,0 +1,27 @@
+"""What pruning costs and gains: perplexity, size, speed, tables and pictures."""
+
+from hf_prune.evaluation.perplexity import PerplexityReport, perplexity
+from hf_prune.evaluation.report import comparison_table, markdown_table, perplexity_picture, widths_picture
+from hf_prune.evaluation.speed import (
+    PrefillComparison,
+    SpeedReport,
+    compare_prefill,
+    measure_speed,
+    num_bytes,
+    num_parameters,
+)
+
+__all__ = [
+    "PerplexityReport",
+    "PrefillComparison",
+    "SpeedReport",
+    "comparison_table",
+    "compare_prefill",
+    "markdown_table",
+    "measure_speed",
+    "num_bytes",
+    "num_parameters",
+    "perplexity",
+    "perplexity_picture",
+    "widths_picture",
+]

@@ -1,0 +1,112 @@
+"""Methods give every unit a score. A method knows nothing of ratios, allocation or slicing.
+
+Each is one function `scores(model, structure, config, *, batches=None, generator=None)` that returns, for every axis of
+`selected_axes(structure, config)`, a finite float32 tensor `[num_units]` on the CPU; higher = keep. It leaves the model
+as it found it and draws randomness only from `generator` (default: seeded with `config.seed`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.config import PruningConfig, selected_axes
+from hf_prune.errors import CalibrationError, ConfigError, ScoreError
+from hf_prune.methods.baselines import magnitude_scores, random_scores, wanda_scores
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from hf_prune.methods.calibration import Batch
+    from hf_prune.structure.structure import Structure
+
+
+class ScoreFunction(Protocol):
+    """What every method is."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        config: PruningConfig,
+        *,
+        batches: Iterable[Batch] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Scores of the selected axes, as the module's docstring says."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A score function and whether it needs calibration batches."""
+
+    scores: ScoreFunction
+    needs_calibration: bool
+
+
+METHODS: dict[str, Method] = {
+    "random": Method(random_scores, needs_calibration=False),
+    "magnitude": Method(magnitude_scores, needs_calibration=False),
+    "wanda": Method(wanda_scores, needs_calibration=True),
+}
+
+
+def score(
+    model: nn.Module,
+    structure: Structure,
+    config: PruningConfig,
+    batches: Iterable[Batch] | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Score the selected axes with the method of `config`, and check what it returns.
+
+    Args:
+        model: the dense causal LM.
+        structure: its structure.
+        config: which method, and its settings.
+        batches: calibration batches (`input_ids`, int64 `[B, T]`), for methods that need them.
+        generator: source of randomness; default: seeded with `config.seed`.
+
+    Returns:
+        float32 `[num_units]` per selected axis, on the CPU; higher = keep.
+
+    Raises:
+        ConfigError: no such method.
+        CalibrationError: the method needs batches and got none, or unusable ones.
+        ScoreError: the method returned something else than finite scores of the right shape.
+    """
+    if config.method not in METHODS:
+        raise ConfigError(f"method: found {config.method!r}, which scores nothing; expected one of {list(METHODS)}.")
+    method = METHODS[config.method]
+    if method.needs_calibration and batches is None:
+        raise CalibrationError(f"method {config.method!r} needs calibration batches: give a calibration text.")
+    scores = method.scores(model, structure, config, batches=batches, generator=generator)
+    return check_scores(scores, structure, config)
+
+
+def check_scores(scores: Mapping[str, Tensor], structure: Structure, config: PruningConfig) -> dict[str, Tensor]:
+    """Scores of the selected axes as float32 on the CPU; `ScoreError` if one is missing, misshapen or not finite."""
+    selected = selected_axes(structure, config)
+    for name in scores:
+        if name not in structure.axes:
+            raise ScoreError(f"{name}: scores were given for an axis that this {structure.model_type} model lacks.")
+    checked = {}
+    for axis in selected:
+        if axis.name not in scores:
+            raise ScoreError(f"{axis.name}: no scores were given; expected {axis.num_units} of them, or protect it.")
+        values = scores[axis.name]
+        if not isinstance(values, Tensor) or tuple(values.shape) != (axis.num_units,):
+            found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ScoreError(f"{axis.name}: found scores of {found}, expected a tensor of shape ({axis.num_units},).")
+        values = values.detach().to("cpu", torch.float32)
+        if not bool(values.isfinite().all()):
+            bad = int((~values.isfinite()).sum())
+            raise ScoreError(
+                f"{axis.name}: {bad} of {axis.num_units} scores are NaN or infinite; expected finite numbers. "
+                "Look for overflow in the weights or activations (try float32) or for a broken calibration text."
+            )
+        checked[axis.name] = values
+    return checked

@@ -20,7 +20,7 @@ def fresh_config(config: Any) -> Any:
 
 
 def build_empty(config: Any, cls: type | None = None) -> PreTrainedModel:
-    """Build the causal LM of `config` with its parameters on the meta device and its buffers real.
+    """Build the causal LM of `config` on the meta device; heterogeneous configs build heterogeneous layers.
 
     Args:
         config: the config; not shared with the model.
@@ -30,12 +30,13 @@ def build_empty(config: Any, cls: type | None = None) -> PreTrainedModel:
         StructureError: the class refuses the config.
     """
     import torch
-    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
+    from hf_prune.checkpoint import per_layer
+
+    per_layer.install()
     try:
-        with init_empty_weights(include_buffers=False), no_init_weights(), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
             model = cls(config) if cls is not None else AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise StructureError(

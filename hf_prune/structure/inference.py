@@ -363,10 +363,8 @@ def _freeze(term: Term, named: dict[int, Axis]) -> Layout:
         return Fixed(term.size)
     merged: list[Layout] = []
     for child in children:
-        if merged and isinstance(child, Fixed) and isinstance(last := merged[-1], Fixed):
-            merged[-1] = Fixed(last.length * child.length if isinstance(term, Prod) else last.length + child.length)
+        if isinstance(term, Cat) and merged and isinstance(child, Fixed) and isinstance(last := merged[-1], Fixed):
+            merged[-1] = Fixed(last.length + child.length)
         else:
             merged.append(child)
-    if len(merged) == 1:
-        return merged[0]
     return Product(tuple(merged)) if isinstance(term, Prod) else Concat(tuple(merged))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -186,6 +187,7 @@ def trace(model: nn.Module) -> tuple[Tracer, dict[str, list[Term]]]:
     Returns:
         The tracer with all equations, and the layouts of every tensor of the state dict by name.
     """
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is raised, and reported
     tracer = Tracer()
     names = model.state_dict(keep_vars=True)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:

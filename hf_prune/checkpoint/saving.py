@@ -1,0 +1,222 @@
+"""Write pruned checkpoints as a whole, or not at all."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from hf_prune.checkpoint.atomic import replaced_directory
+from hf_prune.checkpoint.files import CARD_NAME, CODE_NAME, PICTURE_NAME, PLAN_NAME, agrees, load_plan
+from hf_prune.checkpoint.save_hook import install_save_hook, plan_of
+from hf_prune.checkpoint.verifying import verify_checkpoint
+from hf_prune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_prune.plan import PruningPlan
+
+__all__ = ["install_save_hook", "load_plan", "save_pruned", "verify_checkpoint", "write_card"]
+
+logger = logging.getLogger(__name__)
+
+# What may lie in a directory that is replaced. Files of the model are written anew; the others are taken over.
+_MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    "model.safetensors.index.json",
+    PLAN_NAME,
+    CODE_NAME,
+    PICTURE_NAME,
+)
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+    "chat_template*",
+    "additional_chat_templates",
+    "normalizer.json",
+    "tekken.json",
+)
+_OTHER_FILES = (CARD_NAME, "LICENSE*", "NOTICE*", ".gitattributes", "*processor_config.json")
+
+
+def save_pruned(
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    *,
+    plan: PruningPlan | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = "50GB",
+    report: Mapping[str, Any] | None = None,
+) -> None:
+    """Save a pruned model with plan, tokenizer, model card and widths picture. Replaces `save_directory` in one step.
+
+    Everything is written beside `save_directory` and swapped in by renames: an error, a full disk or an interruption
+    leaves what was there. Weights are safetensors only. From an older checkpoint in `save_directory`, tokenizer files
+    (if `tokenizer` is `None`), licence files and the hand-written parts of README.md are taken over.
+
+    Args:
+        model: pruned model, its config carrying `pruning_config`.
+        save_directory: where to; must be new, empty, or hold nothing but a checkpoint.
+        plan: plan the model was pruned with; default: the one it carries or was loaded with.
+        tokenizer: saved beside the model if given.
+        max_shard_size: largest weights file, in bytes or as in `"5GB"`.
+        report: measurements for the model card, `{what: value}` or `{what: {column: value}}`.
+
+    Raises:
+        CheckpointError: the model or the directory cannot be saved (nothing is written), or writing failed (nothing is
+            changed); the message names what failed.
+    """
+    directory = Path(os.path.realpath(save_directory))
+    _check_model(model, plan)
+    install_save_hook()
+    _check_directory(directory, model)
+    plan = plan or plan_of(model, directory)
+    if plan is not None:
+        model._pruning_plan = plan  # from here on it travels with the model
+    with _naming("the directory", directory), replaced_directory(directory) as new:
+        with _naming("the weights and configuration", directory):
+            model.save_pretrained(new, max_shard_size=max_shard_size)
+            for path in new.glob("*.safetensors"):  # safetensors 0.8 makes them private to the user
+                path.chmod((new / "config.json").stat().st_mode)
+        if tokenizer is not None:
+            with _naming("the tokenizer", directory):
+                tokenizer.save_pretrained(new)
+        with _naming("files of the older checkpoint", directory):
+            _take_over(directory, new, with_tokenizer=tokenizer is None)
+        with _naming("the model card", directory):
+            write_card(model, new, model_id=directory.name, report=report)
+
+
+def write_card(
+    model: PreTrainedModel,
+    directory: Path,
+    *,
+    model_id: str,
+    report: Mapping[str, Any] | None = None,
+    existing: str | None = None,
+    base_card: str | None = None,
+) -> None:
+    """Write README.md and the widths picture of a pruned model into `directory`; arguments as for `model_card`.
+
+    `existing` is the card to merge into, by default the README.md in `directory`.
+    """
+    from hf_prune.checkpoint.model_card import model_card
+
+    plan, path = plan_of(model), directory / CARD_NAME
+    picture = plan is not None and _draw_widths(plan, directory / PICTURE_NAME)
+    if existing is None and path.exists():
+        existing = path.read_text(encoding="utf-8")
+    card = model_card(
+        model.config,
+        num_parameters=model.num_parameters(),
+        plan=plan,
+        model_id=model_id,
+        report=report,
+        base_card=base_card,
+        existing=existing,
+        picture=PICTURE_NAME if picture else None,
+    )
+    path.write_text(str(card), encoding="utf-8")
+
+
+def _check_model(model: PreTrainedModel, plan: PruningPlan | None) -> None:
+    if not getattr(model.config, "pruning_config", None):
+        raise CheckpointError(
+            f"this {type(model).__name__} has no `pruning_config`, so it was not pruned by hf_prune. "
+            "Save it with model.save_pretrained()."
+        )
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        raise CheckpointError(
+            "the model carries an adapter. Merge it (model = model.merge_and_unload()) and save again, or save the "
+            "adapter alone with model.save_pretrained()."
+        )
+    if plan is not None and not agrees(plan, model.config):
+        recorded = model.config.pruning_config.get("widths", {})
+        found = {axis: n for axis, n in plan.widths.items() if axis in plan.kept_indices or axis in recorded}
+        wrong = next(axis for axis, n in {**recorded, **found}.items() if found.get(axis) != recorded.get(axis))
+        raise CheckpointError(
+            f"the plan gives {wrong} the width {found.get(wrong)}, the model's config {recorded.get(wrong)}. "
+            "Pass the plan this model was pruned with, or none."
+        )
+
+
+def _check_directory(directory: Path, model: PreTrainedModel) -> None:
+    """Refuse what must not be replaced, and a disk that is too full, before anything is written."""
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory} is a file, expected a directory. Choose another save directory.")
+    known = [*_MODEL_FILES, *_TOKENIZER_FILES, *_OTHER_FILES]
+    if directory.is_dir():
+        if (directory / "config.json").exists():
+            known.append("*.py")  # models with code of their own
+        foreign = sorted(e.name for e in directory.iterdir() if not any(fnmatch(e.name, k) for k in known))
+        if foreign:
+            some = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+            raise CheckpointError(
+                f"{directory} holds more than a checkpoint ({some}) and would be replaced as a whole. "
+                "Choose a new directory, or move these files away."
+            )
+    parent = next(p for p in directory.parents if p.exists())
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"saving needs {needed:,} bytes beside {directory}, {free:,} are free there. Free disk space or choose "
+            "another directory."
+        )
+
+
+@contextmanager
+def _naming(what: str, directory: Path) -> Iterator[None]:
+    """Turn failures of the disk into an error that names `what` was being written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"could not save to {directory}: writing {what} failed ({error}). What was there before is unchanged. "
+            "Check free space and permissions, or choose another directory."
+        ) from error
+
+
+def _take_over(old: Path, new: Path, *, with_tokenizer: bool) -> None:
+    """Copy what a new save does not write: licence, card, and the tokenizer if none was given."""
+    if not old.is_dir():
+        return
+    patterns = (*_OTHER_FILES, *(_TOKENIZER_FILES if with_tokenizer else ()))
+    for entry in old.iterdir():
+        target = new / entry.name
+        if target.exists() or not any(fnmatch(entry.name, pattern) for pattern in patterns):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, target)
+        else:
+            shutil.copy2(entry, target)
+
+
+def _draw_widths(plan: PruningPlan, path: Path) -> bool:
+    """Draw the widths picture; without matplotlib (an optional extra) there is none."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        logger.info("no %s: matplotlib is not installed (pip install 'hf_prune[plot]')", path.name)
+        return False
+    from hf_prune.evaluation.report import widths_picture
+
+    widths_picture(plan.widths, plan.num_units, path)
+    return True

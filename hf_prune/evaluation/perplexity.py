@@ -1,0 +1,154 @@
+"""Perplexity of a causal LM on a text, in windows that do not overlap."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_prune.data import evaluation_windows
+from hf_prune.errors import CalibrationError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK_ELEMENTS = 1 << 24
+"""Logits turned into float32 log-probabilities at a time (64 MiB), whatever the vocabulary."""
+
+
+@dataclass(frozen=True)
+class PerplexityReport:
+    """What `perplexity` measured."""
+
+    perplexity: float
+    """`exp(nll_sum / num_tokens)`; infinite where that overflows, NaN where the model gives NaN."""
+    nll_sum: float
+    """Negative log-likelihood of all predicted tokens, in nats."""
+    num_tokens: int
+    """Predicted tokens: `window - 1` of each window."""
+    window: int
+    """Tokens of each window."""
+
+
+def perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    *,
+    window: int = 256,
+    batch_size: int = 8,
+    max_windows: int | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> PerplexityReport:
+    """Measure perplexity: `exp` of the mean negative log-likelihood per predicted token.
+
+    The text is cut into windows as `evaluation_windows` does (no overlap, no BOS, the last partial window dropped).
+    Each window is predicted from its own tokens only, so its first token is not counted. Log-likelihoods are taken in
+    float32 (float64 for a float64 model) and summed in float64. The model is used in evaluation mode without
+    gradients, and every module's mode is restored.
+
+    Args:
+        model: a causal LM; called as `model(input_ids=..., use_cache=False).logits`.
+        tokenizer: the model's tokenizer.
+        text: the text to predict.
+        window: tokens of each window, 2 or more, and no more than the model has positions for.
+        batch_size: windows of each forward pass, 1 or more. Changes nothing but memory and speed.
+        max_windows: measure this many windows only, evenly spaced over the text (`None`: all).
+        device: where the token ids go. Default: where the input embeddings are.
+        progress: show a progress bar.
+
+    Returns:
+        The perplexity and what it was computed from.
+
+    Raises:
+        CalibrationError: the text is shorter than one window, or the tokenizer is not this model's.
+        ConfigError: a number is out of range.
+    """
+    _check_numbers(model, window, batch_size, max_windows)
+    windows = evaluation_windows(tokenizer, text, window)
+    if max_windows is not None and max_windows < len(windows):
+        windows = windows[torch.arange(max_windows) * len(windows) // max_windows]
+    _check_vocabulary(model, windows)
+    device = input_device(model) if device is None else device
+    nll_sum = 0.0
+    with inference(model):
+        starts = range(0, len(windows), batch_size)
+        for start in tqdm(starts, desc="perplexity", unit="batch", disable=not progress):
+            ids = windows[start : start + batch_size].to(device)
+            nll_sum += _nll_sum(model(input_ids=ids, use_cache=False).logits, ids)
+    num_tokens = len(windows) * (window - 1)
+    return PerplexityReport(_exp(nll_sum / num_tokens), nll_sum, num_tokens, window)
+
+
+@contextlib.contextmanager
+def inference(model: nn.Module) -> Iterator[None]:
+    """Use `model` in evaluation mode and without gradients; afterwards every module has its own mode again."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where token ids go: the device of the input embeddings, the CPU if they are offloaded."""
+    device = _embedding(model).device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _embedding(model: nn.Module) -> Tensor:
+    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+    return weight
+
+
+def _nll_sum(logits: Tensor, ids: Tensor) -> float:
+    """Sum of the NLL of `ids[:, 1:]` under `logits` `[B, T, V]`, never holding all log-probabilities at once."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    step = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    total = 0.0
+    for row, targets in zip(logits, ids.to(logits.device), strict=True):
+        for start in range(0, len(targets) - 1, step):
+            chunk = targets[start + 1 : start + 1 + step]
+            scores = row[start : start + len(chunk)].to(dtype)
+            total += F.cross_entropy(scores, chunk, reduction="none").sum(dtype=torch.float64).item()
+    return total
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _check_numbers(model: nn.Module, window: int, batch_size: int, max_windows: int | None) -> None:
+    if window < 2:
+        raise ConfigError(f"window is {window}, expected 2 or more: the first token of a window is not predicted")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, expected 1 or more")
+    if max_windows is not None and max_windows < 1:
+        raise ConfigError(f"max_windows is {max_windows}, expected 1 or more, or None for all")
+    config: Any = getattr(model, "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and window > positions:
+        raise ConfigError(f"window is {window}, but the model has {positions} positions; pass a window up to that")
+
+
+def _check_vocabulary(model: nn.Module, windows: Tensor) -> None:
+    highest, rows = int(windows.max()), len(_embedding(model))
+    if highest >= rows:
+        raise CalibrationError(
+            f"the tokenizer gave token {highest}, but the model embeds {rows} tokens: pass this model's own tokenizer"
+        )

@@ -1,0 +1,207 @@
+"""Size and speed of a model: parameters, bytes, prefill and decoding."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import statistics
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.errors import ConfigError, HFPruneError
+from hf_prune.evaluation.perplexity import inference, input_device
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """What `measure_speed` measured: medians over the repeats, and the setting."""
+
+    prefill_tokens_per_s: float
+    """Prompt tokens of the whole batch per second."""
+    decode_tokens_per_s: float
+    """New tokens of the whole batch per second, after the prompt."""
+    prefill_s: float
+    """Seconds for the prompt."""
+    decode_s: float
+    """Seconds for all new tokens."""
+    prompt_len: int
+    new_tokens: int
+    batch_size: int
+    repeats: int
+    device: str
+    num_threads: int
+    """CPU threads of torch."""
+
+
+@dataclass(frozen=True)
+class PrefillComparison:
+    """What `compare_prefill` measured."""
+
+    ratio: float
+    """Median of `model_a` over median of `model_b`: how many times faster `model_b` is."""
+    a_s: tuple[float, ...]
+    """Seconds of each run of `model_a`."""
+    b_s: tuple[float, ...]
+    """Seconds of each run of `model_b`."""
+    prompt_len: int
+    batch_size: int
+    num_threads: int
+    """CPU threads of torch during the runs."""
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Number of parameters; tied ones count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def num_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers; tied ones count once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def measure_speed(
+    model: nn.Module, *, prompt_len: int = 256, new_tokens: int = 32, batch_size: int = 1, repeats: int = 5
+) -> SpeedReport:
+    """Time prefill and greedy decoding with a key-value cache, after one warm-up round.
+
+    Prompts are random tokens (always the same ones; the global generator is not touched). As in `generate`, prefill
+    computes the logits of the last position only, where the model can. No attention implementation, dtype or thread
+    count is changed.
+
+    Args:
+        model: a causal LM.
+        prompt_len: tokens of each prompt, 1 or more.
+        new_tokens: forward passes of one token after the prompt, 1 or more.
+        batch_size: prompts at a time, 1 or more.
+        repeats: rounds after the warm-up, 1 or more.
+
+    Returns:
+        Medians over the rounds.
+
+    Raises:
+        ConfigError: a number is below 1.
+        HFPruneError: the model gives no key-value cache.
+    """
+    _check_positive(prompt_len=prompt_len, new_tokens=new_tokens, batch_size=batch_size, repeats=repeats)
+    prompt = _random_prompt(model, batch_size, prompt_len)
+    arguments = _last_logits_only(model)
+    prefill_s, decode_s = [], []
+    with inference(model):
+        for repeat in range(repeats + 1):
+            start = _now(prompt.device)
+            output = model(input_ids=prompt, use_cache=True, **arguments)
+            middle = _now(prompt.device)
+            for _ in range(new_tokens):
+                cache = getattr(output, "past_key_values", None)
+                if cache is None:
+                    raise HFPruneError(
+                        f"{type(model).__name__} returned no past_key_values: decoding is measured with a key-value "
+                        "cache; use compare_prefill for this model"
+                    )
+                token = output.logits[:, -1:].argmax(dim=-1).to(prompt.device)
+                output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            end = _now(prompt.device)
+            if repeat > 0:
+                prefill_s.append(middle - start)
+                decode_s.append(end - middle)
+    prefill, decode = statistics.median(prefill_s), statistics.median(decode_s)
+    return SpeedReport(
+        prefill_tokens_per_s=batch_size * prompt_len / prefill,
+        decode_tokens_per_s=batch_size * new_tokens / decode,
+        prefill_s=prefill,
+        decode_s=decode,
+        prompt_len=prompt_len,
+        new_tokens=new_tokens,
+        batch_size=batch_size,
+        repeats=repeats,
+        device=str(prompt.device),
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def compare_prefill(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    *,
+    prompt_len: int = 256,
+    batch_size: int = 1,
+    repeats: int = 10,
+    num_threads: int = 1,
+) -> PrefillComparison:
+    """Time the prefill of two models in turns (A B A B ...), so that whatever slows the machine slows both.
+
+    One warm-up run each is not counted. Prompts are random tokens, the same for both models unless their vocabularies
+    differ. Sets the number of torch threads while it runs.
+
+    Args:
+        model_a: the reference, e.g. the dense model.
+        model_b: the model compared with it, e.g. the pruned one.
+        prompt_len: tokens of each prompt, 1 or more.
+        batch_size: prompts at a time, 1 or more.
+        repeats: runs of each model, 1 or more.
+        num_threads: CPU threads, 1 or more.
+
+    Returns:
+        The times of all runs and the ratio of their medians.
+
+    Raises:
+        ConfigError: a number is below 1.
+    """
+    _check_positive(prompt_len=prompt_len, batch_size=batch_size, repeats=repeats, num_threads=num_threads)
+    models = (model_a, model_b)
+    prompts = [_random_prompt(model, batch_size, prompt_len) for model in models]
+    arguments = [_last_logits_only(model) for model in models]
+    times: tuple[list[float], list[float]] = ([], [])
+    with _threads(num_threads), inference(model_a), inference(model_b):
+        for repeat in range(repeats + 1):
+            for model, prompt, argument, seconds in zip(models, prompts, arguments, times, strict=True):
+                start = _now(prompt.device)
+                model(input_ids=prompt, use_cache=True, **argument)
+                end = _now(prompt.device)
+                if repeat > 0:
+                    seconds.append(end - start)
+    a_s, b_s = times
+    ratio = statistics.median(a_s) / statistics.median(b_s)
+    return PrefillComparison(ratio, tuple(a_s), tuple(b_s), prompt_len, batch_size, num_threads)
+
+
+@contextlib.contextmanager
+def _threads(num_threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds of the clock, when the device has done its work."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def _last_logits_only(model: nn.Module) -> dict[str, Any]:
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
+def _random_prompt(model: nn.Module, batch_size: int, prompt_len: int) -> Tensor:
+    vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (batch_size, prompt_len), generator=generator)
+    return ids.to(input_device(model))
+
+
+def _check_positive(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}, expected 1 or more")

@@ -1,0 +1,154 @@
+"""What a model's weights are multiplied with: norms of the inputs of linear operations over calibration tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from tqdm.auto import tqdm
+
+from hf_prune.errors import CalibrationError
+
+Batch = Mapping[str, Tensor]
+
+_LINEAR = (F.linear,)
+_MATMUL = (torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__)
+
+
+def input_norms(model: nn.Module, inputs: Mapping[str, int], batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Measure the norm of every input channel of weights, over all calibration tokens, in one pass.
+
+    2-D weights are seen by a pre-hook on their module; 3-D expert weights by the matrix products that take a view of
+    them (the eager expert implementation is used meanwhile, so that each expert sees only the tokens routed to it).
+    The model is left as it was, also after an error.
+
+    Args:
+        model: a causal LM.
+        inputs: name of each weight → its input dimension.
+        batches: `input_ids`, int64 `[B, T]`, without padding.
+
+    Returns:
+        For each weight whose input was seen: float32 `[channels]`, or `[experts, channels]` for a 3-D weight: the
+        root of the sum of squares (summed in float32), on the model's device. Weights never seen are left out.
+
+    Raises:
+        CalibrationError: no batch, or a batch without tokens or with padding.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def add(name: str, squares: Tensor) -> None:
+        sums[name] = sums[name] + squares if name in sums else squares
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    flat = {name: dim for name, dim in inputs.items() if parameters[name].dim() == 2}
+    stacked = {name: (parameters[name], dim) for name, dim in inputs.items() if parameters[name].dim() == 3}
+    num_batches = 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_evaluating(model))
+        for name, dim in flat.items():
+            module = model.get_submodule(name.rpartition(".")[0])
+            hook = _recorder(name, parameters[name].shape[dim], add)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if stacked:
+            stack.enter_context(_eager_experts(model))
+            stack.enter_context(_StackedInputs(stacked, add))
+        for batch in tqdm(batches, desc="calibration", unit="batch", leave=False):
+            model(input_ids=_checked(batch).to(_device(model)), use_cache=False)
+            num_batches += 1
+    if num_batches == 0:
+        raise CalibrationError("calibration found no batch, expected one or more: give a longer text or more samples.")
+    return {name: squares.sqrt() for name, squares in sums.items()}
+
+
+def _recorder(name: str, num_channels: int, add: Callable[[str, Tensor], None]) -> Callable[..., None]:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if x is not None and x.is_floating_point() and x.shape[-1] == num_channels:
+            add(name, x.detach().float().square().reshape(-1, num_channels).sum(0))
+
+    return record
+
+
+class _StackedInputs(TorchFunctionMode):
+    """Watches matrix products whose weight is a view of a `[experts, ...]` parameter."""
+
+    def __init__(self, watched: Mapping[str, tuple[Tensor, int]], add: Callable[[str, Tensor], None]) -> None:
+        super().__init__()
+        self._watched = {weight.untyped_storage().data_ptr(): (name, weight) for name, (weight, _) in watched.items()}
+        self._dims = {name: dim for name, (_, dim) in watched.items()}
+        self._add = add
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if (func in _LINEAR or func in _MATMUL) and len(args) >= 2:
+            self._record(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
+    def _record(self, x: Tensor, weight: Tensor) -> None:
+        name, whole = self._watched.get(weight.untyped_storage().data_ptr(), ("", weight))
+        if not name:
+            return
+        num_experts, num_channels = whole.shape[0], whole.shape[self._dims[name]]
+        first, rest = divmod(int(weight.storage_offset() - whole.storage_offset()), whole.stride(0))
+        used = weight.numel() // whole[0].numel()
+        if rest or used not in (1, num_experts) or x.shape[-1] != num_channels:
+            return
+        squares = x.detach().float().square().reshape(used, -1, num_channels).sum(1)
+        total = squares.new_zeros(num_experts, num_channels)
+        total[first : first + used] = squares
+        self._add(name, total)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; each module gets its own flag back."""
+    flags = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+
+
+@contextlib.contextmanager
+def _eager_experts(model: nn.Module) -> Iterator[None]:
+    """The readable expert loop for a while: the fused ones gather copies of the weights."""
+    before = getattr(getattr(model, "config", None), "_experts_implementation", None)
+    change: Any = getattr(model, "set_experts_implementation", None)
+    if before is None or change is None:
+        yield
+        return
+    change("eager")
+    try:
+        yield
+    finally:
+        change(before)
+
+
+def _checked(batch: Batch) -> Tensor:
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
+        found = tuple(ids.shape) if isinstance(ids, Tensor) else type(batch).__name__
+        raise CalibrationError(
+            f"a calibration batch is {{'input_ids': int64 [B, T]}} with tokens in it, found {found}."
+        )
+    mask = batch.get("attention_mask")
+    if mask is not None and not bool(mask.all()):
+        raise CalibrationError("a calibration batch holds padding; give windows of equal length without padding.")
+    return ids
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,257 @@
+"""`PruningPlan`: which units stay. A value that is saved, inspected, and applied without any further decision."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from hf_prune.config import LAYER_AXES, PruningConfig
+from hf_prune.errors import ConfigError, PlanError
+
+if TYPE_CHECKING:
+    from hf_prune.structure.layouts import Widths
+    from hf_prune.structure.structure import Structure
+
+FORMAT = 1
+_KEYS = ("model_type", "base_model_name_or_path", "num_units", "kept_indices", "config", "achieved")
+_MEANINGS = ("decoder", "model", "units")
+_PER_LAYER = re.compile(r"layers\.(\d+)\.(attention|mlp)(\..+)?")
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Kept units per axis, and where they came from. Checked when it is made; applying it twice gives the same bits.
+
+    Raises:
+        PlanError: kept indices that are not ascending, out of range, or of an unknown axis.
+    """
+
+    model_type: str
+    """`config.model_type` of the model the plan is for."""
+    base_model_name_or_path: str | None
+    """Where that model came from, if known."""
+    num_units: dict[str, int]
+    """Units of every prunable axis of the dense model: the fingerprint that `check` compares."""
+    kept_indices: dict[str, tuple[int, ...]]
+    """Ascending units that stay, only for axes that lose units and do not go with a removed layer or branch."""
+    config: PruningConfig
+    """What was asked."""
+    achieved: dict[str, float]
+    """Fraction removed, 0 to 1: of `decoder` parameters, of all `model` parameters, of the selected axes' `units`."""
+
+    def __post_init__(self) -> None:
+        for name, num_units in self.num_units.items():
+            if type(num_units) is not int or num_units < 1:
+                raise PlanError(f"{name}: the plan says {num_units!r} units, expected a whole number from 1.")
+        for name, kept in self.kept_indices.items():
+            self._check_kept(name, kept)
+        for name in self.kept_indices.keys() & self.vanished_axes:
+            raise PlanError(f"{name}: the plan keeps units of it and also removes the layer or branch that holds it.")
+        if set(self.achieved) != set(_MEANINGS) or not all(_is_fraction(value) for value in self.achieved.values()):
+            raise PlanError(f"achieved: found {self.achieved!r}, expected fractions from 0 to 1 for {_MEANINGS}.")
+
+    def _check_kept(self, name: str, kept: tuple[int, ...]) -> None:
+        if name not in self.num_units:
+            raise PlanError(f"the plan keeps units of {name!r} but does not say how many units that axis has.")
+        if not isinstance(kept, tuple) or not all(type(unit) is int for unit in kept):
+            raise PlanError(f"{name}: kept indices must be a tuple of whole numbers.")
+        ascending = all(left < right for left, right in itertools.pairwise(kept))
+        if not kept or not ascending or kept[0] < 0 or kept[-1] >= self.num_units[name]:
+            raise PlanError(f"{name}: kept indices must be one or more, ascending, and below {self.num_units[name]}.")
+        if len(kept) == self.num_units[name]:
+            raise PlanError(f"{name}: the plan lists all {len(kept)} units; list only axes that lose some.")
+
+    @cached_property
+    def removed_layers(self) -> frozenset[int]:
+        """Decoder layers that go as a whole."""
+        return self._removed("layers")
+
+    @cached_property
+    def removed_branches(self) -> frozenset[tuple[int, str]]:
+        """`(layer, "attention" | "mlp")` of the branches that go while their layer stays."""
+        return frozenset(
+            (layer, branch)
+            for branch in ("attention", "mlp")
+            for layer in self._removed(f"layers.{branch}") - self.removed_layers
+        )
+
+    @cached_property
+    def vanished_axes(self) -> frozenset[str]:
+        """Per-layer axes that go with a removed layer or branch."""
+        return frozenset(name for name in self.num_units if vanishes(name, self.removed_layers, self.removed_branches))
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Width of every axis of `num_units` after pruning; 0 for axes that vanish with their layer."""
+        widths = {name: len(self.kept_indices.get(name, range(total))) for name, total in self.num_units.items()}
+        widths.update(dict.fromkeys(self.vanished_axes, 0))
+        for name in set(LAYER_AXES.values()) & set(widths):
+            widths[name] = self.num_units[name] - len(self._removed(name) | self.removed_layers)
+        return widths
+
+    def check(self, structure: Structure) -> None:
+        """Raise `PlanError` unless the plan was made for a model of this structure."""
+        origin = f"The plan was made for {self.base_model_name_or_path or f'another {self.model_type} model'!r}"
+        remedy = f"{origin}; pass that model or make a new plan."
+        if structure.model_type != self.model_type:
+            raise PlanError(f"the plan is for model type {self.model_type!r}, found {structure.model_type!r}. {remedy}")
+        found = prunable_units(structure)
+        for name in sorted(found.keys() ^ self.num_units.keys()):
+            where = "the plan" if name in found else "this model"
+            raise PlanError(f"{name}: {where} has no such prunable axis. {remedy}")
+        for name, num_units in self.num_units.items():
+            if found[name] != num_units:
+                kept = len(self.kept_indices.get(name, range(num_units)))
+                raise PlanError(
+                    f"{name}: the plan keeps {kept} of {num_units} units but this model has {found[name]}. {remedy}"
+                )
+
+    def num_parameters(self, structure: Structure, budget: Literal["decoder", "model"] = "model") -> int:
+        """Exact parameter count after pruning, removed layers and branches included; tied parameters count once."""
+        return count_parameters(structure, self.widths, self.removed_layers, self.removed_branches, budget)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "format": FORMAT,
+            "model_type": self.model_type,
+            "base_model_name_or_path": self.base_model_name_or_path,
+            "num_units": dict(self.num_units),
+            "kept_indices": {name: list(kept) for name, kept in self.kept_indices.items()},
+            "config": self.config.to_dict(),
+            "achieved": dict(self.achieved),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruningPlan:
+        """Read a plan back; `PlanError` for another format, missing or unknown keys, or values that do not fit."""
+        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+            found = values.get("format") if isinstance(values, Mapping) else type(values).__name__
+            raise PlanError(f"found plan format {found!r}, expected {FORMAT}. Use the hf_prune that wrote the plan.")
+        unknown, missing = set(values) - {"format", *_KEYS}, set(_KEYS) - set(values)
+        if unknown or missing:
+            raise PlanError(f"a plan has the keys {_KEYS}; unknown: {sorted(unknown)}, missing: {sorted(missing)}.")
+        for name, kind in (("model_type", str), ("num_units", dict), ("kept_indices", dict), ("achieved", dict)):
+            if not isinstance(values[name], kind):
+                raise PlanError(f"{name}: found {type(values[name]).__name__} in the plan, expected {kind.__name__}.")
+        base = values["base_model_name_or_path"]
+        if base is not None and not isinstance(base, str):
+            raise PlanError(f"base_model_name_or_path: found {base!r} in the plan, expected a text or null.")
+        try:
+            config = PruningConfig.from_dict(values["config"])
+        except ConfigError as error:
+            raise PlanError(f"the plan's config is damaged: {error}") from error
+        kept_indices = {
+            name: tuple(kept) if isinstance(kept, list) else kept for name, kept in values["kept_indices"].items()
+        }
+        return cls(
+            model_type=values["model_type"],
+            base_model_name_or_path=base,
+            num_units=dict(values["num_units"]),
+            kept_indices=kept_indices,
+            config=config,
+            achieved=dict(values["achieved"]),
+        )
+
+    def to_json(self) -> str:
+        """The plan as JSON text, one line per top-level key and per axis."""
+        values = self.to_dict()
+        kept = [f"    {json.dumps(name)}: {json.dumps(units)}" for name, units in values.pop("kept_indices").items()]
+        lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items()]
+        body = "{\n" + ",\n".join(kept) + "\n  }" if kept else "{}"
+        return "{\n" + ",\n".join([*lines, f'  "kept_indices": {body}']) + "\n}\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """`from_dict` of JSON text; `PlanError` if the text is not JSON."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"a plan must be JSON, but the text is damaged: {error}.") from error
+        return cls.from_dict(values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan to `path`; an interrupted write leaves an older file intact."""
+        target = Path(path)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.replace(target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise PlanError(f"the plan could not be written to {target}: {error}.") from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
+        """Read a plan from `path`; `PlanError` if it is missing or damaged."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"no plan can be read from {path}: {error}.") from error
+        return cls.from_json(text)
+
+    def _removed(self, name: str) -> frozenset[int]:
+        kept = self.kept_indices.get(name)
+        return frozenset() if kept is None else frozenset(range(self.num_units[name])) - frozenset(kept)
+
+
+def prunable_units(structure: Structure) -> dict[str, int]:
+    """Units of every prunable axis of the dense model: what `PruningPlan.num_units` holds."""
+    return {name: axis.num_units for name, axis in structure.axes.items() if axis.prunable}
+
+
+def vanishes(axis_name: str, layers: frozenset[int], branches: frozenset[tuple[int, str]]) -> bool:
+    """Whether a per-layer axis goes when these layers and `(layer, branch)` pairs go."""
+    match = _PER_LAYER.fullmatch(axis_name)
+    return match is not None and (int(match[1]) in layers or (int(match[1]), match[2]) in branches)
+
+
+def count_parameters(
+    structure: Structure,
+    widths: Widths,
+    removed_layers: frozenset[int],
+    removed_branches: frozenset[tuple[int, str]],
+    budget: Literal["decoder", "model"],
+) -> int:
+    """Exact parameter count at `widths` without the removed layers and branches; tied parameters count once."""
+
+    def stays(name: str) -> bool:
+        owner = structure.owners.get(name)
+        return owner is None or not (owner.layer in removed_layers or (owner.layer, owner.branch) in removed_branches)
+
+    return sum(structure.numel(name, widths) for name in structure.counted(budget) if stays(name))
+
+
+def describe(plan: PruningPlan, structure: Structure) -> list[tuple[str, str]]:
+    """Rows `(what, value)` for printing: asked and achieved ratios, parameters, then the widths of each layer."""
+    config, widths = plan.config, plan.widths
+    before, after = structure.num_parameters(), plan.num_parameters(structure)
+    achieved = ", ".join(f"{100 * plan.achieved[meaning]:.2f} % of {meaning}" for meaning in _MEANINGS)
+    rows = [
+        ("asked", f"{100 * config.pruning_ratio:.2f} % of {config.budget} ({config.method}, {config.allocation})"),
+        ("achieved", achieved),
+        ("parameters", f"{before:,} → {after:,}"),
+    ]
+    rows += [(name, f"{widths[name]}/{n}") for name, n in plan.num_units.items() if _PER_LAYER.fullmatch(name) is None]
+    for layer in range(len(structure.layer_paths)):
+        prefix = f"layers.{layer}."
+        parts = [
+            f"{name.removeprefix(prefix)} {widths[name]}/{num_units}"
+            for name, num_units in plan.num_units.items()
+            if name.startswith(prefix) and name not in plan.vanished_axes
+        ]
+        parts += [f"{branch} removed" for branch in ("attention", "mlp") if (layer, branch) in plan.removed_branches]
+        rows.append((f"layers.{layer}", "removed" if layer in plan.removed_layers else ", ".join(parts)))
+    return rows
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1

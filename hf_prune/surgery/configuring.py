@@ -1,0 +1,292 @@
+"""The config of a pruned model: per-layer widths in transformers' own `per_layer_config`, the rest in `pruning_config`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from hf_prune.checkpoint.loud import make_loud
+from hf_prune.errors import StructureError
+from hf_prune.structure import layouts as lay
+from hf_prune.structure.building import build_empty, fresh_config
+from hf_prune.structure.layouts import Concat, Layout, Product, Units
+from hf_prune.structure.tracing import trace
+from hf_prune.surgery.expressing import Knob, family, find_knobs, shapes, with_layer_values
+from hf_prune.surgery.slicing import pruned_name, renumber
+
+if TYPE_CHECKING:
+    from hf_prune.plan import PruningPlan
+    from hf_prune.structure.structure import Structure
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: type | None = None) -> Any:
+    """The config that describes the model pruned by `plan`.
+
+    Uniform widths become global values: a plain config that needs nothing of ours. Otherwise per-layer values, and for
+    what no attribute can say `pruning_config["surgery"]`. The result is checked: a model built from it has the planned shapes.
+
+    Args:
+        config: config of the dense model; not changed.
+        structure: structure of the dense model.
+        plan: kept units.
+        cls: model class, by default the one `AutoModelForCausalLM` chooses.
+
+    Raises:
+        StructureError: no config describes the pruned model.
+    """
+    wanted = predicted_shapes(structure, plan)
+    knobs = find_knobs(config, structure, cls) if _touched(structure, plan) else {}
+    trimmed = _without_layers(config, structure, plan)
+    best: tuple[int, Any] | None = None
+    for candidate in _candidates(trimmed, structure, plan, knobs):
+        found = shapes(candidate, cls)
+        if found is None or set(found) != set(wanted):
+            continue
+        wrong = sum(found[name] != shape for name, shape in wanted.items())
+        if best is None or wrong < best[0]:
+            best = (wrong, candidate)
+        if wrong == 0:
+            break
+    if best is None:
+        raise StructureError(f"{config.model_type}: no config describes a model with the planned layers and widths.")
+    wrong, result = best
+    result.pruning_config = _record(plan)
+    surgery = _branches(structure, plan)
+    if wrong:
+        surgery["modules"] = _surgery(result, structure, plan, cls, wanted)
+    if surgery:
+        result.pruning_config["surgery"] = surgery
+    result = type(config).from_dict(make_loud({**result.to_dict(), "model_type": config.model_type}))
+    if shapes(result, cls) != wanted:
+        raise StructureError(f"{config.model_type}: the pruned layers cannot be resized to the planned shapes.")
+    return result
+
+
+def predicted_shapes(structure: Structure, plan: PruningPlan) -> Shapes:
+    """Shape of every tensor of the pruned model, by its new name."""
+    widths = {name: len(kept) for name, kept in plan.kept_indices.items()}
+    names = {name: pruned_name(name, structure, plan) for name in structure.layouts}
+    return {new: structure.shape(name, widths) for name, new in names.items() if new is not None}
+
+
+def _touched(structure: Structure, plan: PruningPlan) -> bool:
+    return any(structure.axes[name].kind in ("attention", "mlp") for name in plan.kept_indices)
+
+
+def _record(plan: PruningPlan) -> dict[str, Any]:
+    from hf_prune import __version__
+
+    return {
+        "format": 1,
+        "hf_prune_version": __version__,
+        "base_model_name_or_path": plan.base_model_name_or_path,
+        "method": plan.config.method,
+        "settings": plan.config.to_dict(),
+        "achieved": dict(plan.achieved),
+        "widths": plan.widths,
+    }
+
+
+# --- candidates --------------------------------------------------------------------------------------------------------
+
+
+def _without_layers(config: Any, structure: Structure, plan: PruningPlan) -> Any:
+    """A copy of `config` without the layers that go: every list with one entry per layer loses theirs."""
+    values = fresh_config(config).to_dict()
+    n = len(structure.layer_paths)
+    stay = [layer for layer in range(n) if layer not in plan.removed_layers]
+    if len(stay) < n:
+        attribute = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+        for name, value in values.items():
+            if isinstance(value, list) and len(value) == n:
+                values[name] = [value[layer] for layer in stay]
+        values[attribute] = len(stay)
+        overrides = {int(k): v for k, v in (values.get("per_layer_config") or {}).items()}
+        if overrides:
+            values["per_layer_config"] = {str(stay.index(k)): v for k, v in overrides.items() if k in stay}
+    return type(config).from_dict(values)
+
+
+def _candidates(trimmed: Any, structure: Structure, plan: PruningPlan, knobs: dict[str, Knob]) -> Iterator[Any]:
+    """Configs that may describe the pruned model, the plainest first."""
+    new_index = {old: new for new, old in enumerate(i for i in range(len(structure.layer_paths)) if i not in plan.removed_layers)}
+    skips: dict[int, list[str]] = {}
+    for layer, branch in sorted(plan.removed_branches):
+        skips.setdefault(new_index[layer], []).append(branch)
+    for hidden, hoist in itertools.product(_hidden_values(trimmed, structure, plan), (True, False)):
+        per_layer: dict[int | None, dict[str, Any]] = {None: dict(hidden)}
+        for name, knob in knobs.items():
+            widths = _family_widths(name, structure, plan)
+            if all(widths[layer] == structure.axes[f"layers.{layer}.{name}"].num_units for layer in widths):
+                continue
+            per_layer[None].update(knob.pins)
+            if len(set(widths.values())) == 1 and hoist:
+                per_layer[None].update(knob.values(next(iter(widths.values()))))
+                continue
+            for layer, width in widths.items():
+                if width != structure.axes[f"layers.{layer}.{name}"].num_units:
+                    per_layer.setdefault(new_index[layer], {}).update(knob.values(width))
+        for layer, branches in skips.items():
+            per_layer.setdefault(layer, {})["skip"] = branches
+        if (candidate := with_layer_values(trimmed, per_layer)) is not None:
+            yield candidate
+    yield trimmed
+
+
+def _family_widths(name: str, structure: Structure, plan: PruningPlan) -> dict[int, int]:
+    """Width by layer of the axes of one family, removed ones left out."""
+    widths = plan.widths
+    return {
+        axis.layer: widths.get(axis.name, axis.num_units)
+        for axis in structure.axes.values()
+        if axis.layer is not None and family(axis) == name and axis.name not in plan.vanished_axes
+    }
+
+
+def _hidden_values(config: Any, structure: Structure, plan: PruningPlan) -> Iterator[dict[str, int]]:
+    """Global values that may express the hidden width."""
+    if "hidden" not in plan.kept_indices:
+        yield {}
+        return
+    n, width = structure.axes["hidden"].num_units, len(plan.kept_indices["hidden"])
+    values = config.to_dict()
+    attribute = config.attribute_map.get("hidden_size", "hidden_size")
+    same = {k: width for k, v in values.items() if type(v) is int and v == n and "vocab" not in k}
+    heads = values.get(config.attribute_map.get("num_attention_heads", "num_attention_heads"))
+    pins: dict[str, int] = {}
+    if isinstance(heads, int):
+        pins["head_dim"] = values.get("head_dim") or n // heads
+    mlp = [axis.num_units for axis in structure.axes_of("mlp")]
+    for name, value in values.items():
+        if value is None and "inner" in name and mlp:
+            pins[name] = mlp[0]
+    yield {attribute: width, **pins}
+    yield {**same, **pins}
+    yield {}
+
+
+# --- what no attribute can say -----------------------------------------------------------------------------------------
+
+
+def _branches(structure: Structure, plan: PruningPlan) -> dict[str, Any]:
+    branches = {}
+    for layer, branch in sorted(plan.removed_branches):
+        module = structure.branch_modules[f"layers.{layer}.{branch}"]
+        outputs = module.outputs
+        # A stand-in adds nothing to the residual stream; what else the module returns (attention weights) is absent.
+        branches[branch] = {
+            "module": module.path,
+            "outputs": ["zeros", *[None] * (len(outputs) - 1)] if isinstance(outputs, list) else "zeros",
+        }
+    return {"branches": branches} if branches else {}
+
+
+def _surgery(config: Any, structure: Structure, plan: PruningPlan, cls: type | None, wanted: Shapes) -> dict[str, Any]:
+    """Shapes, attributes and selected inputs of the modules that the config alone builds too large."""
+    model = build_empty(fresh_config(config), cls)
+    found = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
+    wrong = {name for name, shape in wanted.items() if found[name] != shape}
+    modules: dict[str, Any] = {}
+    for name in sorted(wrong):
+        path, _, tensor = name.rpartition(".")
+        modules.setdefault(path, {}).setdefault("shapes", {})[tensor] = list(wanted[name])
+    attributes: dict[str, dict[str, int]] = {}
+    for axis, kept in plan.kept_indices.items():
+        layer = structure.axes[axis].layer
+        if layer is None:
+            continue
+        places = {pruned_name(m.parameter, structure, plan) for m in structure.members[axis]}
+        if not places & wrong:
+            continue
+        for use in structure.selected_inputs.get(axis, ()):
+            path = renumber(use.module_path, layer, structure, plan)
+            record = {"dim": use.dim, "sizes": list(use.sizes), "factor": use.factor, "kept": list(kept)}
+            modules.setdefault(path, {}).setdefault("select_inputs", {})[use.name] = record
+        _note_attributes(model, sorted(p for p in places if p), _resized(structure, axis, len(kept)), attributes)
+    return _that_runs(config, cls, modules, attributes)
+
+
+def _resized(structure: Structure, axis: str, width: int) -> dict[int, int]:
+    """Sizes in which `axis` takes part (heads, heads × head_dim, a fused projection) → their pruned sizes."""
+    pairs: dict[int, int] = {}
+    for member in structure.members[axis]:
+        layout = structure.layouts[member.parameter][member.dim]
+        for part in (layout, *_runs_with(layout, axis)):
+            pairs.setdefault(lay.size(part, {}), lay.size(part, {axis: width}))
+    return pairs
+
+
+def _runs_with(layout: Layout, axis: str) -> Iterator[Layout]:
+    """Every run of factors, and every part, of `layout` that carries `axis`."""
+    if isinstance(layout, Product):
+        for start, end in itertools.combinations(range(len(layout.factors) + 1), 2):
+            run = layout.factors[start:end]
+            if any(axis in lay.axes(factor) for factor in run):
+                yield Product(run)
+        for factor in layout.factors:
+            yield from _runs_with(factor, axis)
+    elif isinstance(layout, Concat):
+        for part in layout.parts:
+            if axis in lay.axes(part):
+                yield part
+                yield from _runs_with(part, axis)
+    elif isinstance(layout, Units) and layout.axis == axis:
+        yield layout
+
+
+def _note_attributes(
+    model: nn.Module, names: list[str], pairs: dict[int, int], attributes: dict[str, dict[str, int]]
+) -> None:
+    """Integers that the modules around the parameters `names` keep and that are one of the resized sizes."""
+    owners = {name.rpartition(".")[0] for name in names}
+    paths = {path for owner in owners for path in (owner, owner.rpartition(".")[0])}
+    for path in sorted(paths):
+        module = model.get_submodule(path)
+        if type(module).__module__.startswith("torch.") or not any(module.children()) and path in owners and not _has_forward_sizes(module):
+            continue
+        for name, value in vars(module).items():
+            if type(value) is int and value in pairs and not any(word in name for word in ("head_dim", "head_size", "layer")):
+                attributes.setdefault(path, {})[name] = pairs[value]
+
+
+def _has_forward_sizes(module: nn.Module) -> bool:
+    """Whether a module without children computes with its own integers (an experts module, not a projection)."""
+    from transformers.pytorch_utils import Conv1D
+
+    return not isinstance(module, Conv1D)
+
+
+def _that_runs(config: Any, cls: type | None, modules: dict[str, Any], attributes: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """Add the attributes with which a forward pass of the resized model runs: all; or all but copies of the hidden size; or none."""
+    hidden = getattr(config, "hidden_size", None)
+    dense = build_empty(fresh_config(config), cls)
+    fewer = {
+        path: {k: v for k, v in found.items() if getattr(dense.get_submodule(path), k) != hidden}
+        for path, found in attributes.items()
+    }
+    reasons = []
+    for chosen in (attributes, fewer, {}):
+        result = {path: dict(record) for path, record in modules.items()}
+        for path, found in chosen.items():
+            if found:
+                result.setdefault(path, {})["attributes"] = found
+        trial = fresh_config(config)
+        trial.pruning_config["surgery"] = {**trial.pruning_config.get("surgery", {}), "modules": result}
+        try:
+            trace(build_empty(_eager(trial), cls))
+        except Exception as error:
+            reasons.append(f"{type(error).__name__}: {error}")
+            continue
+        return result
+    raise StructureError(f"{config.model_type}: the resized layers do not run: {reasons[0]}")
+
+
+def _eager(config: Any) -> Any:
+    from hf_prune.structure.inference import traceable_config
+
+    return traceable_config(config)
