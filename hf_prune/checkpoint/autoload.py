@@ -28,8 +28,10 @@ def install_on_import() -> None:
 
 def _install() -> None:
     from hf_prune.checkpoint import per_layer
+    from hf_prune.checkpoint.save_hook import install_save_hook
 
     per_layer.install()
+    install_save_hook()
 
 
 class _Finder(MetaPathFinder):

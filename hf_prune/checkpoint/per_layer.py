@@ -114,9 +114,9 @@ def _layer_classes(model: Any) -> Iterator[Any]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     names = set(model._no_split_modules or ())
-    modules = {cls.__module__ for cls in type(model).__mro__ if hasattr(cls, "_no_split_modules")}
+    modules = {cls.__module__ for cls in type(model).__mro__ if hasattr(cls, "_no_split_modules")} & set(sys.modules)
     for module in modules:
-        for name, value in vars(sys.modules.get(module, object)).copy().items():
+        for name, value in vars(sys.modules[module]).copy().items():
             if not isinstance(value, type) or not issubclass(value, nn.Module):
                 continue
             if name in names or issubclass(value, GradientCheckpointingLayer):
@@ -157,6 +157,13 @@ def _check_layers_were_built(model: Any) -> None:
 # --- the config of one layer ------------------------------------------------------------------------------------------
 
 
+def _of_the_model(name: str) -> property:
+    return property(
+        lambda config: getattr(config._model_config, name),
+        lambda config, value: setattr(config._model_config, name, value),
+    )
+
+
 class _LayerConfig:
     """Mixed into a config class: reads the attention and experts implementation of the model's config.
 
@@ -166,21 +173,8 @@ class _LayerConfig:
 
     _model_config: Any
 
-    @property
-    def _attn_implementation_internal(self) -> str | None:
-        return cast("str | None", self._model_config._attn_implementation_internal)
-
-    @_attn_implementation_internal.setter
-    def _attn_implementation_internal(self, value: str | None) -> None:
-        self._model_config._attn_implementation_internal = value
-
-    @property
-    def _experts_implementation_internal(self) -> str | None:
-        return cast("str | None", self._model_config._experts_implementation_internal)
-
-    @_experts_implementation_internal.setter
-    def _experts_implementation_internal(self, value: str | None) -> None:
-        self._model_config._experts_implementation_internal = value
+    _attn_implementation_internal = _of_the_model("_attn_implementation_internal")
+    _experts_implementation_internal = _of_the_model("_experts_implementation_internal")
 
     def to_dict(self) -> dict[str, Any]:
         values: dict[str, Any] = super().to_dict()  # type: ignore[misc]

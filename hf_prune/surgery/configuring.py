@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -55,12 +56,10 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
     if best is None:
         raise StructureError(f"{config.model_type}: no config describes a model with the planned layers and widths.")
     wrong, result = best
-    result.pruning_config = _record(plan)
-    surgery = _branches(structure, plan)
     if wrong:
-        surgery["modules"] = _surgery(result, structure, plan, cls, wanted)
-    if surgery:
-        result.pruning_config["surgery"] = surgery
+        result.pruning_config["surgery"]["modules"] = _surgery(result, structure, plan, cls, wanted)
+    if not result.pruning_config["surgery"]:
+        del result.pruning_config["surgery"]
     result = type(config).from_dict(make_loud({**result.to_dict(), "model_type": config.model_type}))
     if shapes(result, cls) != wanted:
         raise StructureError(f"{config.model_type}: the pruned layers cannot be resized to the planned shapes.")
@@ -96,7 +95,10 @@ def _record(plan: PruningPlan) -> dict[str, Any]:
 
 
 def _without_layers(config: Any, structure: Structure, plan: PruningPlan) -> Any:
-    """A copy of `config` without the layers that go: every list with one entry per layer loses theirs."""
+    """A copy of `config` without the layers that go: every list with one entry per layer loses theirs.
+
+    Its `pruning_config` is the one of this plan, with the surgery of an earlier pruning.
+    """
     values = fresh_config(config).to_dict()
     n = len(structure.layer_paths)
     stay = [layer for layer in range(n) if layer not in plan.removed_layers]
@@ -109,7 +111,26 @@ def _without_layers(config: Any, structure: Structure, plan: PruningPlan) -> Any
         overrides = {int(k): v for k, v in (values.get("per_layer_config") or {}).items()}
         if overrides:
             values["per_layer_config"] = {str(stay.index(k)): v for k, v in overrides.items() if k in stay}
+    skipped = {branch for override in (values.get("per_layer_config") or {}).values() for branch in override.get("skip", ())}
+    earlier = (values.get("pruning_config") or {}).get("surgery") or {}
+    branches = {branch: record for branch, record in earlier.get("branches", {}).items() if branch in skipped}
+    branches.update(_branches(structure, plan))
+    paths = {path: _new_path(path, structure, plan) for path in earlier.get("modules", {})}
+    modules = {new: earlier["modules"][path] for path, new in paths.items() if new is not None}
+    surgery = {"branches": branches, "modules": modules}
+    values["pruning_config"] = {**_record(plan), "surgery": {key: records for key, records in surgery.items() if records}}
     return type(config).from_dict(values)
+
+
+def _new_path(path: str, structure: Structure, plan: PruningPlan) -> str | None:
+    """Path of a module in the pruned model; `None` if it goes."""
+    for layer, layer_path in enumerate(structure.layer_paths):
+        if f"{path}.".startswith(f"{layer_path}."):
+            gone = [structure.branch_modules[f"layers.{i}.{b}"].path for i, b in plan.removed_branches if i == layer]
+            if layer in plan.removed_layers or any(f"{path}.".startswith(f"{layer_path}.{module}.") for module in gone):
+                return None
+            return renumber(path, layer, structure, plan)
+    return path
 
 
 def _candidates(trimmed: Any, structure: Structure, plan: PruningPlan, knobs: dict[str, Knob]) -> Iterator[Any]:
@@ -174,6 +195,7 @@ def _hidden_values(config: Any, structure: Structure, plan: PruningPlan) -> Iter
 
 
 def _branches(structure: Structure, plan: PruningPlan) -> dict[str, Any]:
+    """The branches that go: which module each is, and what its stand-in returns."""
     branches = {}
     for layer, branch in sorted(plan.removed_branches):
         module = structure.branch_modules[f"layers.{layer}.{branch}"]
@@ -183,15 +205,15 @@ def _branches(structure: Structure, plan: PruningPlan) -> dict[str, Any]:
             "module": module.path,
             "outputs": ["zeros", *[None] * (len(outputs) - 1)] if isinstance(outputs, list) else "zeros",
         }
-    return {"branches": branches} if branches else {}
+    return branches
 
 
 def _surgery(config: Any, structure: Structure, plan: PruningPlan, cls: type | None, wanted: Shapes) -> dict[str, Any]:
-    """Shapes, attributes and selected inputs of the modules that the config alone builds too large."""
+    """Shapes, attributes and selected inputs of the modules that the config builds too large, and all of earlier surgery."""
     model = build_empty(fresh_config(config), cls)
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     wrong = {name for name, shape in wanted.items() if found[name] != shape}
-    modules: dict[str, Any] = {}
+    modules: dict[str, Any] = copy.deepcopy(config.pruning_config["surgery"].get("modules", {}))
     for name in sorted(wrong):
         path, _, tensor = name.rpartition(".")
         modules.setdefault(path, {}).setdefault("shapes", {})[tensor] = list(wanted[name])
@@ -206,7 +228,10 @@ def _surgery(config: Any, structure: Structure, plan: PruningPlan, cls: type | N
         for use in structure.selected_inputs.get(axis, ()):
             path = renumber(use.module_path, layer, structure, plan)
             record = {"dim": use.dim, "sizes": list(use.sizes), "factor": use.factor, "kept": list(kept)}
-            modules.setdefault(path, {}).setdefault("select_inputs", {})[use.name] = record
+            inputs = modules.setdefault(path, {}).setdefault("select_inputs", {})
+            if use.name in inputs:  # selected before: `kept` counts among what was kept then
+                record = {**inputs[use.name], "kept": [inputs[use.name]["kept"][unit] for unit in kept]}
+            inputs[use.name] = record
         _note_attributes(model, sorted(p for p in places if p), _resized(structure, axis, len(kept)), attributes)
     return _that_runs(config, cls, modules, attributes)
 
@@ -274,7 +299,8 @@ def _that_runs(config: Any, cls: type | None, modules: dict[str, Any], attribute
         result = {path: dict(record) for path, record in modules.items()}
         for path, found in chosen.items():
             if found:
-                result.setdefault(path, {})["attributes"] = found
+                record = result.setdefault(path, {})
+                record["attributes"] = {**record.get("attributes", {}), **found}
         trial = fresh_config(config)
         trial.pruning_config["surgery"] = {**trial.pruning_config.get("surgery", {}), "modules": result}
         try:

@@ -84,10 +84,15 @@ def _probe(config: Any, structure: Structure, cls: type | None, axis: Axis) -> K
 
 
 def with_layer_values(config: Any, per_layer: Mapping[int | None, Mapping[str, Any]]) -> Any | None:
-    """A copy of `config` whose layers have these values; key `None` sets global ones. `None` if the config refuses."""
+    """A copy of `config` whose layers have these values; `None` if the config refuses.
+
+    Key `None` sets values of the whole model, in place of those that layers had.
+    """
     values = config.to_dict()
-    values.update(per_layer.get(None, {}))
-    overrides = {str(int(k)): dict(v) for k, v in (values.get("per_layer_config") or {}).items()}
+    of_model = per_layer.get(None, {})
+    values.update(of_model)
+    earlier = (values.get("per_layer_config") or {}).items()
+    overrides = {str(int(k)): {name: v for name, v in own.items() if name not in of_model} for k, own in earlier}
     for layer, changed in per_layer.items():
         if layer is not None and changed:
             overrides.setdefault(str(layer), {}).update(changed)
@@ -103,7 +108,10 @@ def with_layer_values(config: Any, per_layer: Mapping[int | None, Mapping[str, A
 def _candidates(config: Any, axis: Axis) -> Iterator[Knob]:
     """Attribute sets worth trying, the likeliest first."""
     n = axis.num_units
-    values = {k: v for k, v in config.to_dict().items() if isinstance(v, int) and not isinstance(v, bool) and v > 0}
+    everything = config.to_dict()
+    overrides = {int(k): own for k, own in (everything.get("per_layer_config") or {}).items()}
+    everything.update(overrides.get(axis.layer, {}))
+    values = {k: v for k, v in everything.items() if isinstance(v, int) and not isinstance(v, bool) and v > 0}
     whole = {name: v // n for name, v in values.items() if v % n == 0}
     if axis.kind == "attention":
         heads = [name for name in whole if "head" in name and "dim" not in name]
@@ -119,7 +127,7 @@ def _candidates(config: Any, axis: Axis) -> Iterator[Knob]:
     else:
         likely = ("intermediate", "ffn", "inner", "ff", "mlp")
         exact = [name for name, factor in whole.items() if factor in (1, 2)]
-        unset = [k for k, v in config.to_dict().items() if v is None and any(word in k for word in likely)]
+        unset = [k for k, v in everything.items() if v is None and any(word in k for word in likely)]
         exact.sort(key=lambda name: (not any(word in name for word in likely), whole[name]))
         yield from (Knob(((name, whole[name]),)) for name in exact)
         yield from (Knob(((name, 1),)) for name in unset)
@@ -129,6 +137,7 @@ def _head_dim(config: Any, values: Mapping[str, int]) -> tuple[tuple[str, int], 
     """`head_dim` written out where the config leaves it to `hidden_size // num_attention_heads`."""
     hidden = values.get(config.attribute_map.get("hidden_size", "hidden_size"))
     heads = values.get(config.attribute_map.get("num_attention_heads", "num_attention_heads"))
-    if "head_dim" in values or hidden is None or heads is None or hidden % heads:
+    derived = isinstance(getattr(type(config), "head_dim", None), property)  # falcon: cannot be set
+    if "head_dim" in values or derived or hidden is None or heads is None or hidden % heads:
         return ()
     return (("head_dim", hidden // heads),)

@@ -7,6 +7,7 @@ producer and consumer an axis passes only element-wise operations and attention,
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ def masked(model: nn.Module, structure: Structure, plan: PruningPlan) -> Iterato
                 stack.enter_context(mask_axis(model, structure, name, mask))
         for layer, branch in plan.removed_branches:
             path = f"{structure.layer_paths[layer]}.{structure.branch_modules[f'layers.{layer}.{branch}'].path}"
-            stack.callback(model.get_submodule(path).register_forward_hook(_zero_output).remove)
+            stack.callback(model.get_submodule(path).register_forward_hook(_zero_output, with_kwargs=True).remove)
         for layer in plan.removed_layers:
             module = model.get_submodule(structure.layer_paths[layer])
             stack.callback(module.register_forward_hook(_pass_through, with_kwargs=True).remove)
@@ -99,10 +100,12 @@ def _scaled(values: Tensor, entries: Tensor) -> Tensor:
     return values * entries.to(values)
 
 
-def _zero_output(module: nn.Module, args: Any, output: Any) -> Any:
-    if isinstance(output, tuple):
-        return (torch.zeros_like(output[0]), *output[1:])
-    return torch.zeros_like(output)
+def _zero_output(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    first = output[0] if isinstance(output, tuple) else output
+    arguments = {**dict(zip(list(inspect.signature(module.forward).parameters), args, strict=False)), **kwargs}
+    residual = arguments.get("residual")  # bloom and mpt add it inside of the branch
+    nothing = torch.zeros_like(first) if residual is None else residual
+    return (nothing, *output[1:]) if isinstance(output, tuple) else nothing
 
 
 def _pass_through(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -1,0 +1,276 @@
+"""Tables and pictures of results. Matplotlib (the extra `plot`) is imported only to draw."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+from hf_prune.errors import ConfigError, HFPruneError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Row = Mapping[str, str | int | float | None]
+"""One result, by column. `*_ratio` columns are shown in percent, `speedup` as a factor, other floats to 0.01."""
+
+_PER_LAYER = re.compile(r"layers\.(\d+)\.((?:attention|mlp)(?:\..+)?)")
+_HEADINGS = {"achieved_ratio": "removed", "pruning_ratio": "asked"}
+_LABELS = {"attention": "Attention groups", "mlp": "MLP channels"}
+_WHOLE_MODEL = {
+    "hidden": "hidden channels",
+    "layers": "layers",
+    "layers.attention": "attention blocks",
+    "layers.mlp": "MLP blocks",
+}
+_SUFFIXES = (".png", ".svg", ".pdf")
+_INK, _MUTED, _GRID, _GHOST = "#22252a", "#6b7280", "#e5e7eb", "#eceef2"
+_COLORS = ("#3b6fb6", "#d9803a", "#4c9f70", "#a8508f", "#8a6d3b", "#5b5fc7", "#c44e52", "#4aa3b5")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+
+
+def comparison_table(rows: Sequence[Row], *, title: str | None = None) -> Table:
+    """Put results into a table for the terminal.
+
+    Args:
+        rows: the results; a column is shown if any row has it, in the order of first appearance.
+        title: above the table.
+
+    Returns:
+        A table for `rich.print`. Fractions are shown in percent; missing values as an en dash.
+
+    Raises:
+        ConfigError: there is no row.
+    """
+    columns = _columns(rows)
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(_heading(column), justify="right" if _is_numeric(rows, column) else "left")
+    for row in rows:
+        table.add_row(*(Text(_cell(column, row.get(column))) for column in columns))  # Text: no markup in names
+    return table
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """Write the results that `comparison_table` shows as a Markdown table, for model cards and documents.
+
+    Args:
+        rows: the results.
+
+    Returns:
+        Lines of Markdown, each with a line end.
+
+    Raises:
+        ConfigError: there is no row.
+    """
+    columns = _columns(rows)
+    lines = [
+        [_heading(column) for column in columns],
+        ["---:" if _is_numeric(rows, column) else "---" for column in columns],
+        *([_cell(column, row.get(column)).replace("|", "\\|") for column in columns] for row in rows),
+    ]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def widths_picture(
+    widths: Mapping[str, int], num_units: Mapping[str, int], path: str | Path, *, title: str = "What each layer keeps"
+) -> None:
+    """Draw which fraction of attention groups and MLP channels every layer keeps.
+
+    One panel per family of axes (`layers.{i}.attention`, `layers.{i}.mlp`, `layers.{i}.mlp.{name}`), one bar per
+    layer; a cross marks layers that keep nothing, a gap those without the axis. Axes of the whole model (`hidden`,
+    `layers`, `layers.attention`, `layers.mlp`) are given in words where they lose units.
+
+    Args:
+        widths: units kept per axis; an axis not named keeps all.
+        num_units: units of every axis of the dense model.
+        path: where to write, `.png`, `.svg` or `.pdf`; folders are made.
+        title: above the picture.
+
+    Raises:
+        ConfigError: no per-layer axis, a width out of range, or an unknown file type.
+        HFPruneError: matplotlib is not installed.
+    """
+    panels = _panels(widths, num_units)
+    num_layers = 1 + max(layer for panel in panels.values() for layer in panel)
+    figure = _new_figure(path, width=min(14.0, max(7.0, 2.2 + 0.16 * num_layers)), height=1.1 + 1.85 * len(panels))
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for ax, (family, panel), color in zip(axes, panels.items(), _COLORS * len(panels), strict=False):
+        _draw_panel(ax, family, panel, color)
+    axes[-1].set_xlabel("decoder layer", color=_MUTED, fontsize=9)
+    axes[-1].set_xlim(-0.7, num_layers - 0.3)
+    axes[-1].set_xticks(range(0, num_layers, _tick_step(num_layers)))
+    whole_model = " · ".join(
+        f"{widths.get(name, num_units[name]):,} of {num_units[name]:,} {label}"
+        for name, label in _WHOLE_MODEL.items()
+        if name in num_units and widths.get(name, num_units[name]) < num_units[name]
+    )
+    if whole_model:
+        figure.supxlabel(f"also kept: {whole_model}", color=_MUTED, fontsize=9)
+    figure.suptitle(title, color=_INK, fontsize=12, weight="bold")
+    _save(figure, path)
+
+
+def perplexity_picture(
+    rows: Sequence[Row],
+    path: str | Path,
+    *,
+    x: str = "achieved_ratio",
+    y: str = "perplexity",
+    title: str = "Perplexity after pruning",
+) -> None:
+    """Draw perplexity against the fraction removed, one line per method, on a logarithmic scale.
+
+    Rows that removed nothing are the dense model: a dashed line.
+
+    Args:
+        rows: results with the columns `method`, `x` and `y`; rows where `y` is missing or not finite are left out.
+        path: where to write, `.png`, `.svg` or `.pdf`; folders are made.
+        x: column of the fraction removed, 0 to 1.
+        y: column of the perplexity, above 0.
+        title: above the picture.
+
+    Raises:
+        ConfigError: no row with all three columns, or an unknown file type.
+        HFPruneError: matplotlib is not installed.
+    """
+    lines, dense = _lines(rows, x, y)
+    figure = _new_figure(path, width=7.2, height=4.4)
+    ax = figure.subplots()
+    ax.set_yscale("log")
+    for i, (method, points) in enumerate(lines.items()):
+        ax.plot(
+            *zip(*sorted(points), strict=True),
+            color=_COLORS[i % len(_COLORS)],
+            marker=_MARKERS[i % len(_MARKERS)],
+            markersize=5.5,
+            linewidth=1.8,
+            label=method,
+        )
+    if dense is not None:
+        ax.axhline(dense, color=_MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"dense ({dense:.2f})")
+    ax.set_xlabel("removed", color=_MUTED, fontsize=9)
+    ax.set_ylabel(f"{y.replace('_', ' ')} (log scale)", color=_MUTED, fontsize=9)
+    ax.set_xlim(left=0)
+    _format_axes(ax, log_y=True)
+    ax.legend(edgecolor="none", framealpha=0.9, fontsize=9, labelcolor=_INK)
+    ax.set_title(title, color=_INK, fontsize=12, weight="bold", loc="left")
+    _save(figure, path)
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        raise ConfigError("no rows to show: expected at least one result")
+    return list(dict.fromkeys(column for row in rows for column in row))
+
+
+def _heading(column: str) -> str:
+    return _HEADINGS.get(column) or column.removesuffix("_ratio").removeprefix("num_").replace("_", " ")
+
+
+def _is_numeric(rows: Sequence[Row], column: str) -> bool:
+    values = [row.get(column) for row in rows]
+    return any(value is not None for value in values) and not any(isinstance(value, str) for value in values)
+
+
+def _cell(column: str, value: str | int | float | None) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, str):
+        return value
+    if column.endswith("_ratio"):
+        return f"{100 * value:.1f} %"
+    if column == "speedup":
+        return f"{value:.2f} ×"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+
+
+def _panels(widths: Mapping[str, int], num_units: Mapping[str, int]) -> dict[str, dict[int, tuple[int, int]]]:
+    """Per family of axes, kept and all units of each layer: attention first."""
+    for name in [name for name in widths if name not in num_units or not 0 <= widths[name] <= num_units[name]]:
+        raise ConfigError(f"{name}: found width {widths[name]}, expected 0 to {num_units.get(name, 'no such axis')}")
+    panels: dict[str, dict[int, tuple[int, int]]] = {}
+    for name, total in num_units.items():
+        if match := _PER_LAYER.fullmatch(name):
+            panels.setdefault(match[2], {})[int(match[1])] = (widths.get(name, total), total)
+    if not panels:
+        raise ConfigError(f"no axis of a layer (`layers.0.mlp`, ...) among {sorted(num_units)}: nothing to draw")
+    return dict(sorted(panels.items()))
+
+
+def _draw_panel(ax: Axes, family: str, panel: Mapping[int, tuple[int, int]], color: str) -> None:
+    layers = sorted(panel)
+    fractions = [panel[layer][0] / panel[layer][1] for layer in layers]
+    ax.bar(layers, [1.0] * len(layers), width=0.78, color=_GHOST)
+    ax.bar(layers, fractions, width=0.78, color=color)
+    gone = [layer for layer in layers if panel[layer][0] == 0]
+    ax.plot(gone, [0.06] * len(gone), linestyle="none", marker="x", markersize=5, color=_MUTED)
+    kept, total = (sum(values) for values in zip(*panel.values(), strict=True))
+    ax.axhline(kept / total, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    name, _, member = family.partition(".")
+    label = _LABELS[name] + (f" ({member})" if member else "")
+    ax.set_title(label, color=_INK, fontsize=10, loc="left")
+    ax.set_title(f"{kept:,} of {total:,} kept ({kept / total:.0%})", color=_MUTED, fontsize=9, loc="right")
+    ax.set_ylim(0, 1.0)
+    ax.set_yticks([0, 0.5, 1])
+    _format_axes(ax)
+
+
+def _tick_step(num_layers: int) -> int:
+    return next(step for step in (1, 2, 4, 5, 10, 20, 50, num_layers) if num_layers / step <= 24)
+
+
+def _lines(rows: Sequence[Row], x: str, y: str) -> tuple[dict[str, list[tuple[float, float]]], float | None]:
+    """Points of each method, and the dense perplexity if a row removed nothing."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    dense: float | None = None
+    for row in rows:
+        method, removed, value = row.get("method"), row.get(x), row.get(y)
+        if not isinstance(removed, int | float) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            continue
+        if removed == 0:
+            dense = float(value)
+        elif method is not None:
+            lines.setdefault(str(method), []).append((float(removed), float(value)))
+    if not lines and dense is None:
+        raise ConfigError(f"no row has 'method', a number '{x}' and a finite '{y}' above 0: nothing to draw")
+    return lines, dense
+
+
+def _new_figure(path: str | Path, *, width: float, height: float) -> Figure:
+    if Path(path).suffix.lower() not in _SUFFIXES:
+        raise ConfigError(f"{path}: found file type '{Path(path).suffix}', expected one of {', '.join(_SUFFIXES)}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise HFPruneError("pictures need matplotlib: pip install 'hf_prune[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _format_axes(ax: Axes, *, log_y: bool = False) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+    (ax.xaxis if log_y else ax.yaxis).set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    if log_y:
+        low, high = ax.get_ylim()
+        ax.yaxis.set_major_locator(MaxNLocator(6) if high < 5 * low else LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(_plain_number))
+        ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.grid(color=_GRID, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(which="both", length=0, colors=_MUTED, labelsize=8.5)
+
+
+def _plain_number(value: float, _: Any) -> str:
+    return f"{value:,.10g}"
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=160)

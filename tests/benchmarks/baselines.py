@@ -1,0 +1,198 @@
+"""Perplexity of the baselines on the reference model: writes docs/baselines.json and the tables made from it.
+
+    OMP_NUM_THREADS=2 python tests/benchmarks/baselines.py            # measure what is missing, then write the tables
+    python tests/benchmarks/baselines.py --tables-only
+
+Protocol: ref10m, non-overlapping windows of 256 tokens, no BOS, float32, on the CPU. Every result is written as soon as it
+is measured, so an interrupted run goes on; delete docs/baselines.json to measure anew. Data and model are read from
+`HF_PRUNE_DATA` (default `../shared`).
+"""
+
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hf_prune import MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig, allocate, apply_plan, infer_structure
+from hf_prune.data import calibration_batches, load_text
+from hf_prune.evaluation import markdown_table, num_bytes, num_parameters, perplexity
+from hf_prune.methods import score
+
+ROOT = Path(__file__).parents[2]
+SHARED = Path(os.environ.get("HF_PRUNE_DATA", ROOT.parent / "shared"))
+RESULTS = ROOT / "docs" / "baselines.json"
+
+RATIOS = (0.2, 0.3, 0.5, 0.7)
+ALLOCATIONS = ("uniform", "global")
+METHODS: tuple[tuple[type[PruningConfig], int], ...] = ((WandaConfig, 0), (MagnitudeConfig, 0)) + tuple(
+    (RandomConfig, seed) for seed in (0, 1, 2)
+)
+NOVELS_CHARS = 400_000  # about 100,000 tokens
+CORPORA = {"wikitext2": "WikiText-2 test", "novels": "novels (first 400,000 characters; part of the training data)"}
+CALIBRATION = {"num_samples": 128, "seq_len": 256}
+KEY = ("method", "allocation", "pruning_ratio", "seed")
+
+
+def texts() -> dict[str, str]:
+    """The two evaluation texts."""
+    data = SHARED / "data"
+    return {
+        "wikitext2": load_text(data / "wikitext2" / "test.txt"),
+        "novels": load_text(data / "prose" / "novels.txt", max_chars=NOVELS_CHARS),
+    }
+
+
+def measure(model: PreTrainedModel, tokenizer: Any, corpora: dict[str, str]) -> dict[str, Any]:
+    """Size and perplexities of one model."""
+    start = time.perf_counter()
+    found: dict[str, Any] = {"num_parameters": num_parameters(model), "num_bytes": num_bytes(model)}
+    for name, text in corpora.items():
+        report = perplexity(model, tokenizer, text, window=256, progress=False)
+        found[name] = {"perplexity": report.perplexity, "num_tokens": report.num_tokens}
+    return {**found, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def circumstances() -> dict[str, Any]:
+    """Where and with what the numbers were made."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "model": "ref10m",
+        "protocol": "windows of 256 tokens without overlap, no BOS, float32, exp(mean NLL of the predicted tokens)",
+        "calibration": f"{CALIBRATION['num_samples']} × {CALIBRATION['seq_len']} tokens of wikitext2/train.txt, seed 0",
+        "commit": git.stdout.strip() or "unknown",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+    }
+
+
+def save(results: dict[str, Any]) -> None:
+    """Write the results, by renaming: an interruption leaves the old file."""
+    temporary = RESULTS.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(RESULTS)
+
+
+def run() -> None:
+    """Measure every combination that docs/baselines.json does not hold yet."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {**circumstances(), "rows": []}
+    done = {tuple(row[name] for name in KEY) for row in results["rows"]}
+    path = SHARED / "models" / "ref10m"
+    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    corpora, structure = texts(), infer_structure(dense)
+    if "dense" not in results:
+        results["dense"] = measure(dense, tokenizer, corpora)
+        save(results)
+        print("dense", results["dense"], flush=True)
+    batches = calibration_batches(
+        tokenizer, SHARED / "data" / "wikitext2" / "train.txt", **CALIBRATION, batch_size=8, seed=0
+    )
+    for config_class, seed in METHODS:
+        scores = None
+        for ratio, allocation in ((ratio, allocation) for ratio in RATIOS for allocation in ALLOCATIONS):
+            config = config_class(ratio, allocation=allocation, seed=seed, **CALIBRATION)
+            values = config.to_dict()
+            if tuple(values[name] for name in KEY) in done:
+                continue
+            scores = scores if scores is not None else score(dense, structure, config, batches=batches)
+            plan = allocate(scores, structure, config)
+            pruned = apply_plan(dense, structure, plan)
+            row = {name: values[name] for name in KEY} | {"achieved": plan.achieved}
+            results["rows"].append(row | measure(pruned, tokenizer, corpora))
+            save(results)
+            print(results["rows"][-1], flush=True)
+
+
+def table(results: dict[str, Any], corpus: str) -> str:
+    """One line per method and allocation, one column per ratio."""
+    lines = [{"method": "dense", "allocation": "", "0 %": f"{results['dense'][corpus]['perplexity']:.2f}"}]
+    for method in ("random", "magnitude", "wanda"):
+        for allocation in ALLOCATIONS:
+            line = {"method": method, "allocation": allocation, "0 %": ""}
+            for ratio in RATIOS:
+                found = [
+                    row[corpus]["perplexity"]
+                    for row in results["rows"]
+                    if (row["method"], row["allocation"], row["pruning_ratio"]) == (method, allocation, ratio)
+                ]
+                line[f"{100 * ratio:.0f} %"] = _cell(found)
+            lines.append(line)
+    return markdown_table([{column: line.get(column, "") for column in lines[-1]} for line in lines])
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "–"
+    mean = f"{fmean(values):,.4g}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):,.4g}–{max(values):,.4g})"
+
+
+def achieved_line(results: dict[str, Any]) -> str:
+    """The largest difference between the asked and the achieved ratio."""
+    rows = results["rows"]
+    worst = max(abs(row["achieved"]["decoder"] - row["pruning_ratio"]) / row["pruning_ratio"] for row in rows)
+    absolute = max(abs(row["achieved"]["decoder"] - row["pruning_ratio"]) for row in rows)
+    return (
+        f"Over these {len(rows)} runs the achieved ratio differs from the asked one by at most {100 * absolute:.3f} "
+        f"percentage points ({100 * worst:.2f} % of it)."
+    )
+
+
+def write_tables(results: dict[str, Any]) -> None:
+    """Write docs/results.md, and the short table between the markers of README.md."""
+    seeds = "random: mean of the seeds 0, 1, 2 (smallest–largest)."
+    short = "\n".join([table(results, "wikitext2"), achieved_line(results)])
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split("<!-- results -->", 1)
+    _, after = rest.split("<!-- /results -->", 1)
+    readme.write_text(f"{before}<!-- results -->\n{short}\n<!-- /results -->{after}", encoding="utf-8")
+
+    facts = [f"- {name}: {value}" for name, value in results.items() if name not in ("dense", "rows")]
+    parts = ["# Results", "Made by `tests/benchmarks/baselines.py`; the numbers are in `docs/baselines.json`."]
+    parts += ["\n".join(facts), f"Columns: fraction of decoder parameters removed; {seeds} Nothing was retrained."]
+    for corpus, title in CORPORA.items():
+        parts += [f"## Perplexity on {title}", table(results, corpus).rstrip()]
+    parts += ["## Asked and achieved", achieved_line(results), sizes(results).rstrip()]
+    (ROOT / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def sizes(results: dict[str, Any]) -> str:
+    """Every run: asked, achieved in all meanings, parameters."""
+    lines = [
+        {
+            "method": f"{row['method']} (seed {row['seed']})" if row["method"] == "random" else row["method"],
+            "allocation": row["allocation"],
+            "asked": f"{100 * row['pruning_ratio']:.0f} %",
+            **{name: f"{100 * row['achieved'][name]:.3f} %" for name in ("decoder", "model", "units")},
+            "parameters": f"{row['num_parameters']:,}",
+        }
+        for row in sorted(results["rows"], key=lambda row: tuple(row[name] for name in KEY))
+    ]
+    return markdown_table(lines)
+
+
+def main(
+    tables_only: Annotated[bool, typer.Option(help="Only write the tables from docs/baselines.json.")] = False,
+) -> None:
+    """Measure the baselines on ref10m and write the tables."""
+    if not tables_only:
+        run()
+    write_tables(json.loads(RESULTS.read_text(encoding="utf-8")))
+
+
+if __name__ == "__main__":
+    typer.run(main)

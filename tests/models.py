@@ -1,0 +1,188 @@
+"""Tiny random models of the families that the laws are shown on: from configs, no two sizes alike where that is possible."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_prune.config import PruningConfig, RandomConfig
+from hf_prune.plan import PruningPlan, prunable_units
+from hf_prune.structure.inference import infer_structure
+
+if TYPE_CHECKING:
+    import random
+
+    from transformers import PreTrainedModel
+
+    from hf_prune.structure.structure import Structure
+
+VOCAB = 96
+_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 10,
+    "max_position_embeddings": 64,
+    **_IDS,
+}
+_MHA = {  # head_dim is hidden_size // num_attention_heads in these
+    "vocab_size": VOCAB,
+    "hidden_size": 40,
+    "intermediate_size": 56,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "max_position_embeddings": 64,
+    **_IDS,
+}
+# For llama and gemma3_text the head count must divide the hidden size, or stock transformers refuses the config.
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**_SHAPE, "tie_word_embeddings": False}),
+    "llama_tied": ("llama", {**_SHAPE, "tie_word_embeddings": True, "num_key_value_heads": 2}),
+    "mistral": ("mistral", {**_SHAPE, "num_hidden_layers": 2, "sliding_window": 5}),
+    "qwen2": ("qwen2", {**_SHAPE, "hidden_size": 36, "num_hidden_layers": 2}),
+    "qwen3": ("qwen3", {**_SHAPE, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 2}),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            **_SHAPE,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "phi3": ("phi3", {**_SHAPE, "num_hidden_layers": 2, "head_dim": 8, "original_max_position_embeddings": 64}),
+    "gpt2": (
+        "gpt2",
+        {"vocab_size": VOCAB, "n_embd": 40, "n_layer": 3, "n_head": 5, "n_inner": 56, "n_positions": 64, **_IDS},
+    ),
+    "opt": (
+        "opt",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 40,
+            "ffn_dim": 56,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 5,
+            "max_position_embeddings": 64,
+            "word_embed_proj_dim": 40,
+            **_IDS,
+        },
+    ),
+    "gpt_neox": ("gpt_neox", {**_MHA, "num_hidden_layers": 2, "rotary_pct": 0.5}),
+    "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 40, "n_layer": 3, "n_head": 4, **_IDS}),
+    "falcon": (
+        "falcon",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 48,
+            "ffn_hidden_size": 56,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "num_kv_heads": 3,
+            "new_decoder_architecture": True,
+            "alibi": False,
+            **_IDS,
+        },
+    ),
+    "falcon_mqa": (
+        "falcon",
+        {
+            "vocab_size": VOCAB,
+            "hidden_size": 48,
+            "ffn_hidden_size": 56,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "alibi": False,
+            **_IDS,
+        },
+    ),
+    "glm4": ("glm4", {**_SHAPE, "num_hidden_layers": 2}),
+    "mixtral": (
+        "mixtral",
+        {**_SHAPE, "num_hidden_layers": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+}
+"""Name → model type and settings of its config."""
+FAMILIES = tuple(SETTINGS)
+
+
+def tiny_config(name: str) -> Any:
+    """A fresh config of one of `FAMILIES`."""
+    from transformers import CONFIG_MAPPING
+
+    model_type, settings = SETTINGS[name]
+    return CONFIG_MAPPING[model_type](**settings)
+
+
+def tiny_model(name: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A fresh random model in evaluation mode, with noise on every parameter so that no norm or bias is trivial."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(name)
+    state = torch.get_rng_state()
+    try:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    finally:
+        torch.set_rng_state(state)
+    if config.model_type == "mixtral" and dtype == torch.float64:
+        model.set_experts_implementation("batched_mm")  # the grouped product has no float64 kernel
+    return model.to(dtype).eval()
+
+
+@functools.cache
+def shared_model(name: str) -> PreTrainedModel:
+    """One float64 model per process: do not change it."""
+    return tiny_model(name)
+
+
+@functools.cache
+def shared_structure(name: str) -> Structure:
+    """Structure of `shared_model`."""
+    return infer_structure(shared_model(name))
+
+
+def token_ids(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
+    """int64 `[batch, length]` without special tokens."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of a forward pass without cache."""
+    with torch.no_grad():
+        return model(input_ids=token_ids() if ids is None else ids, use_cache=False).logits
+
+
+def make_plan(
+    structure: Structure, kept: dict[str, tuple[int, ...]], config: PruningConfig | None = None
+) -> PruningPlan:
+    """A plan that keeps these units; what it says it achieved is not meant."""
+    return PruningPlan(
+        model_type=structure.model_type,
+        base_model_name_or_path=None,
+        num_units=prunable_units(structure),
+        kept_indices=kept,
+        config=config or RandomConfig(0.3),
+        achieved={"decoder": 0.3, "model": 0.3, "units": 0.3},
+    )
+
+
+def random_kept(
+    structure: Structure, rng: random.Random, kinds: tuple[str, ...] = ("attention", "mlp")
+) -> dict[str, tuple[int, ...]]:
+    """Any number of units, from one to all, of every prunable axis of these kinds."""
+    kept = {}
+    for name, axis in structure.axes.items():
+        if axis.prunable and axis.kind in kinds:
+            chosen = tuple(sorted(rng.sample(range(axis.num_units), rng.randint(1, axis.num_units))))
+            if len(chosen) < axis.num_units:
+                kept[name] = chosen
+    return kept
