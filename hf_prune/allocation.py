@@ -212,16 +212,33 @@ def _prefix(ladders: list[_Ladder], structure: Structure, config: PruningConfig)
 
     target = config.pruning_ratio * base
     most = removed(len(cuts) - 1)
-    if config.budget == "units":
-        half_a_step = sum(ladder.step for ladder in ladders) / 2
-    else:
-        half_a_step = sum(ladder.step * ladder.unit_cost for ladder in ladders) / 2
-    if target - most > half_a_step:
+    if target - most > _one_step_each(ladders, config) / 2:
         raise _out_of_reach(config, f"at most {most / base:.4f} of {config.budget}")
     best = _nearest(removed, len(cuts), target)
     if best < 0:
         raise _nothing_goes(config, f"the smallest step removes {removed(0) / base:.4f} of {config.budget}")
     return taken(best)
+
+
+def _one_step_each(ladders: list[_Ladder], config: PruningConfig) -> float:
+    """What one step on every axis that may lose units removes from the dense model, in parameters or units."""
+    movable = [ladder for ladder in ladders if len(ladder.ends)]
+    if config.budget != "units":
+        return sum(ladder.step * ladder.unit_cost for ladder in movable)
+    return sum(ladder.step + _units_inside(ladder, ladders) for ladder in movable)
+
+
+def _units_inside(layer_ladder: _Ladder, ladders: list[_Ladder]) -> int:
+    """Units of other axes that go with one unit of a layer axis, at most."""
+    if layer_ladder.axis.kind != "layer":
+        return 0
+    branch = layer_ladder.axis.name.partition(".")[2]
+    inside = 0
+    for unit in layer_ladder.order.tolist():
+        layers = frozenset[int]() if branch else frozenset({unit})
+        going = [x.axis.num_units for x in ladders if vanishes(x.axis.name, layers, frozenset({(unit, branch)}))]
+        inside = max(inside, sum(going))
+    return inside + (0 if branch else sum(ladder.axis.kind == "layer" for ladder in ladders) - 1)
 
 
 def _nearest(removed: Callable[[int], int], num_cuts: int, target: float) -> int:

@@ -64,6 +64,8 @@ class PruningConfig:
     """Calibration windows, 1 or more."""
     seq_len: int = 256
     """Tokens of each calibration window, 1 or more."""
+    num_steps: int = 1
+    """Prune in so many equal steps, scores recomputed on the pruned model before each."""
 
     def __post_init__(self) -> None:
         for name in ("axes", "layers", "protect"):  # lists, as JSON gives them, become tuples
@@ -81,7 +83,7 @@ class PruningConfig:
         self._check(known and len(set(self.axes)) == len(self.axes), "axes", f"one or more different kinds of {kinds}")
         if self.round_to not in (None, "auto"):
             self._check_int("round_to", 1, 'or "auto" or None')
-        for name, lowest in (("min_units", 1), ("seed", 0), ("num_samples", 1), ("seq_len", 1)):
+        for name, lowest in (("min_units", 1), ("seed", 0), ("num_samples", 1), ("seq_len", 1), ("num_steps", 1)):
             self._check_int(name, lowest)
         if self.layers is not None:
             valid = _is_tuple_of(self.layers, int) and len(self.layers) > 0 and min(self.layers) >= 0
@@ -171,11 +173,80 @@ class WandaConfig(PruningConfig):
     """Name of the method that scores the units; fixed by the class."""
 
 
+@dataclass(frozen=True)
+class LLMPrunerConfig(PruningConfig):
+    """Gradient importance of coupled groups (LLM-Pruner, arXiv 2305.11627). Calibrated.
+
+    The defaults are our recommended preset; `preset` gives the paper's.
+    """
+
+    method: str = "llm_pruner"
+    """Name of the method that scores the units; fixed by the class."""
+    allocation: Allocation = "global"
+    """`uniform`: the same fraction from every axis; `global`: scores per parameter removed compete across axes."""
+    criterion: Literal["vector", "first_order", "second_order", "mixed", "fisher"] = "fisher"
+    """Importance of a unit: the paper's `vector` |Σ w·g|, `first_order` Σ|w·g|, `second_order` Σ w²·F, `mixed`
+    Σ|w·g − ½·w²·F|, or our `fisher`: Fisher information of the unit's mask, from activations alone."""
+    aggregation: Literal["sum", "mean", "max", "product", "last", "first"] = "sum"
+    """How the scores of a group's matrices become one: `last` is the consumer (`down_proj`, `o_proj`) alone, `first` the
+    first matrix. Not used by `fisher`, which has one score per unit."""
+    normalisation: Literal["mean", "sum"] = "mean"
+    """F is the `mean` (the released code) or the `sum` (the paper, eq. 5) of squared sample gradients; matters to
+    `mixed` only, whose two terms it weighs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("criterion", ("vector", "first_order", "second_order", "mixed", "fisher"))
+        self._check_choice("aggregation", ("sum", "mean", "max", "product", "last", "first"))
+        self._check_choice("normalisation", ("mean", "sum"))
+
+    @classmethod
+    def preset(cls, name: str, pruning_ratio: float, num_hidden_layers: int) -> LLMPrunerConfig:
+        """A named setting.
+
+        Args:
+            name: `paper_block`: Element¹ on KV groups and MLP channels, the same ratio of units in every layer but the
+                first 4 and last 2; `paper_channel`: Element¹ on the hidden axis; `paper_vector`, `paper_second_order`:
+                `paper_block` with those criteria. 10 samples of 64 tokens, seed 42, as in the released runs.
+                `recommended`: Fisher information of the unit masks, global, 128 samples of 256 tokens.
+            pruning_ratio: of units for the paper's presets (0.25 gives its "20 %"), of decoder parameters for ours.
+            num_hidden_layers: decoder layers of the model; the paper's presets need more than 6.
+
+        Raises:
+            ConfigError: an unknown name, or too few layers.
+        """
+        if name == "recommended":
+            return cls(pruning_ratio)
+        criteria = {
+            "paper_block": "first_order",
+            "paper_channel": "first_order",
+            "paper_vector": "vector",
+            "paper_second_order": "second_order",
+        }
+        if name not in criteria:
+            raise ConfigError(f"preset: found {name!r}, expected 'recommended' or one of {tuple(criteria)}.")
+        if num_hidden_layers <= 6:
+            raise ConfigError(f"preset {name!r} protects 6 layers; found a model with {num_hidden_layers}.")
+        channel = name == "paper_channel"
+        return cls(
+            pruning_ratio,
+            budget="units",
+            allocation="uniform",
+            axes=("hidden",) if channel else ("mlp", "attention"),
+            layers=None if channel else tuple(range(4, num_hidden_layers - 2)),
+            criterion=criteria[name],  # type: ignore[arg-type]
+            num_samples=10,
+            seq_len=64,
+            seed=42,
+        )
+
+
 CONFIGS: dict[str, type[PruningConfig]] = {
     "custom": PruningConfig,
     "random": RandomConfig,
     "magnitude": MagnitudeConfig,
     "wanda": WandaConfig,
+    "llm_pruner": LLMPrunerConfig,
 }
 """Method → its configuration class."""
 

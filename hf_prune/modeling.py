@@ -99,9 +99,7 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
         """
         from hf_prune.checkpoint.saving import save_pruned
 
-        save_pruned(
-            model, save_directory, plan=plan, tokenizer=tokenizer, max_shard_size=max_shard_size, report=report
-        )
+        save_pruned(model, save_directory, plan=plan, tokenizer=tokenizer, max_shard_size=max_shard_size, report=report)
 
     @staticmethod
     def push_to_hub(

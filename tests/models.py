@@ -10,6 +10,7 @@ import torch
 from hf_prune.config import PruningConfig, RandomConfig
 from hf_prune.plan import PruningPlan, prunable_units
 from hf_prune.structure.inference import infer_structure
+from hf_prune.structure.layouts import Fixed, Layout, Product, Units
 
 if TYPE_CHECKING:
     import random
@@ -74,7 +75,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gpt_neox": ("gpt_neox", {**_MHA, "num_hidden_layers": 2, "rotary_pct": 0.5}),
-    "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 40, "n_layer": 3, "n_head": 4, **_IDS}),
+    "bloom": ("bloom", {"vocab_size": VOCAB, "hidden_size": 40, "n_layer": 3, "n_head": 5, **_IDS}),
     "falcon": (
         "falcon",
         {
@@ -186,3 +187,30 @@ def random_kept(
             if len(chosen) < axis.num_units:
                 kept[name] = chosen
     return kept
+
+
+def permute_units_(
+    model: PreTrainedModel, structure: Structure, axis: str, permutation: torch.Tensor, members: slice = slice(None)
+) -> None:
+    """Put unit `permutation[i]` of `axis` at place `i`; the model computes the same function. Modifies `model`."""
+    state = model.state_dict()
+    for member in structure.members[axis][members]:
+        layout = structure.layouts[member.parameter][member.dim]
+        where = positions(layout, axis, permutation)
+        state[member.parameter].copy_(state[member.parameter].index_select(member.dim, where))
+
+
+def positions(layout: Layout, axis: str, permutation: torch.Tensor) -> torch.Tensor:
+    """Where the entries of a dimension come from when the units of `axis` are permuted: int64 `[size]`."""
+    if isinstance(layout, Units):
+        return permutation if layout.axis == axis else torch.arange(layout.num_units)
+    if isinstance(layout, Fixed):
+        return torch.arange(layout.length)
+    found = [positions(child, axis, permutation) for child in getattr(layout, "factors", getattr(layout, "parts", ()))]
+    if isinstance(layout, Product):
+        result = torch.zeros(1, dtype=torch.int64)
+        for inner in found:
+            result = (result[:, None] * len(inner) + inner[None, :]).reshape(-1)
+        return result
+    offsets = [sum(len(part) for part in found[:i]) for i in range(len(found))]
+    return torch.cat([part + offset for part, offset in zip(found, offsets, strict=True)])

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -219,12 +220,32 @@ def test_speed_report_adds_up() -> None:
 def test_speed_uses_the_cache_and_the_last_logits() -> None:
     model = tiny_llama()
     calls = []
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((kwargs["input_ids"].shape[1], kwargs.get("logits_to_keep"))),
-        with_kwargs=True,
-    )
+
+    def record(_: torch.nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        cached = None if cache is None else int(cache.get_seq_length())
+        calls.append((kwargs["input_ids"].shape[1], cached, kwargs.get("logits_to_keep")))
+
+    model.register_forward_pre_hook(record, with_kwargs=True)
     ev.measure_speed(model, prompt_len=8, new_tokens=2, repeats=1)
-    assert calls == [(8, 1), (1, None), (1, None)] * 2  # a warm-up and one repeat
+    assert calls == [(8, None, 1), (1, 8, None), (1, 9, None)] * 2  # a warm-up and one repeat
+
+
+def test_the_warm_up_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 100.0, 200.0, 200.0, 201.0, 203.0])
+    monkeypatch.setattr(sys.modules["hf_prune.evaluation.speed"], "_now", lambda _: next(clock))
+    report = ev.measure_speed(tiny_llama(), prompt_len=8, new_tokens=4, repeats=1)
+    assert (report.prefill_s, report.decode_s) == (1.0, 2.0)
+    assert (report.prefill_tokens_per_s, report.decode_tokens_per_s) == (8.0, 2.0)
+    clock = iter([0.0, 100.0, 100.0, 200.0, 0.0, 3.0, 3.0, 4.0])
+    assert ev.compare_prefill(tiny_llama(), tiny_llama(), prompt_len=8, repeats=1).ratio == 3.0
+
+
+def test_models_without_a_cache_are_refused() -> None:
+    model = tiny_llama()
+    model.register_forward_hook(lambda _, args, output: output.__class__(logits=output.logits))
+    with pytest.raises(HFPruneError, match="returned no past_key_values"):
+        ev.measure_speed(model, prompt_len=8, new_tokens=1, repeats=1)
 
 
 def test_compare_prefill_interleaves_with_fixed_threads() -> None:
@@ -233,8 +254,8 @@ def test_compare_prefill_interleaves_with_fixed_threads() -> None:
     for name, model in (("a", dense), ("b", pruned)):
         model.register_forward_pre_hook(lambda *_, name=name: calls.append((name, torch.get_num_threads())))
     threads = torch.get_num_threads()
-    result = ev.compare_prefill(dense, pruned, prompt_len=8, repeats=3, num_threads=1)
-    assert calls == [("a", 1), ("b", 1)] * 4
+    result = ev.compare_prefill(dense, pruned, prompt_len=8, repeats=3, num_threads=threads + 1)
+    assert calls == [("a", threads + 1), ("b", threads + 1)] * 4
     assert torch.get_num_threads() == threads
     assert result.ratio == pytest.approx(sorted(result.a_s)[1] / sorted(result.b_s)[1])
 

@@ -117,7 +117,9 @@ def test_config_reload_and_resave(loaded, tmp_path):
     again = reload(loaded, tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert torch.equal(logits(again), logits(loaded))
-    assert again.config.to_diff_dict() == loaded.config.to_diff_dict()
+    before, after = (model.config.to_diff_dict() for model in (loaded, again))
+    after.pop("auto_map", None)  # which saving a pruned model may add
+    assert after == before
 
 
 def test_built_without_weights_is_initialised_at_its_widths(loaded):
@@ -125,6 +127,7 @@ def test_built_without_weights_is_initialised_at_its_widths(loaded):
     torch.manual_seed(0)
     fresh = type(loaded)(config)
     for name, parameter in fresh.named_parameters():
+        assert parameter.requires_grad
         assert parameter.shape == loaded.get_parameter(name).shape
         if parameter.dim() == 2:
             assert 0.005 < parameter.std() < 0.05, name
@@ -153,6 +156,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(loaded):
         loaded(input_ids=ids(), labels=ids()).loss.backward()
         return {name: p.grad.clone() for name, p in loaded.named_parameters() if p.grad is not None}
 
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
     loaded.train()
     expected = gradients()
     loaded.activation_checkpointing_enable()

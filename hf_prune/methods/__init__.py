@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from hf_prune.config import PruningConfig, selected_axes
 from hf_prune.errors import CalibrationError, ConfigError, ScoreError
 from hf_prune.methods.baselines import magnitude_scores, random_scores, wanda_scores
+from hf_prune.methods.llm_pruner import llm_pruner_scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -51,6 +52,7 @@ METHODS: dict[str, Method] = {
     "random": Method(random_scores, needs_calibration=False),
     "magnitude": Method(magnitude_scores, needs_calibration=False),
     "wanda": Method(wanda_scores, needs_calibration=True),
+    "llm_pruner": Method(llm_pruner_scores, needs_calibration=True),
 }
 
 

@@ -50,7 +50,7 @@ def input_norms(model: nn.Module, inputs: Mapping[str, int], batches: Iterable[B
     num_batches = 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_evaluating(model))
+        stack.enter_context(evaluating(model))
         for name, dim in flat.items():
             module = model.get_submodule(name.rpartition(".")[0])
             hook = _recorder(name, parameters[name].shape[dim], add)
@@ -59,7 +59,7 @@ def input_norms(model: nn.Module, inputs: Mapping[str, int], batches: Iterable[B
             stack.enter_context(_eager_experts(model))
             stack.enter_context(_StackedInputs(stacked, add))
         for batch in tqdm(batches, desc="calibration", unit="batch", leave=False):
-            model(input_ids=_checked(batch).to(_device(model)), use_cache=False)
+            model(input_ids=checked_ids(batch).to(input_device(model)), use_cache=False)
             num_batches += 1
     if num_batches == 0:
         raise CalibrationError("calibration found no batch, expected one or more: give a longer text or more samples.")
@@ -111,7 +111,7 @@ class _StackedInputs(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while; each module gets its own flag back."""
     flags = {module: module.training for module in model.modules()}
     model.eval()
@@ -137,7 +137,8 @@ def _eager_experts(model: nn.Module) -> Iterator[None]:
         change(before)
 
 
-def _checked(batch: Batch) -> Tensor:
+def checked_ids(batch: Batch) -> Tensor:
+    """The `input_ids` `[B, T]` of a batch; `CalibrationError` if it has none, or padding."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
         found = tuple(ids.shape) if isinstance(ids, Tensor) else type(batch).__name__
@@ -150,5 +151,6 @@ def _checked(batch: Batch) -> Tensor:
     return ids
 
 
-def _device(model: nn.Module) -> torch.device:
+def input_device(model: nn.Module) -> torch.device:
+    """Where the model expects its input."""
     return next(model.parameters()).device

@@ -1,44 +1,25 @@
-"""Gradients of the next-token loss over calibration samples, handed on one parameter at a time and freed at once.
+"""Gradients of the next-token loss over calibration samples, handed on one tensor at a time and freed at once.
 
-Nothing here keeps the gradients of a whole model: each parameter's gradient is given to `consume` the moment autograd has
-it, and dropped. With several processes (`accelerate launch`) each takes its share of the samples.
+Nothing here keeps the gradients of a whole model: a parameter's gradient is given to `consume` the moment autograd has it,
+and dropped. With several processes (`accelerate launch`) each handles its share of the samples.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from hf_prune.errors import CalibrationError, ScoreError
-from hf_prune.methods.calibration import Batch, _checked, _device, _evaluating
+from hf_prune.errors import ScoreError
+from hf_prune.methods.calibration import Batch, checked_ids, evaluating, input_device
 
 Consume = Callable[[str, Tensor], None]
 
-LARGEST_SCALE = 2.0**16
-"""Loss scale in float16, where gradients of about 1e-8 would vanish; halved whenever something overflows."""
-
-
-def my_share(batches: Iterable[Batch], per_sample: bool) -> list[Tensor]:
-    """`input_ids` `[B, T]` of the batches that this process handles; one sample each if `per_sample`.
-
-    Samples are dealt out in turn, so that n processes handle n-fold data in the same time.
-
-    Raises:
-        CalibrationError: no batch, or an unusable one.
-    """
-    found = [_checked(batch) for batch in batches]
-    if not found:
-        raise CalibrationError("calibration found no batch, expected one or more: give a longer text or more samples.")
-    if per_sample:
-        found = [row[None] for ids in found for row in ids]
-    rank, world = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
-    return found[rank::world]
+HALF_SCALE = 2.0**16
+"""Largest loss scale for float16, in which gradients near 1e-8 would vanish."""
 
 
 def distributed() -> bool:
@@ -46,38 +27,103 @@ def distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def reduce_sum_(values: Tensor) -> Tensor:
-    """Sum `values` over all processes, in place; does nothing in a single process."""
+def my_share(batches: Iterable[Batch], per_sample: bool) -> list[Tensor]:
+    """`input_ids` `[B, T]` that this process handles, dealt out in turn; one sample each if `per_sample`."""
+    found = [checked_ids(batch) for batch in batches]
+    if per_sample:
+        found = [row[None] for ids in found for row in ids]
+    return found[dist.get_rank() :: dist.get_world_size()] if distributed() else found
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes; the same tensor where there is one process."""
     if distributed():
         dist.all_reduce(values)
     return values
 
 
-def backward_over(
-    model: nn.Module, shares: list[Tensor], parameters: Mapping[str, nn.Parameter], consume: Callable[[str, Tensor, Tensor], None]
-) -> int:
-    """Run forward and backward over each share; `consume(name, weight, gradient)` gets the fp32 gradient of its *summed*
-    mean losses (one mean next-token loss per sample), for each of `parameters`, which are the only ones that need one.
+def backward(
+    model: nn.Module, ids: Tensor, parameters: Mapping[str, nn.Parameter], consume: Consume, scale: float
+) -> None:
+    """One forward and backward pass; `consume(name, gradient)` gets each gradient as soon as it is ready.
+
+    The loss is the sum over the samples of their mean next-token losses, so that gradients of batches add up.
 
     Args:
-        model: a causal LM; left as it was, also after an error.
-        shares: `input_ids` `[B, T]` per backward pass.
+        model: a causal LM, inside `differentiable`.
+        ids: `input_ids` `[B, T]`.
         parameters: those whose gradients are wanted.
-        consume: called once per share and parameter; must not keep the tensors.
-
-    Returns:
-        Number of samples handled, over all processes.
+        consume: called once per parameter that the loss depends on; float32 unless the parameter is bfloat16.
+        scale: factor on the loss during the pass, from `loss_scale`; taken out again.
 
     Raises:
         ScoreError: the loss is not finite.
     """
+
+    def take(name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            consume(name, gradient if scale == 1.0 else gradient.float() / scale)
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p))
+        for name, parameter in parameters.items()
+    ]
+    try:
+        loss = model(input_ids=ids.to(input_device(model)), labels=ids.to(input_device(model)), use_cache=False).loss
+        if not bool(loss.isfinite()):
+            raise ScoreError(
+                f"the calibration loss is {loss.item()}, expected a finite number. "
+                "Score in bfloat16 or float32, and check that the dense model works."
+            )
+        (loss * (len(ids) * scale)).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def loss_scale(model: nn.Module, ids: Tensor, parameters: Mapping[str, nn.Parameter]) -> float:
+    """Factor on the loss with which no gradient overflows or vanishes: 1 unless the model is float16 (one trial pass each)."""
+    if not any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        return 1.0
+    scale = HALF_SCALE
+    while parameters and scale > 1.0:
+        finite: list[Tensor] = []
+        backward(model, ids[:1], parameters, lambda _, gradient, found=finite: found.append(gradient.isfinite().all()), scale)
+        if all(bool(flag) for flag in finite):
+            return scale / 8  # a margin for the other samples
+        scale /= 4
+    return min(scale, HALF_SCALE / 64)
+
+
+@contextlib.contextmanager
+def differentiable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Within, only `parameters` need gradients, and activations do; evaluation mode; afterwards all is as before.
+
+    Gradient checkpointing, if the caller enabled it on the model, stays on although its layers only use it in training
+    mode: the flag is set on the layers themselves, not on what they contain (dropout).
+    """
+    wanted = {id(parameter) for parameter in parameters.values()}
+    needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    grads = {parameter: parameter.grad for parameter in needed if parameter.grad is not None}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_differentiable(model, parameters))
-        scale = LARGEST_SCALE if _is_half(model) else 1.0
-        pending: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, parameter in parameters.items():
-            stack.callback(parameter.register_post_accumulate_grad_hook(_taker(name, consume, pending, lambda: scale)).remove)
-        for ids in tqdm(shares, desc="gradients", unit="batch", leave=False):
-            (sum_of_losses(model, ids) * scale).backward()
-    total = torch.tensor(sum(len(ids) for ids in shares))
-    return int(reduce_sum_(total))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.enable_grad())
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False) is True:
+                module.training = True
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        stack.callback(embedding.register_forward_hook(_need_gradient).remove)
+        try:
+            for parameter in needed:
+                parameter.requires_grad_(id(parameter) in wanted)
+                parameter.grad = None
+            yield
+        finally:
+            for parameter, flag in needed.items():
+                parameter.requires_grad_(flag)
+                parameter.grad = grads.get(parameter)
+
+
+def _need_gradient(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    return output if output.requires_grad else output.requires_grad_()

@@ -12,8 +12,17 @@ if TYPE_CHECKING:
 
 
 def fresh_config(config: Any) -> Any:
-    """An independent copy of `config`, never shared with a model (one used for a model cannot build a second one)."""
-    duplicate = type(config).from_dict(copy.deepcopy(config.to_dict()))
+    """An independent copy of `config`, never shared with a model (one used for a model cannot build a second one).
+
+    Raises:
+        StructureError: the config class refuses the values.
+    """
+    try:
+        duplicate = type(config).from_dict(copy.deepcopy(config.to_dict()))
+    except Exception as error:
+        raise StructureError(
+            f"{config.model_type}: its config class refuses this config: {type(error).__name__}: {error}"
+        ) from error
     for name in ("_name_or_path",):
         setattr(duplicate, name, getattr(config, name, ""))
     return duplicate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,6 @@ def infer_structure(source: PreTrainedConfig | PreTrainedModel | str) -> Structu
     """
     config, cls = _config_and_class(source)
     model = build_empty(traceable_config(config), cls)
-    layer_paths = find_layers(model)
     try:
         tracer, terms = trace(model)
     except Exception as error:
@@ -52,7 +51,7 @@ def infer_structure(source: PreTrainedConfig | PreTrainedModel | str) -> Structu
             f"{config.model_type}: the forward pass cannot be traced without weights: {_short(error)}. "
             "Operations whose result shape depends on values cannot be inferred; the model cannot be pruned."
         ) from error
-    return _Naming(model, tracer, terms, layer_paths).structure(config.model_type)
+    return _Naming(model, tracer, terms, find_layers(model, tracer.outputs)).structure(config.model_type)
 
 
 def _short(error: Exception) -> str:
@@ -78,13 +77,14 @@ def traceable_config(config: Any) -> Any:
     return copy
 
 
-def find_layers(model: nn.Module) -> tuple[str, ...]:
-    """Module paths of the decoder layers: the children of the list of modules that holds most parameters."""
+def find_layers(model: nn.Module, ran: Container[str]) -> tuple[str, ...]:
+    """Module paths of the decoder layers: the list of modules that holds most parameters of modules that ran."""
     best: tuple[int, str, nn.ModuleList] | None = None
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > 0:
-            count = sum(parameter.numel() for parameter in module.parameters())
-            if best is None or count > best[0]:
+        if isinstance(module, nn.ModuleList):
+            running = [child for index, child in enumerate(module) if f"{path}.{index}" in ran]
+            count = sum(parameter.numel() for child in running for parameter in child.parameters())
+            if count > (0 if best is None else best[0]):
                 best = (count, path, module)
     if best is None:
         raise StructureError(f"{type(model).__name__} has no list of decoder layers; it cannot be pruned.")
@@ -109,6 +109,7 @@ class _Naming:
         self.tracer, self.terms, self.layers = tracer, terms, layers
         self.buffers = {name for name, _ in model.named_buffers()}
         self.aliases = _aliases(model)
+        self.local: set[int] = set()  # atoms all of whose parameters lie in one decoder layer
         prefix = {path + ".": index for index, path in enumerate(layers)}
         self.layer_of = {name: next((i for p, i in prefix.items() if name.startswith(p)), None) for name in terms}
         self.consumed = {name: _atom_ids(found) for name, found in tracer.consumed.items()}
@@ -169,7 +170,8 @@ class _Naming:
                         entry.consumers.append((name, dim))
                     if id(atom) in self.produced.get(name, ()):
                         entry.producers.append((name, dim))
-        return [f for key, f in by_atom.items() if f.layer >= 0 and len(layers[key]) == 1 and f.atom.size > 1]
+        self.local = {key for key, found in layers.items() if len(found) == 1 and None not in found}
+        return [f for key, f in by_atom.items() if key in self.local and f.atom.size > 1]
 
     def _attention(self, here: list[_Found]) -> list[_Found]:
         """For each output projection the outermost axis along which attention is independent: KV groups, or heads."""
@@ -183,7 +185,11 @@ class _Naming:
         return list(chosen.values())
 
     def _mlp(self, here: list[_Found]) -> list[_Found]:
-        """Axes between two projections of one layer that have nothing to do with heads."""
+        """Axes between two projections of one layer that have nothing to do with heads.
+
+        The second projection leads back to the residual stream, else the axis is only the rank of a factored weight. Of
+        a product (heads × channels of a linear attention or state-space layer) the outermost axis is taken.
+        """
         chosen = []
         for entry in here:
             if entry.atom.heads or not entry.consumers or not entry.producers:
@@ -193,8 +199,18 @@ class _Naming:
                 continue  # value dimensions of attention
             if any(atom.heads for n, _ in entry.consumers for term in self.terms[n] for atom in leaves(term)):
                 continue  # a low-rank query, key or value projection
-            chosen.append(entry)
+            if any(self._leaves_layer(name, entry) and self._is_lead(name, dim, entry) for name, dim in entry.consumers):
+                chosen.append(entry)
         return chosen
+
+    def _leaves_layer(self, name: str, entry: _Found) -> bool:
+        """Whether a parameter of `entry` also has a dimension that the layer shares with the rest of the model."""
+        return any(id(atom) not in self.local for term in self.terms[name] for atom in leaves(term) if atom.size > 1)
+
+    def _is_lead(self, name: str, dim: int, entry: _Found) -> bool:
+        """Whether `entry` is the outermost axis, entirely inside its layer, of one dimension of a parameter."""
+        inside = (atom for atom in leaves(self.terms[name][dim]) if id(atom) in self.local and not atom.fixed)
+        return next(inside, entry.atom) is entry.atom
 
     def _names(self, layer: int, branch: Branch, chosen: list[_Found]) -> Iterable[tuple[str, _Found]]:
         base = f"layers.{layer}.{branch}"
@@ -244,10 +260,10 @@ class _Naming:
         """The arguments that hand a varying constant to the layer's attention (or MLP), one per constant; () if any is missing."""
         root = self._root(entry)
         result = []
-        for origin in dict.fromkeys(entry.atom.origins):
-            carried = {id(atom) for atom in leaves(origin)}
-            uses = [c for c in self.tracer.constant_inputs if c.module_path == root]
-            use = next((u for c in uses if (u := _use(c, carried)) is not None), None)
+        origins = {id(atom): atom for origin in entry.atom.origins for atom in leaves(origin)}
+        inputs = [constant for constant in self.tracer.constant_inputs if constant.module_path == root]
+        for origin in origins.values():
+            use = next((u for constant in inputs if (u := _use(constant, origin, set(origins))) is not None), None)
             if use is None:
                 return ()
             if use not in result:
@@ -339,11 +355,13 @@ def _flat(outputs: Any) -> list[Any]:
     return [leaf for item in outputs for leaf in _flat(item)] if isinstance(outputs, list) else [outputs]
 
 
-def _use(constant: ConstantInput, carried: set[int]) -> SelectedInput | None:
+def _use(constant: ConstantInput, origin: Atom, origins: set[int]) -> SelectedInput | None:
+    """Where `constant` carries `origin`: as a whole factor of one dimension, alone or among `origins`."""
     for dim, term in enumerate(constant.terms):
         found = factors(term)
         for position, factor in enumerate(found):
-            if isinstance(factor, Atom) and id(factor) in carried:
+            carried = list(leaves(factor))
+            if origin in carried and all(id(atom) in origins for atom in carried):
                 sizes = [f.size for f in found]
                 if len(sizes) > 1 and position > 0:
                     sizes[0] = -1  # the batch, of whatever size

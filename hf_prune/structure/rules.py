@@ -74,6 +74,12 @@ class Call:
         """Entries of this dimension cannot be removed."""
         fix(term, self.why)
 
+    def fixed(self, size: int) -> Atom:
+        """A new dimension whose entries cannot be removed."""
+        atom = Atom(size)
+        atom.fixed = self.why
+        return atom
+
 
 Rule = Callable[[Call], None]
 RULES: dict[str, Rule] = {}
@@ -101,8 +107,11 @@ def apply(call: Call, pointwise: bool) -> None:
         if found is None:
             raise NotImplementedError
         found(call)
-    except (NotImplementedError, Conflict, IndexError):
-        call.tracer.unknown(call.name, list(call.view.values()))
+    except Conflict:  # the rule knows the operation, but the layouts do not fit
+        call.tracer.fix_all(list(call.view.values()), call.why)
+    except (NotImplementedError, IndexError):
+        call.tracer.without_rule.setdefault(call.name, call.tracer.where)
+        call.tracer.fix_all(list(call.view.values()), f"no rule for operation {call.name!r} (in {call.tracer.where})")
     for tensor in call.outputs:
         if id(tensor) not in call.tracer.known:
             call.tracer.fresh(tensor, call.origin)
@@ -155,6 +164,16 @@ def broadcast(call: Call) -> None:
         call.give(list(terms), position)
         if scaled and not call.name.endswith("_"):  # a parameter cast, scaled or shifted is still that parameter
             call.tracer.known[id(call.outputs[position])].parameter = parameters[0].parameter
+
+
+for _name in ("masked_fill", "floor_divide", "polar", "uniform", "normal", "exponential"):  # not tagged as pointwise
+    RULES[_name] = RULES[_name + "_"] = broadcast
+
+
+@rule("log_sigmoid_forward")
+def log_sigmoid(call: Call) -> None:
+    """Same layouts; the second output is a work space."""
+    call.give(list(call[call.inputs[0]].terms))
 
 
 @rule("copy")
@@ -213,9 +232,7 @@ def reshape(terms: list[Term], shape: list[int], call: Call) -> list[Term]:
             lead, rest = split_product(group, size)
         except Conflict:  # entries regrouped across a boundary: none of them can be removed
             call.fix(group)
-            lead, rest = Atom(size), Atom(group.size // size)
-            call.fix(lead)
-            call.fix(rest)
+            lead, rest = call.fixed(size), call.fixed(group.size // size)
         result.append(lead)
         group = rest
         del position
@@ -243,6 +260,37 @@ def unsqueeze(call: Call) -> None:
     found = [term for term in traced.terms if term.size != 1]
     terms: list[Term] = [ONE if size == 1 else found.pop(0) for size in call.outputs[0].shape]
     call.give(terms, like=traced)
+
+
+@rule("view_as_complex", "view_as_real")
+def view_as_complex(call: Call) -> None:
+    """Real and imaginary part become one entry, or two."""
+    traced = call[call.inputs[0]]
+    if call.name == "view_as_real":
+        call.give([*traced.terms, call.fixed(2)], like=traced)
+    else:
+        call.fix(traced.terms[-1])
+        call.give(traced.terms[:-1], like=traced)
+
+
+@rule("flip", "roll")
+def flip(call: Call) -> None:
+    """Entries of these dimensions change places: none can be removed."""
+    traced = call[call.inputs[0]]
+    for dim in call.args[-1] or range(len(traced.terms)):
+        call.fix(traced.terms[dim])
+    call.give(list(traced.terms))
+
+
+@rule("unfold")
+def unfold(call: Call) -> None:
+    """Sliding windows over one dimension."""
+    source, dim, size = call.args[:3]
+    traced = call[source]
+    dim %= source.dim()
+    call.fix(traced.terms[dim])
+    terms = [call.fixed(call.outputs[0].shape[dim]) if d == dim else term for d, term in enumerate(traced.terms)]
+    call.give([*terms, call.fixed(size)], like=traced)
 
 
 @rule("expand", "expand_copy")
@@ -294,22 +342,24 @@ def slice_(call: Call) -> None:
         term = inner
     elif step != 1:
         call.fix(term)
-        term = Atom(call.outputs[0].shape[dim])
+        term = call.fixed(call.outputs[0].shape[dim])
     elif end - start != size:
-        term = _run(term, start, end)
+        term = run(call, term, start, end)
     terms = list(traced.terms)
     terms[dim] = term
     call.give(terms, like=traced)
 
 
-def _run(term: Term, start: int, end: int) -> Term:
+def run(call: Call, term: Term, start: int, end: int) -> Term:
+    """Entries `start` to `end` of a dimension; across the boundaries of a product nothing can be removed."""
     if start == end:
         return Cat(())
-    if start > 0:
-        term = split_concat(term, start)[1]
-    if end - start < term.size:
-        term = split_concat(term, end - start)[0]
-    return term
+    try:
+        rest = split_concat(term, start)[1] if start > 0 else term
+        return split_concat(rest, end - start)[0] if end - start < rest.size else rest
+    except Conflict:
+        call.fix(term)
+        return call.fixed(end - start)
 
 
 @rule("split", "split_with_sizes", "unsafe_split", "chunk", "unbind", "split_with_sizes_copy", "split_copy", "unsafe_chunk")
@@ -329,7 +379,7 @@ def split(call: Call) -> None:
         end = start + output.shape[dim]
         terms = list(traced.terms)
         if end - start != source.shape[dim]:
-            terms[dim] = _run(traced.terms[dim], start, end)
+            terms[dim] = run(call, traced.terms[dim], start, end)
         call.give(terms, position, like=traced)
         start = end
 
@@ -345,8 +395,19 @@ def cat(call: Call) -> None:
             if d != dim:
                 call.unify(terms[d], term)
     if len(tensors) > 1:
-        terms[dim] = resolve(Cat([call[t].terms[dim] for t in tensors]))
+        terms[dim] = _joined(call, [call[t].terms[dim] for t in tensors])
     call.give(terms)
+
+
+def _joined(call: Call, found: list[Term]) -> Term:
+    atoms = [atom for term in found for atom in leaves(term)]
+    if not call.origin.constant or len(set(atoms)) < len(atoms):
+        return resolve(Cat(found))
+    # Different constants side by side (ALiBi slopes of the first 2**n heads, then of the others): no structure of weights.
+    whole = Atom(sum(term.size for term in found))
+    for atom in atoms:
+        whole.fixed = whole.fixed or atom.fixed
+    return whole
 
 
 @rule("stack")
@@ -357,8 +418,7 @@ def stack(call: Call) -> None:
     for other in call.args[0][1:]:
         for a, b in zip(terms, call[other].terms, strict=True):
             call.unify(a, b)
-    terms.insert(dim, Atom(len(call.args[0])))
-    fix(terms[dim], call.why)
+    terms.insert(dim, call.fixed(len(call.args[0])))
     call.give(terms)
 
 
@@ -373,11 +433,9 @@ def pad(call: Call) -> None:
         dim = source.dim() - 1 - back
         term = terms[dim]
         if before < 0 or after < 0:
-            term = _run(term, max(-before, 0), source.shape[dim] - max(-after, 0))
+            term = run(call, term, max(-before, 0), source.shape[dim] - max(-after, 0))
         if before > 0 or after > 0:
-            padding = [Atom(max(before, 0)), Atom(max(after, 0))]
-            for atom in padding:
-                call.fix(atom)
+            padding = [call.fixed(max(before, 0)), call.fixed(max(after, 0))]
             term = Cat([part for part in (padding[0], term, padding[1]) if part.size])
         terms[dim] = term
     call.give(terms)
@@ -408,9 +466,9 @@ def index(call: Call) -> None:
         indexed = {d: i for d, i in enumerate(call.args[1]) if i is not None}
     if any(i.dtype.is_floating_point or i.dtype.itemsize == 1 for i in indexed.values()):
         raise NotImplementedError
-    if len(indexed) == 1 and (run := _constant_run(*indexed.items())) is not None:
-        d, start, end = run
-        call.give([_run(t, start % t.size, (end - 1) % t.size + 1) if i == d else t for i, t in enumerate(traced.terms)])
+    if len(indexed) == 1 and (picked := _constant_run(*indexed.items())) is not None:
+        d, start, end = picked
+        call.give([run(call, t, start % t.size, (end - 1) % t.size + 1) if i == d else t for i, t in enumerate(traced.terms)])
         return
     for d in indexed:
         call.fix(traced.terms[d])
@@ -479,8 +537,7 @@ def order(call: Call) -> None:
     for position, output in enumerate(call.outputs):
         terms = list(traced.terms)
         if output.shape[dim] != source.shape[dim]:
-            terms[dim] = Atom(output.shape[dim])
-            call.fix(terms[dim])
+            terms[dim] = call.fixed(output.shape[dim])
         call.give(terms, position)
 
 
@@ -536,6 +593,18 @@ def _add(call: Call, addend: Tensor, terms: list[Term]) -> None:
             call.unify(call[addend].terms[-back], terms[-back])
 
 
+@rule("linalg_solve_triangular")
+def solve(call: Call) -> None:
+    """`A x = b` for batches of square `A`: mixes the rows, leaves batch and columns alone."""
+    a, b = call[call.args[0]], call[call.args[1]]
+    for left, right in zip(a.terms[:-1], b.terms[:-1], strict=True):
+        call.unify(left, right)
+    for term in (a.terms[-1], b.terms[-2]):
+        call.mix(term)
+        call.fix(term)
+    call.give(list(b.terms))
+
+
 @rule("_grouped_mm")
 def grouped_mm(call: Call) -> None:
     """`[t, k] @ [experts, k, m]`, the rows of each expert with its matrix."""
@@ -550,15 +619,16 @@ def grouped_mm(call: Call) -> None:
 
 @rule("convolution")
 def convolution(call: Call) -> None:
-    """A 1-d or 2-d convolution: dense, or depthwise (one filter per channel)."""
+    """A 1-d or 2-d convolution, within groups of channels; depthwise: one filter per channel."""
     source, weight, bias = call.args[:3]
-    x, w, groups = call[source], call[weight], call.args[8]
-    if groups == 1:
-        contract(call, x, w, [(x.terms[1], w.terms[1])], [x.terms[0]], [w.terms[0]])
-    elif groups == weight.shape[0] == source.shape[1]:
-        call.unify(x.terms[1], w.terms[0])
-    else:
+    x, w, groups, transposed = call[source], call[weight], call.args[8], call.args[6]
+    if transposed:
         raise NotImplementedError
+    of_input, inside = split_product(x.terms[1], groups)
+    of_weight, made = split_product(w.terms[0], groups)
+    call.unify(of_input, of_weight)
+    if weight.shape[1] > 1 or groups == 1:
+        contract(call, x, w, [(inside, w.terms[1])], [x.terms[0], of_input], [of_weight, made])
     if bias is not None:
         call.unify(call[bias].terms[0], w.terms[0])
     sizes = call.outputs[0].shape[2:]

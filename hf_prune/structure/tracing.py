@@ -121,7 +121,7 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _instantiated(self, inputs: list[Tensor]) -> dict[int, Traced]:
-        fresh: dict[int, Atom] = {}
+        fresh: dict[tuple[int, ...], Atom] = {}
         view = {}
         for tensor in inputs:
             traced = self.known[id(tensor)]
@@ -131,12 +131,11 @@ class Tracer(TorchDispatchMode):
             view[id(tensor)] = traced
         return view
 
-    def unknown(self, name: str, known: list[Traced]) -> None:
-        """Fix everything that an operation without a rule touches."""
-        self.without_rule.setdefault(name, self.where)
+    def fix_all(self, known: list[Traced], why: str) -> None:
+        """Fix everything that an operation touches."""
         for traced in known:
             for term in traced.terms:
-                fix(term, f"no rule for operation {name!r} (in {self.where})")
+                fix(term, why)
 
 
 def outputs_of(value: Any) -> Any:

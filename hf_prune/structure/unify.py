@@ -253,22 +253,22 @@ def split_concat(term: Term, n: int) -> tuple[Term, Term]:
     return resolve(Prod((first, *tail))), resolve(Prod((rest, *tail)))
 
 
-def instantiate(term: Term, varying: bool, fresh: dict[int, Atom]) -> Term:
+def instantiate(term: Term, varying: bool, fresh: dict[tuple[int, ...], Atom]) -> Term:
     """Copy `term` with fresh atoms, as a polymorphic type is instantiated.
 
     A constant (rotary angles, ALiBi slopes, a mask) meets the weights of every layer; without a copy per use it would tie
     the layers' axes together. `origins` of the fresh atoms remember the constants whose values differ along them.
+    How a constant was put together (ALiBi slopes of six heads: four and two) says nothing about the weights it meets.
     """
     copies: list[Term] = []
     for factor in factors(term):
-        if isinstance(factor, Cat):
-            copies.append(Cat([instantiate(part, varying, fresh) for part in factor.parts]))
-            continue
-        assert isinstance(factor, Atom)
-        if id(factor) not in fresh:
-            copy = fresh[id(factor)] = Atom(factor.size)
-            copy.fixed, copy.mixed = factor.fixed, factor.mixed
+        found = list(leaves(factor))
+        key = tuple(id(atom) for atom in found)
+        if key not in fresh:
+            copy = fresh[key] = Atom(factor.size)
+            copy.fixed = next((atom.fixed for atom in found if atom.fixed), "")
+            copy.mixed = next((atom.mixed for atom in found if atom.mixed), "")
             if varying:
-                copy.origins.append(factor)
-        copies.append(fresh[id(factor)])
+                copy.origins.extend(found)
+        copies.append(fresh[key])
     return resolve(Prod(copies)) if len(copies) != 1 else copies[0]

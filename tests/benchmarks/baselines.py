@@ -1,10 +1,10 @@
 """Perplexity of the baselines on the reference model: writes docs/baselines.json and the tables made from it.
 
-    OMP_NUM_THREADS=2 python tests/benchmarks/baselines.py            # measure what is missing, then write the tables
+    python tests/benchmarks/baselines.py --jobs 2     # measure what is missing, then write the tables
     python tests/benchmarks/baselines.py --tables-only
 
-Protocol: ref10m, non-overlapping windows of 256 tokens, no BOS, float32, on the CPU. Every result is written as soon as it
-is measured, so an interrupted run goes on; delete docs/baselines.json to measure anew. Data and model are read from
+Protocol: ref10m, non-overlapping windows of 256 tokens, no BOS, float32, on the CPU. Every result is written as soon as
+it is measured, so an interrupted run goes on; delete docs/baselines.json to measure anew. Data and model are read from
 `HF_PRUNE_DATA` (default `../shared`).
 """
 
@@ -12,7 +12,9 @@ import json
 import os
 import platform
 import subprocess
-import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -22,10 +24,11 @@ import transformers
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_prune import MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig, allocate, apply_plan, infer_structure
-from hf_prune.data import calibration_batches, load_text
+from hf_prune import PruningConfig, Structure, allocate, apply_plan, infer_structure
+from hf_prune.data import load_text
 from hf_prune.evaluation import markdown_table, num_bytes, num_parameters, perplexity
 from hf_prune.methods import score
+from hf_prune.pipeline import calibration_data
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("HF_PRUNE_DATA", ROOT.parent / "shared"))
@@ -33,15 +36,30 @@ RESULTS = ROOT / "docs" / "baselines.json"
 
 RATIOS = (0.2, 0.3, 0.5, 0.7)
 ALLOCATIONS = ("uniform", "global")
-METHODS: tuple[tuple[type[PruningConfig], int], ...] = ((WandaConfig, 0), (MagnitudeConfig, 0)) + tuple(
-    (RandomConfig, seed) for seed in (0, 1, 2)
-)
+SEEDS = {"wanda": (0,), "magnitude": (0,), "random": (0, 1, 2)}
+Cell = tuple[str, str, float, int]
+CELLS: list[Cell] = [
+    (method, allocation, ratio, seed)
+    for method, seeds in SEEDS.items()
+    for seed in seeds
+    for ratio in RATIOS
+    for allocation in ALLOCATIONS
+]
 NOVELS_CHARS = 400_000  # about 100,000 tokens
 CORPORA = {"wikitext2": "WikiText-2 test", "novels": "novels (first 400,000 characters; part of the training data)"}
 CALIBRATION = {"num_samples": 128, "seq_len": 256}
 KEY = ("method", "allocation", "pruning_ratio", "seed")
 
 
+@cache
+def dense_model() -> tuple[PreTrainedModel, Any, Structure]:
+    """The reference model, its tokenizer and its structure: loaded once by every process."""
+    path = SHARED / "models" / "ref10m"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(path), infer_structure(model)
+
+
+@cache
 def texts() -> dict[str, str]:
     """The two evaluation texts."""
     data = SHARED / "data"
@@ -51,14 +69,38 @@ def texts() -> dict[str, str]:
     }
 
 
-def measure(model: PreTrainedModel, tokenizer: Any, corpora: dict[str, str]) -> dict[str, Any]:
+@cache
+def scores_of(method: str, seed: int) -> dict[str, torch.Tensor]:
+    """Scores do not depend on the ratio."""
+    dense, tokenizer, structure = dense_model()
+    config = PruningConfig.from_dict({"method": method, "pruning_ratio": 0.5, "seed": seed, **CALIBRATION})
+    train = str(SHARED / "data" / "wikitext2" / "train.txt")
+    batches = calibration_data(config, tokenizer, train, batch_size=4)
+    return score(dense, structure, config, batches=batches)
+
+
+def measure(model: PreTrainedModel) -> dict[str, Any]:
     """Size and perplexities of one model."""
-    start = time.perf_counter()
+    tokenizer = dense_model()[1]
     found: dict[str, Any] = {"num_parameters": num_parameters(model), "num_bytes": num_bytes(model)}
-    for name, text in corpora.items():
-        report = perplexity(model, tokenizer, text, window=256, progress=False)
+    for name, text in texts().items():
+        report = perplexity(model, tokenizer, text, window=256, batch_size=4, progress=False)
         found[name] = {"perplexity": report.perplexity, "num_tokens": report.num_tokens}
-    return {**found, "seconds": round(time.perf_counter() - start, 1)}
+    return found
+
+
+def measure_dense() -> dict[str, Any]:
+    """The row of the dense model."""
+    return measure(dense_model()[0])
+
+
+def measure_pruned(cell: Cell) -> dict[str, Any]:
+    """The row of one method, allocation, ratio and seed."""
+    values = dict(zip(KEY, cell, strict=True))
+    config = PruningConfig.from_dict(values | CALIBRATION)
+    dense, _, structure = dense_model()
+    plan = allocate(scores_of(config.method, config.seed), structure, config)
+    return values | {"achieved": plan.achieved} | measure(apply_plan(dense, structure, plan))
 
 
 def circumstances() -> dict[str, Any]:
@@ -74,7 +116,7 @@ def circumstances() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "machine": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()} CPU, one thread per run",
     }
 
 
@@ -85,35 +127,22 @@ def save(results: dict[str, Any]) -> None:
     temporary.replace(RESULTS)
 
 
-def run() -> None:
-    """Measure every combination that docs/baselines.json does not hold yet."""
+def run(jobs: int) -> None:
+    """Measure every combination that docs/baselines.json does not hold yet, `jobs` at a time, one thread each."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {**circumstances(), "rows": []}
     done = {tuple(row[name] for name in KEY) for row in results["rows"]}
-    path = SHARED / "models" / "ref10m"
-    dense = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    corpora, structure = texts(), infer_structure(dense)
-    if "dense" not in results:
-        results["dense"] = measure(dense, tokenizer, corpora)
-        save(results)
-        print("dense", results["dense"], flush=True)
-    batches = calibration_batches(
-        tokenizer, SHARED / "data" / "wikitext2" / "train.txt", **CALIBRATION, batch_size=8, seed=0
-    )
-    for config_class, seed in METHODS:
-        scores = None
-        for ratio, allocation in ((ratio, allocation) for ratio in RATIOS for allocation in ALLOCATIONS):
-            config = config_class(ratio, allocation=allocation, seed=seed, **CALIBRATION)
-            values = config.to_dict()
-            if tuple(values[name] for name in KEY) in done:
-                continue
-            scores = scores if scores is not None else score(dense, structure, config, batches=batches)
-            plan = allocate(scores, structure, config)
-            pruned = apply_plan(dense, structure, plan)
-            row = {name: values[name] for name in KEY} | {"achieved": plan.achieved}
-            results["rows"].append(row | measure(pruned, tokenizer, corpora))
+    with ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        dense = None if "dense" in results else pool.submit(measure_dense)
+        running = [pool.submit(measure_pruned, cell) for cell in CELLS if cell not in done]
+        for future in as_completed([*running, *([dense] if dense else [])]):
+            if future is dense:
+                results["dense"] = future.result()
+            else:
+                results["rows"].append(future.result())
             save(results)
-            print(results["rows"][-1], flush=True)
+            print(future.result(), flush=True)
 
 
 def table(results: dict[str, Any], corpus: str) -> str:
@@ -186,11 +215,12 @@ def sizes(results: dict[str, Any]) -> str:
 
 
 def main(
+    jobs: Annotated[int, typer.Option(help="Processes, with one thread each.")] = 2,
     tables_only: Annotated[bool, typer.Option(help="Only write the tables from docs/baselines.json.")] = False,
 ) -> None:
     """Measure the baselines on ref10m and write the tables."""
     if not tables_only:
-        run()
+        run(jobs)
     write_tables(json.loads(RESULTS.read_text(encoding="utf-8")))
 
 

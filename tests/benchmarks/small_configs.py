@@ -30,11 +30,11 @@ _NAMES = (
     "index_n_heads mamba_dt_rank time_step_rank hc_lowrank router_hidden_size hc_rank"),
     (2, "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts num_experts_per_topk"),
     (16, "kv_lora_rank q_lora_rank o_lora_rank latent_size"),
-    (20, "qk_head_dim"),
+    (12, "qk_head_dim mamba_n_heads mamba_num_heads"),
+    (96, "mamba_d_ssm"),
     (1, "n_group topk_group num_expert_group n_groups first_k_dense_replace num_dense_layers moe_layer_start_index "
     "mamba_n_groups mamba_ngroups"),
     (6, "sliding_window sliding_window_size local_attention window_size attention_window_size index_topk"),
-    (12, "mamba_n_heads mamba_num_heads n_mamba_heads"),
     (8, "mamba_d_state ssm_state_size state_size mamba_chunk_size chunk_size hidden_size_per_layer_input laurel_rank "
     "adapter_rank gated_norm_rank image_size_"),
 )
@@ -43,7 +43,44 @@ _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "deco
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1}
 
 # What shrinking by name cannot know: relations between attributes, defaults that no real model has.
-_BRIDGES: dict[str, dict[str, Any]] = {}
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_QWEN4 = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": 4,
+    "indexer_compress_ratio": 2,
+    "ple_embed_dim": 48,
+}
+_HYBRID = ["mamba", "hybrid", "mamba", "hybrid"]
+_BRIDGES: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "codegen": {"n_head": 4, "rotary_dim": 6},  # the query, key and value projection has four blocks of heads
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}, "rope_parameters": _ROPE},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "diffllama": {"num_key_value_heads": 2},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "gemma3n_text": {"num_kv_shared_layers": 1},
+    "gemma4_assistant": {
+        "__default__": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
+    },
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "mamba2": {"num_heads": 12},
+    "nemotron": {"num_key_value_heads": KV_HEADS},
+    "qwen4_exp": {"text_config": _QWEN4},
+    "qwen4_exp_text": _QWEN4,
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": _HYBRID},
+    "zamba2": {"layers_block_type": _HYBRID, "n_mamba_heads": 12},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def small_config(model_type: str) -> Any:
@@ -70,10 +107,20 @@ def shrink(values: dict[str, Any]) -> dict[str, Any]:
     result = {}
     count = next((values[name] for name in _LAYER_COUNTS if isinstance(values.get(name), int)), None)
     per_layer = {name: value for name, value in values.items() if isinstance(value, list) and len(value) == count}
-    layers = representative(list(zip(*per_layer.values(), strict=True)))
+    overrides = {int(layer): value for layer, value in (values.get("per_layer_config") or {}).items()}
+    rows = [(*row, repr(overrides.get(i))) for i, row in enumerate(zip(*per_layer.values(), strict=True))]
+    layers = representative(rows)
+    latent = "kv_lora_rank" in values  # multi-head latent attention: one key and value head per query head
     for name, value in values.items():
-        name = str(name)
-        if name in per_layer and layers:
+        if name == "per_layer_config" and overrides:
+            result[name] = {str(layers.index(i)): shrink(overrides[i]) for i in layers if i in overrides}
+        elif name == "head_dim" and latent and value == values["qk_rope_head_dim"]:
+            result[name] = _SIZE["qk_rope_head_dim"]
+        elif name == "num_key_value_heads" and latent:
+            result[name] = HEADS if isinstance(value, int) else value
+        elif name == "head_dim" and value is None:
+            result[name] = HEAD_DIM
+        elif name in per_layer and layers:
             result[name] = [value[layer] for layer in layers]
         elif isinstance(value, dict) and name not in ("id2label", "label2id"):
             result[name] = shrink(value)

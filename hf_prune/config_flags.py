@@ -1,0 +1,103 @@
+"""Command-line flags of the configuration fields, made from the fields: names, types, defaults and help are theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import typer
+
+from hf_prune.config import CONFIGS, PruningConfig, field_help, parse_layers
+from hf_prune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+_METHODS = tuple(name for name in CONFIGS if name != "custom")
+_METAVARS = {"method": "|".join(_METHODS), "axes": "KIND,KIND", "layers": "4-29,31", "protect": "PATTERN"}
+
+
+def config_flags() -> list[inspect.Parameter]:
+    """One keyword parameter for typer per field of any configuration class; its value is `None` if not given."""
+    owners: dict[str, list[str]] = {}
+    for method, config_class in CONFIGS.items():
+        for field in dataclasses.fields(config_class):
+            owners.setdefault(field.name, []).append(method)
+    return [_flag(name, CONFIGS[methods[0]], methods) for name, methods in owners.items()]
+
+
+def _flag(name: str, config_class: type[PruningConfig], methods: list[str]) -> inspect.Parameter:
+    hint = get_type_hints(config_class)[name]
+    help_text = field_help(config_class)[name]
+    default = next(field.default for field in dataclasses.fields(config_class) if field.name == name)
+    if name == "method":
+        help_text = "Method that scores the units."
+    elif default is not dataclasses.MISSING and default not in (None, ()):
+        shown = ",".join(default) if isinstance(default, tuple) else default
+        help_text += f" Default: {shown}."
+    if len(methods) < len(CONFIGS):
+        help_text = f"Only {', '.join(methods)}: {help_text}"
+    kind: Any = list[str] if name == "protect" else _kind(hint)
+    annotation = Annotated[kind | None, typer.Option(help=help_text, metavar=_METAVARS.get(name) or _choices(hint))]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def read_config(path: Path | None, flags: Mapping[str, Any]) -> PruningConfig:
+    """The configuration in the JSON file at `path`, overridden by the `flags` that were given.
+
+    Raises:
+        ConfigError: the file is not readable JSON, no method is named, or a value is refused.
+    """
+    values = _read_fields(path) if path is not None else {}
+    values |= {name: _value(name, value) for name, value in flags.items() if value not in (None, [])}
+    if "method" not in values:
+        raise ConfigError(f"no method was given: pass --method, one of {_METHODS}, or a --config that names one.")
+    return PruningConfig.from_dict(values)
+
+
+def _value(name: str, value: Any) -> Any:
+    """What a field takes, from what its flag gives."""
+    if name == "layers":
+        return parse_layers(value)
+    if name == "axes":
+        return tuple(kind.strip() for kind in value.split(","))
+    if name == "round_to" and value != "auto":
+        if value != "none" and not value.isdecimal():
+            raise ConfigError(f"round_to: found {value!r}, expected a whole number from 1, auto or none.")
+        return None if value == "none" else int(value)
+    return value
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config {path} is not a readable JSON file: {error}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path} holds a JSON {type(values).__name__}, expected an object of fields.")
+    return values
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    return list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
+
+
+def _kind(hint: Any) -> type:
+    """The type that typer parses: numbers and switches as such, everything else as text."""
+    kinds = [kind for kind in _alternatives(hint) if kind is not NoneType]
+    return kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, bool) else str
+
+
+def _choices(hint: Any) -> str | None:
+    """`a|b|c` for fields with fixed choices."""
+    shown = {int: "N", NoneType: "none"}
+    parts = [
+        part
+        for kind in _alternatives(hint)
+        for part in (get_args(kind) if get_origin(kind) is Literal else (shown.get(kind, ""),))
+    ]
+    return "|".join(parts) if len(parts) > 1 and all(parts) else None

@@ -1,0 +1,151 @@
+"""`hf-prune demo`: the whole job on the bundled model. Prune, compare, save, reload, generate; no network needed."""
+
+from __future__ import annotations
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_prune.allocation import allocate
+from hf_prune.checkpoint.saving import save_pruned
+from hf_prune.config import MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig
+from hf_prune.data import load_text
+from hf_prune.errors import CheckpointError
+from hf_prune.evaluation.perplexity import inference, perplexity
+from hf_prune.evaluation.report import comparison_table, markdown_table, perplexity_picture, widths_picture
+from hf_prune.evaluation.speed import num_parameters
+from hf_prune.methods import score
+from hf_prune.pipeline import calibration_data
+from hf_prune.printing import print_plan
+from hf_prune.structure.inference import infer_structure
+from hf_prune.surgery.pruning import apply_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_prune.plan import PruningPlan
+    from hf_prune.structure.structure import Structure
+
+MODEL_DIR = Path(__file__).with_name("demo_model")
+RATIOS = (0.2, 0.3, 0.5)
+SAVED = ("wanda, global", 0.3)
+"""Which of the pruned models is saved, reloaded and lets us read a text."""
+PROMPT = "The old man looked at the sea and"
+
+Row = dict[str, str | int | float | None]
+
+
+def run_demo(output: Path, *, model_dir: Path = MODEL_DIR) -> None:
+    """Prune the model of `model_dir` in several ways and show what each costs. Writes into `output`.
+
+    Args:
+        output: directory for `results.md`, `perplexity.png`, `widths.png` and the checkpoint `pruned/`.
+        model_dir: a causal LM with its tokenizer, `calibration.txt` and `evaluation.txt`.
+
+    Raises:
+        CheckpointError: the model is not there, or the reloaded model differs from the saved one.
+    """
+    if not (model_dir / "config.json").is_file():
+        raise CheckpointError(f"the demo model is not at {model_dir}; reinstall hf_prune.")
+    start = time.perf_counter()
+    console = Console(highlight=False)
+    dense = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    structure = infer_structure(dense)
+    name = f"{type(dense).__name__}, {num_parameters(dense):,} parameters"
+    console.print(Text(f"Pruning a small {name} without retraining it.", style="bold"))
+
+    rows, models, plans = _compare(dense, tokenizer, structure, model_dir)
+    console.print(comparison_table(rows, title="Perplexity on text that the model was not trained on"))
+
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint = output / "pruned"
+    pruned, plan = models[SAVED], plans[SAVED]
+    console.print(Text(f"\nSaved and reloaded: {SAVED[0]}, {SAVED[1]:.0%}", style="bold"))
+    print_plan(plan, structure)
+    save_pruned(pruned, checkpoint, plan=plan, tokenizer=tokenizer, report={"perplexity": _perplexities(rows)})
+    reloaded = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    _check_equal(pruned, reloaded)
+    console.print("AutoModelForCausalLM.from_pretrained gives the same logits, bit for bit.")
+
+    for title, model in (("dense", dense), ("pruned", reloaded)):
+        console.print(Text(f"\n{title}: ", style="bold") + Text(_continue(model, tokenizer, PROMPT)))
+
+    (output / "results.md").write_text(markdown_table(rows), encoding="utf-8")
+    written = ["results.md", "pruned/"]
+    if find_spec("matplotlib") is not None:
+        perplexity_picture(rows, output / "perplexity.png")
+        widths_picture(plan.widths, plan.num_units, output / "widths.png", title=f"What {SAVED[0]} keeps")
+        written += ["perplexity.png", "widths.png"]
+    console.print(f"\nWritten to {output}: {', '.join(written)} ({time.perf_counter() - start:.0f} s)")
+
+
+def _compare(
+    dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, structure: Structure, model_dir: Path
+) -> tuple[list[Row], dict[tuple[str, float], PreTrainedModel], dict[tuple[str, float], PruningPlan]]:
+    """A row for the dense model and for each method and ratio; the models and plans by `(name, ratio)`."""
+    text = load_text(model_dir / "evaluation.txt")
+    rows: list[Row] = [_row("dense", 0.0, 0.0, dense, tokenizer, text)]
+    models, plans = {}, {}
+    for name, config_class, settings in _runs():
+        scores = None  # one scoring serves every ratio
+        for ratio in RATIOS:
+            config = config_class(ratio, **settings)
+            if scores is None:
+                batches = calibration_data(config, tokenizer, str(model_dir / "calibration.txt"), batch_size=8)
+                scores = score(dense, structure, config, batches=batches)
+            plan = allocate(scores, structure, config, base_model_name_or_path="hf_prune/demo_model")
+            pruned = apply_plan(dense, structure, plan)
+            rows.append(_row(name, ratio, plan.achieved["decoder"], pruned, tokenizer, text))
+            models[name, ratio], plans[name, ratio] = pruned, plan
+    return rows, models, plans
+
+
+def _runs() -> list[tuple[str, type[PruningConfig], dict[str, Any]]]:
+    """Name, configuration class and settings of each line of the table."""
+    calibration = {"num_samples": 32, "seq_len": 256}
+    return [
+        ("random", RandomConfig, {}),
+        ("magnitude", MagnitudeConfig, {}),
+        ("wanda", WandaConfig, calibration),
+        ("wanda, global", WandaConfig, {"allocation": "global", **calibration}),
+    ]
+
+
+def _row(
+    method: str, asked: float, achieved: float, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
+) -> Row:
+    measured = perplexity(model, tokenizer, text, window=256, progress=False)
+    return {
+        "method": method,
+        "pruning_ratio": asked,
+        "achieved_ratio": achieved,
+        "num_parameters": num_parameters(model),
+        "perplexity": measured.perplexity,
+    }
+
+
+def _perplexities(rows: list[Row]) -> dict[str, float | int | str | None]:
+    """Dense and pruned perplexity of the saved model, for its card."""
+    chosen = next(row for row in rows if (row["method"], row["pruning_ratio"]) == SAVED)
+    return {"dense": rows[0]["perplexity"], "pruned": chosen["perplexity"]}
+
+
+def _check_equal(saved: PreTrainedModel, reloaded: PreTrainedModel) -> None:
+    ids = torch.arange(64).reshape(2, 32)
+    with inference(saved), inference(reloaded):
+        if not torch.equal(saved(input_ids=ids).logits, reloaded(input_ids=ids).logits):
+            raise CheckpointError("the reloaded model gives other logits than the saved one; please report this.")
+
+
+def _continue(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """The prompt and 48 greedy tokens, on one line."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    ids = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+    return " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())

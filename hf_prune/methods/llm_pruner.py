@@ -1,0 +1,175 @@
+"""LLM-Pruner (arXiv 2305.11627): importance of coupled groups from gradients on a few samples.
+
+`w` is a weight, `g` the gradient of the mean loss over the samples, `g_n` that of sample n alone. Per matrix and unit, over
+the unit's slice: `vector` |Σ w·g|, `first_order` Σ|w·g|, `second_order` Σ w²·F, `mixed` Σ|w·g − ½·w²·F|, where F is the sum
+(eq. 5) or the mean (the released code) of g_n² over the samples. `fisher` is our own: see `fisher.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_prune.config import LLMPrunerConfig, PruningConfig, selected_axes
+from hf_prune.errors import CalibrationError
+from hf_prune.methods.fisher import fisher_scores
+from hf_prune.methods.gradients import backward, differentiable, distributed, loss_scale, my_share, sum_over_processes
+from hf_prune.structure import layouts as lay
+
+if TYPE_CHECKING:
+    from hf_prune.methods.calibration import Batch
+    from hf_prune.structure.structure import Axis, Structure
+
+PER_SAMPLE = ("second_order", "mixed")
+"""Criteria that need the gradient of each sample by itself."""
+
+
+def llm_pruner_scores(
+    model: nn.Module,
+    structure: Structure,
+    config: PruningConfig,
+    *,
+    batches: Iterable[Batch] | None = None,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """Importance of every unit: float32 `[num_units]` per selected axis, on the CPU; higher = keep.
+
+    Sums are taken in float32 whatever the dtype of the weights. Each parameter's gradient is reduced to unit scores as
+    soon as it is ready, and freed. `mixed`, and `first_order` with more than one batch or process, must add gradients up
+    element by element before they take absolute values: they hold two (one) float32 tensors per touched parameter.
+
+    Args:
+        model: a causal LM; left as it was. Works with `device_map`, and with gradient checkpointing as the caller set it.
+        structure: its structure.
+        config: an `LLMPrunerConfig`.
+        batches: calibration batches; each process gets the same list, and they share the work.
+        generator: not used: the method is deterministic.
+
+    Raises:
+        CalibrationError: no batches.
+        ScoreError: a loss is not finite.
+    """
+    assert isinstance(config, LLMPrunerConfig)
+    batches = list(batches or ())
+    if not batches:
+        raise CalibrationError("method 'llm_pruner' needs calibration batches and found none: give a calibration text.")
+    if config.criterion == "fisher":
+        return fisher_scores(model, structure, config, batches)
+    axes = selected_axes(structure, config)
+    shares = my_share(batches, per_sample=config.criterion in PER_SAMPLE)
+    importance = _Importance(model, structure, axes, config, one_pass=len(batches) == 1 and not distributed())
+    with differentiable(model, importance.parameters):
+        scale = loss_scale(model, batches[0]["input_ids"], importance.parameters)
+        for ids in tqdm(shares, desc=f"{config.criterion} importance", unit="batch", leave=False):
+            backward(model, ids, importance.parameters, importance.add, scale)
+    return importance.scores(num_samples=sum(len(batch["input_ids"]) for batch in batches))
+
+
+class _Importance:
+    """Adds up what the gradients say: unit sums where samples simply add, element sums where absolute values come last."""
+
+    def __init__(
+        self, model: nn.Module, structure: Structure, axes: list[Axis], config: LLMPrunerConfig, one_pass: bool
+    ) -> None:
+        known = dict(model.named_parameters(remove_duplicate=False))
+        self.structure, self.axes, self.config = structure, axes, config
+        self.groups = {axis.name: group(structure, axis) for axis in axes}
+        names = dict.fromkeys(name for names in self.groups.values() for name in names)
+        self.parameters: dict[str, nn.Parameter] = {name: known[name] for name in names}
+        self.by_units = config.criterion in ("vector", "second_order") or (config.criterion == "first_order" and one_pass)
+        self.unit_sums: dict[tuple[str, str], Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Take in the gradient of one parameter in one pass."""
+        gradient = gradient.float()
+        if self.by_units:
+            salience = self.parameters[name].detach() * gradient  # in float32: the gradient is
+            if self.config.criterion == "second_order":
+                salience.square_()
+            elif self.config.criterion == "first_order":
+                salience.abs_()
+            self._reduce(name, salience)
+            return
+        self.gradients[name] = self.gradients[name].add_(gradient) if name in self.gradients else gradient
+        if self.config.criterion == "mixed":
+            self.squares[name] = self.squares[name].addcmul_(gradient, gradient) if name in self.squares else gradient**2
+
+    def scores(self, num_samples: int) -> dict[str, Tensor]:
+        """Scores of the mean loss over all samples of all processes."""
+        mean_of_squares = self.config.normalisation == "mean"
+        if not self.by_units:
+            for name, parameter in self.parameters.items():
+                weight = parameter.detach().float()
+                salience = weight * self._over_processes(self.gradients, name, weight) / num_samples
+                if self.config.criterion == "mixed":
+                    squares = self._over_processes(self.squares, name, weight)
+                    salience -= weight.square() * squares / (2 * num_samples if mean_of_squares else 2)
+                self._reduce(name, salience.abs_())
+        summed = self.config.criterion == "second_order" and not mean_of_squares
+        divisor = 1 if summed or not self.by_units else num_samples
+        scores = {}
+        for axis in self.axes:
+            per_parameter = {}
+            for name in self.groups[axis.name]:
+                zeros = torch.zeros(axis.num_units)
+                values = self.unit_sums.get((axis.name, name), zeros).cpu()
+                per_parameter[name] = (sum_over_processes(values) if self.by_units else values).abs() / divisor
+            scores[axis.name] = self._aggregate(axis, per_parameter)
+        return scores
+
+    @staticmethod
+    def _over_processes(sums: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+        return sum_over_processes(sums.pop(name) if name in sums else torch.zeros_like(like))
+
+    def _reduce(self, name: str, salience: Tensor) -> None:
+        for axis in self.axes:
+            if name not in self.groups[axis.name]:
+                continue
+            if axis.kind == "layer":
+                part = salience.new_zeros(axis.num_units)
+                part[self.structure.owners[name].layer] = salience.sum()
+            else:
+                part = lay.reduce(salience, self.structure.layouts[name], axis.name)
+            key = (axis.name, name)
+            self.unit_sums[key] = self.unit_sums[key] + part if key in self.unit_sums else part
+
+    def _aggregate(self, axis: Axis, per_parameter: dict[str, Tensor]) -> Tensor:
+        """One score per unit from the scores of the group's members."""
+        how = self.config.aggregation
+        if axis.kind == "layer":  # each unit has members of its own
+            parts = [[v[unit] for n, v in per_parameter.items() if self.structure.owners[n].layer == unit] for unit in range(axis.num_units)]
+            return torch.stack([_combine(torch.stack(found)[:, None], how)[0] for found in parts])
+        names = list(per_parameter)
+        if how == "last":
+            consumers = {member.parameter for member in self.structure.members[axis.name] if member.role == "consumer"}
+            names = [name for name in names if name in consumers] or names[-1:]
+        return _combine(torch.stack([per_parameter[name] for name in names]), how)
+
+
+def group(structure: Structure, axis: Axis) -> list[str]:
+    """Parameters of the coupled groups of `axis`, in the order of the model; tied ones once."""
+    if axis.kind == "layer":
+        branch = {"layers": None, "layers.attention": "attention", "layers.mlp": "mlp"}[axis.name]
+        names = [name for name, owner in structure.owners.items() if branch in (None, owner.branch)]
+    else:
+        names = list(dict.fromkeys(member.parameter for member in structure.members[axis.name]))
+    return [name for name in names if name not in structure.aliases and name not in structure.buffers]
+
+
+def _combine(scores: Tensor, how: str) -> Tensor:
+    """`[members, units]` → `[units]`. The product is taken as geometric mean: the same order, without underflow."""
+    if how in ("sum", "last"):
+        return scores.sum(0)
+    if how == "mean":
+        return scores.mean(0)
+    if how == "max":
+        return scores.amax(0)
+    if how == "product":
+        return scores.clamp_min(torch.finfo(torch.float32).tiny).log().mean(0).exp()
+    return scores[0]

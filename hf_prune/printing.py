@@ -1,0 +1,201 @@
+"""What the command line shows: tables for the terminal, strict JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from hf_prune.inspection import FamilyReport, InspectionReport, Verification
+    from hf_prune.plan import PruningPlan
+    from hf_prune.structure.structure import Structure
+
+_MOST_ROWS = 16
+"""Layers shown one by one; deeper models are shown in blocks."""
+
+
+def print_error(message: str) -> None:
+    """One red line on stderr."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(f"Error: {message}", style="red"))
+
+
+def strict_json(values: Mapping[str, Any]) -> str:
+    """JSON text; numbers that JSON does not have (NaN, infinity) become null."""
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+    return json.dumps(finite, indent=2, allow_nan=False)
+
+
+def print_values(values: Mapping[str, str | int | float]) -> None:
+    """Two columns: what, value."""
+    rows = [(name.removeprefix("num_").replace("_", " "), _number(value)) for name, value in values.items()]
+    _print(_grid(rows))
+
+
+def print_inspection(report: InspectionReport) -> None:
+    """The axes table, one row per family, then what stands in the way."""
+    _print(
+        f"{report.model_type}: {report.num_layers} layers, {report.num_parameters:,} parameters, "
+        f"{report.num_decoder_parameters:,} of them in attention and MLP"
+    )
+    table = _table(
+        "axis", "layers", "units", "parameters per unit", "exact", "prunable", "config attributes", numbers=(2, 3)
+    )
+    for row in report.families:
+        table.add_row(
+            row.name,
+            ranges(row.layers) if row.layers else "whole model",
+            f"{row.num_units:,}",
+            f"{row.parameters_per_unit:,}",
+            "yes" if row.exact else "no",
+            "yes" if row.prunable else "no",
+            _held_by(row),
+        )
+    _print(table)
+    for row in report.families:
+        if row.reason:
+            verdict = "not exact" if row.prunable else "not prunable"
+            _print(f"{row.name} ({ranges(row.layers) or 'whole model'}): {verdict}: {row.reason}")
+    if report.missing:
+        _print(f"not found: {', '.join(report.missing)}")
+    for operation, module in report.without_rule.items():
+        _print(f"no rule for operation {operation} (first in {module}): the axes it touches stay whole")
+
+
+def print_verification(checks: Sequence[Verification]) -> None:
+    """Masked against sliced, one row per kind of axes."""
+    table = _table("kind", "masked − sliced", "rounding is up to", "dense − sliced", "equal", numbers=(1, 2, 3))
+    for check in checks:
+        differences = (f"{value:.2e}" for value in (check.difference, check.tolerance, check.effect))
+        table.add_row(check.kind, *differences, "yes" if check.equal else Text("NO", style="red"))
+    table.title = "Largest difference of logits, random plans"
+    _print(table)
+
+
+def print_plan(plan: PruningPlan, structure: Structure) -> None:
+    """Asked and achieved ratios, parameters, and the widths of the layers."""
+    config = plan.config
+    before, after = structure.num_parameters(), plan.num_parameters(structure)
+    achieved = ", ".join(f"{100 * plan.achieved[name]:.2f} % of {name}" for name in ("decoder", "model", "units"))
+    rows = [
+        ("asked", f"{100 * config.pruning_ratio:.2f} % of {config.budget} ({config.method}, {config.allocation})"),
+        ("achieved", achieved),
+        ("parameters", f"{before:,} → {after:,}"),
+    ]
+    widths = plan.widths
+    whole = [name for name in ("hidden", "layers", "layers.attention", "layers.mlp") if name in plan.kept_indices]
+    rows += [(name, f"{widths[name]:,} of {plan.num_units[name]:,} stay") for name in whole]
+    _print(_grid(rows))
+    _print(widths_table(plan, len(structure.layer_paths)))
+
+
+def print_outcome(*, output: Path | None, plugin: bool, prune_s: float, save_s: float) -> None:
+    """Where the checkpoint is, what loading it takes, and how long it took."""
+    loads = "`import hf_prune` before AutoModelForCausalLM" if plugin else "stock transformers (a plain checkpoint)"
+    rows = [
+        ("saved", "nothing (dry run)" if output is None else str(output)),
+        ("loads with", loads),
+        ("seconds", f"{prune_s:.1f} to prune" + ("" if output is None else f", {save_s:.1f} to save")),
+    ]
+    _print(_grid(rows))
+
+
+def widths_table(plan: PruningPlan, num_layers: int) -> Table:
+    """Widths of the layers: a row each for up to 16, else a row per run of equal layers, else blocks with ranges."""
+    families = sorted({name.split(".", 2)[2] for name in plan.num_units if _is_per_layer(name)})
+    cells = [tuple(_width(plan, layer, family) for family in families) for layer in range(num_layers)]
+    groups = [[layer] for layer in range(num_layers)]
+    if num_layers > _MOST_ROWS:
+        groups = list(_runs(cells))
+    if len(groups) > _MOST_ROWS:
+        size = math.ceil(num_layers / _MOST_ROWS)
+        groups = [list(range(first, min(first + size, num_layers))) for first in range(0, num_layers, size)]
+    table = _table("layer", *families, numbers=tuple(range(1, 1 + len(families))))
+    for group in groups:
+        table.add_row(ranges(group), *(_cell([cells[layer][i] for layer in group]) for i in range(len(families))))
+    return table
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Layer numbers in short, as `--layers` reads them: `0-3,7`."""
+    parts: list[list[int]] = []
+    for layer in sorted(layers):
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+Width = tuple[int, int] | None
+
+
+def _is_per_layer(name: str) -> bool:
+    return name.startswith("layers.") and name.split(".")[1].isdigit()
+
+
+def _width(plan: PruningPlan, layer: int, family: str) -> Width:
+    """Kept and all units; `None` where the layer has no such prunable axis."""
+    name = f"layers.{layer}.{family}"
+    if name not in plan.num_units:
+        return None
+    gone = layer in plan.removed_layers or (layer, family.partition(".")[0]) in plan.removed_branches
+    return (0 if gone else plan.widths[name], plan.num_units[name])
+
+
+def _runs(cells: Sequence[tuple[Width, ...]]) -> Iterator[list[int]]:
+    run = [0]
+    for layer in range(1, len(cells)):
+        if cells[layer] != cells[run[0]]:
+            yield run
+            run = []
+        run.append(layer)
+    yield run
+
+
+def _cell(widths: Sequence[Width]) -> str:
+    found = [width for width in widths if width is not None]
+    if not found:
+        return "–"
+    kept, total = [width[0] for width in found], max(width[1] for width in found)
+    if max(kept) == 0:
+        return "removed"
+    return f"{min(kept):,}–{max(kept):,} of {total:,}" if min(kept) < max(kept) else f"{kept[0]:,} of {total:,}"
+
+
+def _held_by(row: FamilyReport) -> str:
+    if not row.layers or not row.prunable:
+        return "–"
+    return row.attributes or "none: layers are built and resized"
+
+
+def _number(value: str | int | float) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
+
+
+def _table(*columns: str, numbers: Sequence[int]) -> Table:
+    table = Table()
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i in numbers else "left", overflow="fold")
+    return table
+
+
+def _grid(rows: Sequence[tuple[str, str]]) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for what, value in rows:
+        grid.add_row(Text(what, style="bold"), Text(value))
+    return grid
+
+
+def _print(content: Table | str) -> None:
+    console = Console(highlight=False)
+    console.print(Text(content) if isinstance(content, str) else content)
