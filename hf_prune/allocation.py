@@ -18,7 +18,7 @@ import numpy.typing as npt
 from hf_prune.config import PruningConfig, axes_of_kind, is_protected, layer_unit_names
 from hf_prune.errors import BudgetError, StructureError
 from hf_prune.methods import check_scores
-from hf_prune.plan import PruningPlan, count_parameters, prunable_units, vanishes
+from hf_prune.plan import PruningPlan, count_parameters, make_plan, vanishes
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
@@ -107,7 +107,8 @@ def allocate(
             raise _nothing_goes(config, "on every axis the nearest step is none at all")
     else:
         taken = _prefix(ladders, structure, config)
-    return _plan(ladders, taken, structure, config, base_model_name_or_path)
+    kept = _state(ladders, taken, structure, indices=True).kept
+    return make_plan(structure, kept, config, base_model_name_or_path)
 
 
 def rounding(axis: Axis, config: PruningConfig) -> int:
@@ -170,7 +171,7 @@ def _may_go(structure: Structure, axis: Axis, layer: int, config: PruningConfig)
     """Whether this unit of a layer axis may be removed."""
     if config.layers is not None and layer not in config.layers:
         return False
-    # Cache length and mask size are read from the first layer's cache: it must have attention (hf_integration 2.4).
+    # Cache length and mask size are read from the first layer's cache: it must have attention.
     if layer == 0 and axis.name == "layers.attention":
         return False
     return not is_protected(config, *layer_unit_names(structure, axis.name, layer))
@@ -341,31 +342,6 @@ def _state(ladders: list[_Ladder], taken: list[int], structure: Structure, *, in
         elif name in widths:
             widths[name] -= len(layers)
     return _State(kept, widths, layers, branches)
-
-
-def _plan(
-    ladders: list[_Ladder],
-    taken: list[int],
-    structure: Structure,
-    config: PruningConfig,
-    base_model_name_or_path: str | None,
-) -> PruningPlan:
-    state = _state(ladders, taken, structure, indices=True)
-    achieved = {}
-    for budget in ("decoder", "model"):
-        dense = structure.num_parameters(budget=budget)
-        left = count_parameters(structure, state.widths, state.layers, state.branches, budget)
-        achieved[budget] = (dense - left) / dense if dense else 0.0
-    units = sum(ladder.axis.num_units for ladder in ladders)
-    achieved["units"] = (units - sum(state.widths[ladder.axis.name] for ladder in ladders)) / units
-    return PruningPlan(
-        model_type=structure.model_type,
-        base_model_name_or_path=base_model_name_or_path,
-        num_units=prunable_units(structure),
-        kept_indices=state.kept,
-        config=config,
-        achieved=achieved,
-    )
 
 
 def _warn_blocked(structure: Structure, config: PruningConfig) -> None:

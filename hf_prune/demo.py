@@ -21,7 +21,7 @@ from hf_prune.evaluation.perplexity import inference, perplexity
 from hf_prune.evaluation.report import comparison_table, markdown_table, perplexity_picture, widths_picture
 from hf_prune.evaluation.speed import num_parameters
 from hf_prune.methods import score
-from hf_prune.pipeline import calibration_data
+from hf_prune.pipeline import base_model_of, calibration_data
 from hf_prune.printing import print_plan
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
@@ -100,7 +100,7 @@ def _compare(
             if scores is None:
                 batches = calibration_data(config, tokenizer, str(model_dir / "calibration.txt"), batch_size=8)
                 scores = score(dense, structure, config, batches=batches)
-            plan = allocate(scores, structure, config, base_model_name_or_path="hf_prune/demo_model")
+            plan = allocate(scores, structure, config, base_model_name_or_path=base_model_of(dense))
             pruned = apply_plan(dense, structure, plan)
             rows.append(_row(name, ratio, plan.achieved["decoder"], pruned, tokenizer, text))
             models[name, ratio], plans[name, ratio] = pruned, plan

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.allocation import allocate
 from hf_prune.errors import CalibrationError
+from hf_prune.iterative import plan_in_steps
 from hf_prune.methods import METHODS, score
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
@@ -37,7 +37,7 @@ class PruningResult:
     structure: Structure
     """Structure of the dense model."""
     scores: dict[str, Tensor]
-    """Score of every unit, higher = keep: a plan at another ratio needs no new scoring."""
+    """Score of every unit of the dense model, higher = keep: a plan at another ratio needs no new scoring."""
 
 
 def prune(
@@ -65,8 +65,14 @@ def prune(
     """
     structure = infer_structure(model)
     batches = calibration_data(config, tokenizer, calibration, batch_size)
-    scores = score(model, structure, config, batches=batches)
-    plan = allocate(scores, structure, config, base_model_name_or_path=base_model_of(model))
+    scores: dict[str, Tensor] = {}
+
+    def step(current: PreTrainedModel, now: Structure, own: PruningConfig) -> dict[str, Tensor]:
+        found = score(current, now, own, batches=batches)
+        scores.update(found if current is model else {})
+        return found
+
+    plan = plan_in_steps(model, structure, config, step, base_model_of(model))
     pruned = apply_plan(model, structure, plan)
     logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
     return PruningResult(pruned, plan, structure, scores)

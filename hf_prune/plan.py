@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import dataclasses
 import json
 import math
 import os
@@ -13,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_prune.config import LAYER_AXES, PruningConfig
+from hf_prune.config import LAYER_AXES, PruningConfig, selected_axes
 from hf_prune.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
@@ -201,6 +202,31 @@ class PruningPlan:
     def _removed(self, name: str) -> frozenset[int]:
         kept = self.kept_indices.get(name)
         return frozenset() if kept is None else frozenset(range(self.num_units[name])) - frozenset(kept)
+
+
+def make_plan(
+    structure: Structure,
+    kept_indices: dict[str, tuple[int, ...]],
+    config: PruningConfig,
+    base_model_name_or_path: str | None,
+) -> PruningPlan:
+    """A plan for a model of `structure`, its achieved ratios counted: of parameters exactly, of the selected axes' units."""
+    plan = PruningPlan(
+        model_type=structure.model_type,
+        base_model_name_or_path=base_model_name_or_path,
+        num_units=prunable_units(structure),
+        kept_indices=kept_indices,
+        config=config,
+        achieved=dict.fromkeys(_MEANINGS, 0.0),
+    )
+    achieved = {}
+    for budget in ("decoder", "model"):
+        dense = structure.num_parameters(budget=budget)
+        achieved[budget] = (dense - plan.num_parameters(structure, budget)) / dense if dense else 0.0
+    names = [axis.name for axis in selected_axes(structure, config)]
+    units = sum(plan.num_units[name] for name in names)
+    achieved["units"] = (units - sum(plan.widths[name] for name in names)) / units
+    return dataclasses.replace(plan, achieved=achieved)
 
 
 def prunable_units(structure: Structure) -> dict[str, int]:

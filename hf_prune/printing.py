@@ -45,24 +45,19 @@ def print_inspection(report: InspectionReport) -> None:
         f"{report.model_type}: {report.num_layers} layers, {report.num_parameters:,} parameters, "
         f"{report.num_decoder_parameters:,} of them in attention and MLP"
     )
-    table = _table(
-        "axis", "layers", "units", "parameters per unit", "exact", "prunable", "config attributes", numbers=(2, 3)
-    )
+    table = _table("axis", "layers", "units", "parameters/unit", "exact", "prunable", numbers=(2, 3))
     for row in report.families:
         table.add_row(
             row.name,
-            ranges(row.layers) if row.layers else "whole model",
+            ranges(row.layers) or "–",
             f"{row.num_units:,}",
             f"{row.parameters_per_unit:,}",
             "yes" if row.exact else "no",
             "yes" if row.prunable else "no",
-            _held_by(row),
         )
     _print(table)
     for row in report.families:
-        if row.reason:
-            verdict = "not exact" if row.prunable else "not prunable"
-            _print(f"{row.name} ({ranges(row.layers) or 'whole model'}): {verdict}: {row.reason}")
+        _print("\n".join(_remarks(row)))
     if report.missing:
         _print(f"not found: {', '.join(report.missing)}")
     for operation, module in report.without_rule.items():
@@ -71,7 +66,7 @@ def print_inspection(report: InspectionReport) -> None:
 
 def print_verification(checks: Sequence[Verification]) -> None:
     """Masked against sliced, one row per kind of axes."""
-    table = _table("kind", "masked − sliced", "rounding is up to", "dense − sliced", "equal", numbers=(1, 2, 3))
+    table = _table("kind", "masked−sliced", "rounding up to", "dense−sliced", "equal", numbers=(1, 2, 3))
     for check in checks:
         differences = (f"{value:.2e}" for value in (check.difference, check.tolerance, check.effect))
         table.add_row(check.kind, *differences, "yes" if check.equal else Text("NO", style="red"))
@@ -170,10 +165,13 @@ def _cell(widths: Sequence[Width]) -> str:
     return f"{min(kept):,}–{max(kept):,} of {total:,}" if min(kept) < max(kept) else f"{kept[0]:,} of {total:,}"
 
 
-def _held_by(row: FamilyReport) -> str:
-    if not row.layers or not row.prunable:
-        return "–"
-    return row.attributes or "none: layers are built and resized"
+def _remarks(row: FamilyReport) -> Iterator[str]:
+    """What in the config holds the width, and what is against pruning."""
+    where = f"{row.name} (layers {ranges(row.layers)})" if row.layers else row.name
+    if row.reason:
+        yield f"{where}: {'not exact' if row.prunable else 'not prunable'}: {row.reason}"
+    if row.layers and row.prunable:
+        yield f"{where}: width held by {row.attributes or 'no config attribute: its layers are built and resized'}"
 
 
 def _number(value: str | int | float) -> str:
@@ -197,5 +195,6 @@ def _grid(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def _print(content: Table | str) -> None:
-    console = Console(highlight=False)
-    console.print(Text(content) if isinstance(content, str) else content)
+    if content:
+        console = Console(highlight=False)
+        console.print(Text(content) if isinstance(content, str) else content, soft_wrap=isinstance(content, str))

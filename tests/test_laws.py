@@ -6,11 +6,12 @@ import copy
 import random
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from models import (
     FAMILIES,
@@ -38,6 +39,8 @@ from hf_prune.surgery.slicing import slice_state_dict
 
 TOLERANCE = 1e-9
 """Relative, in float64."""
+PHASES = (Phase.explicit, Phase.generate)
+"""A seed has no simpler seeds to shrink to."""
 families = pytest.mark.parametrize("family", FAMILIES)
 seeds = st.integers(0, 2**32 - 1)
 
@@ -88,7 +91,7 @@ def test_law_1_keep_all_changes_no_bit(family):
 
 
 @families
-@settings(max_examples=3)
+@settings(max_examples=3, phases=PHASES)
 @given(seed=seeds)
 def test_laws_2_and_4_masked_is_sliced_and_counts_are_exact(family, seed):
     model, structure = shared_model(family), shared_structure(family)
@@ -112,7 +115,7 @@ def check_shapes(pruned, structure, plan):
 
 
 @families
-@settings(max_examples=2)
+@settings(max_examples=2, phases=PHASES)
 @given(seed=seeds)
 def test_law_4_hidden_and_layers_together_have_the_predicted_count_and_run(family, seed):
     model, structure = shared_model(family), shared_structure(family)
@@ -146,7 +149,7 @@ REMOVALS = ("layers", "layers.attention", "layers.mlp")
 
 @pytest.mark.parametrize("axis", REMOVALS)
 @families
-def test_removed_layers_and_branches_are_as_if_masked(family, axis, tmp_path):
+def test_removed_layers_and_branches_are_as_if_masked(family, axis):
     model, structure = shared_model(family), shared_structure(family)
     if not structure.axes[axis].prunable:
         assert (family, axis) == ("opt", "layers.mlp"), "only opt has its MLP directly in the layer"
@@ -185,6 +188,8 @@ def greedy(model, *, use_cache):
 def heterogeneous_plan(family, structure) -> PruningPlan:
     """Different widths in each layer; in families with three layers the last one also loses its attention."""
     kept = random_kept(structure, random.Random(family))
+    if family == "mixtral":  # the grouped product of transformers takes rows of a multiple of 16 bytes
+        kept = {name: units[: len(units) // 4 * 4] or tuple(range(4)) if "mlp" in name else units for name, units in kept.items()}
     if len(structure.layer_paths) == 3:
         kept = {name: units for name, units in kept.items() if name != "layers.2.attention"}
         kept.update(without(structure, "layers.attention", 2))
@@ -208,7 +213,10 @@ def saved(tmp_path_factory) -> dict[str, Any]:
 def load(directory):
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    for parameter in model.parameters():  # at unaligned places in a mapped file BLAS rounds in another way
+        parameter.data = parameter.data.clone()
+    return model
 
 
 @families
@@ -237,6 +245,8 @@ wrong = []
 for directory in sys.argv[1:]:
     expected = torch.load(directory + "/expected.pt", weights_only=True)
     model = AutoModelForCausalLM.from_pretrained(directory)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     with torch.no_grad():
         if not torch.equal(model(input_ids=expected["ids"], use_cache=False).logits, expected["logits"]):
             wrong.append(directory)
@@ -258,7 +268,7 @@ def test_law_3_in_a_fresh_process(saved):
 
 
 @families
-@settings(max_examples=8)
+@settings(max_examples=8, phases=PHASES)
 @given(seed=seeds, ratios=st.tuples(*[st.floats(0.02, 0.8)] * 2), allocation=st.sampled_from(["uniform", "global"]))
 def test_laws_5_and_7_plans_repeat_nest_and_meet_the_budget(family, seed, ratios, allocation):
     structure = shared_structure(family)
@@ -309,7 +319,7 @@ PERMUTED = ("layers.0.mlp", "layers.1.attention")
 
 
 @families
-@settings(max_examples=1)
+@settings(max_examples=1, phases=PHASES)
 @given(seed=seeds)
 def test_law_6_permuting_units_permutes_their_scores(family, seed):
     structure, model = shared_structure(family), copy.deepcopy(shared_model(family))
@@ -340,7 +350,7 @@ def test_permuting_half_of_a_group_changes_the_function():
 
 
 @families
-@settings(max_examples=6)
+@settings(max_examples=6, phases=PHASES)
 @given(seed=seeds, ratio=st.floats(0.1, 0.5), data=st.data())
 def test_law_7_limits_always_hold(family, seed, ratio, data):
     structure = shared_structure(family)
@@ -367,15 +377,7 @@ def test_law_7_limits_always_hold(family, seed, ratio, data):
         assert axis.layer in layers
         assert len(units) >= config.min_units
         assert len(units) % rounding(axis, config) == 0
-        if name in config.protect or "layers.*.attention" in config.protect:
-            assert not name.endswith("attention") or name not in config.protect
-    check_protected(plan, config)
-
-
-def check_protected(plan, config):
-    from fnmatch import fnmatchcase
-
-    assert not [name for name in plan.kept_indices for pattern in config.protect if fnmatchcase(name, pattern)]
+        assert not any(fnmatchcase(name, pattern) for pattern in config.protect)
 
 
 # --- pruning what is already pruned -----------------------------------------------------------------------------------
@@ -405,7 +407,11 @@ def test_a_pruned_model_can_be_pruned_again(family, tmp_path):
         assert_close(logits(twice), expected)
         assert_far(expected, logits(once))
     twice.save_pretrained(tmp_path)
-    assert torch.equal(logits(load(tmp_path).to(torch.float64)), logits(twice))
+    loaded = load(tmp_path)
+    if family == "mixtral":
+        loaded.set_experts_implementation("batched_mm")
+    assert_close(logits(loaded), logits(twice))
+    assert all(torch.equal(tensor, twice.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 
 def test_branches_removed_earlier_stay_removed():
@@ -424,4 +430,3 @@ def test_scores_of_the_caller_make_a_plan():
     plan = allocate(unit_scores(structure, config, 1), structure, config)
     assert plan.config.method == "custom"
     assert_far(masked_logits(shared_model("llama"), structure, plan), logits(shared_model("llama")))
-    _ = example  # hypothesis examples are fixed by the profile in conftest.py

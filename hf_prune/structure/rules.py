@@ -454,6 +454,12 @@ def embedding(call: Call) -> None:
     call.give([*call[ids].terms, table.terms[1]])
 
 
+@rule("nonzero")
+def nonzero(call: Call) -> None:
+    """Places of true entries, one per row."""
+    call.give([Atom(call.outputs[0].shape[0]), ONE if call.outputs[0].shape[1] == 1 else call.fixed(call.inputs[0].dim())])
+
+
 @rule("index_select", "index", "_unsafe_index")
 def index(call: Call) -> None:
     """Entries by index: the indexed dimensions are fixed, the others stay."""
@@ -636,7 +642,7 @@ def convolution(call: Call) -> None:
     call.give([x.terms[0], w.terms[0], *lengths])
 
 
-@rule("sum", "mean", "var", "std", "var_mean", "std_mean", "prod", "amax", "amin", "max", "min", "any", "all")
+@rule("sum", "mean", "var", "std", "var_mean", "std_mean", "prod", "amax", "amin", "max", "min", "any", "all", "_is_all_true")
 def reduction(call: Call) -> None:
     """Mixes the reduced dimensions."""
     _reduce(call, call.arg(1, call.kwargs.get("dim")))

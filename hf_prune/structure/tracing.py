@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_prune.structure.known_values import KnownValues
 from hf_prune.structure.unify import Atom, Term, fix, instantiate
 
 BATCH_SIZE, SEQ_LEN = 2, 11
@@ -58,8 +59,9 @@ class ConstantInput:
 class Tracer(TorchDispatchMode):
     """Collects the equations of one forward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, fake: FakeTensorMode) -> None:
         super().__init__()
+        self.values = KnownValues(fake)
         self.known: dict[int, Traced] = {}
         self.alive: list[Tensor] = []  # ids stay unique while their tensors live
         self.consumed: dict[str, list[Term]] = {}
@@ -102,12 +104,16 @@ class Tracer(TorchDispatchMode):
         from hf_prune.structure import rules  # rules import this file
 
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        if (decided := self.values.decide(name, args)) is not None:
+            out = decided
+        else:
+            out = func(*args, **kwargs)
+            self.values.follow(func, args, kwargs, out)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         if not outputs:
             return out
-        name = func._schema.name.partition("::")[2]
         for tensor in inputs:
             self.lookup(tensor)
         known = [self.known[id(tensor)] for tensor in inputs]
@@ -187,17 +193,17 @@ def trace(model: nn.Module) -> tuple[Tracer, dict[str, list[Term]]]:
         The tracer with all equations, and the layouts of every tensor of the state dict by name.
     """
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is raised, and reported
-    tracer = Tracer()
     names = model.state_dict(keep_vars=True)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        tracer = Tracer(fake)
         fakes = _make_fake(model, fake)
         terms = {}
         for name, original in names.items():
             tensor = fakes[id(original)]
             traced = tracer.known.get(id(tensor)) or tracer.declare_parameter(name, tensor)
             terms[name] = traced.terms
-        input_ids = torch.ones((BATCH_SIZE, SEQ_LEN), dtype=torch.int64)
         with torch.no_grad(), _module_hooks(tracer, model), tracer:
+            input_ids = torch.ones((BATCH_SIZE, SEQ_LEN), dtype=torch.int64)
             model(input_ids=input_ids, use_cache=False)
     return tracer, terms
 

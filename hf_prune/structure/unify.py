@@ -67,7 +67,7 @@ def factors(term: Term) -> list[Term]:
         return [flat for factor in term.factors for flat in factors(factor)]
     if isinstance(term, Cat):
         flat = parts(term)
-        return [Cat(flat)] if len(flat) > 1 else factors(flat[0])
+        return factors(flat[0]) if len(flat) == 1 else [Cat(flat)]
     return [term]
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from hf_prune.errors import PlanError
 from hf_prune.structure.building import build_empty, fresh_config
 from hf_prune.surgery.configuring import pruned_config
-from hf_prune.surgery.slicing import pruned_name, renumber, slice_state_dict
+from hf_prune.surgery.slicing import check_tensor, pruned_name, renumber, slice_state_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +38,8 @@ def apply_plan(model: PreTrainedModel, structure: Structure, plan: PruningPlan) 
     state = model.state_dict(keep_vars=True)
     if any(tensor.is_meta for tensor in state.values()):
         raise PlanError("the model has offloaded weights; load it whole (without `device_map` offloading) to prune it.")
+    for name, tensor in state.items():
+        check_tensor(name, tensor, structure)
     config = pruned_config(model.config, structure, plan, type(model))
     pruned = build_empty(fresh_config(config), type(model))
     sliced = slice_state_dict(state, structure, plan)

@@ -41,16 +41,20 @@ def slice_state_dict(state_dict: Mapping[str, Tensor], structure: Structure, pla
 
 def slice_tensor(name: str, tensor: Tensor, structure: Structure, plan: PruningPlan) -> Tensor:
     """One tensor with only its kept units; always a copy. See `slice_state_dict`."""
-    layouts = structure.layouts.get(name)
-    if layouts is None:
-        raise PlanError(f"{name}: this tensor is not part of the structure of {structure.model_type}.")
-    if tuple(tensor.shape) != structure.shape(name):
-        raise PlanError(f"{name}: found shape {tuple(tensor.shape)}, the structure has {structure.shape(name)}.")
+    check_tensor(name, tensor, structure)
     sliced = tensor.detach()
-    for dim, layout in enumerate(layouts):
+    for dim, layout in enumerate(structure.layouts[name]):
         if any(axis in plan.kept_indices for axis in lay.axes(layout)):
             sliced = sliced.index_select(dim, lay.indices(layout, plan.kept_indices).to(tensor.device))
     return sliced if sliced.data_ptr() != tensor.data_ptr() or tensor.is_meta else sliced.clone(memory_format=torch.contiguous_format)
+
+
+def check_tensor(name: str, tensor: Tensor, structure: Structure) -> None:
+    """Raise `PlanError` unless `structure` describes this tensor."""
+    if name not in structure.layouts:
+        raise PlanError(f"{name}: this tensor is not part of the structure of {structure.model_type}.")
+    if tuple(tensor.shape) != structure.shape(name):
+        raise PlanError(f"{name}: found shape {tuple(tensor.shape)}, the structure has {structure.shape(name)}.")
 
 
 def pruned_name(name: str, structure: Structure, plan: PruningPlan) -> str | None:

@@ -1,65 +1,66 @@
-"""Prefill of a dense model against a pruned one, in turns in one process; JSON on stdout.
+"""Prefill speed of the reference model at 50 % with aligned widths, against what its FLOP count predicts.
 
-python tests/benchmarks/prefill.py [--dense DIR --pruned DIR] [--prompt-len 256] [--repeats 10] [--threads 1]
+    OMP_NUM_THREADS=1 python tests/benchmarks/prefill.py
 
-Without models, a random Llama and the same with half the MLP channels and half the attention groups.
+Dense and pruned run in turns in one process, on random tokens; the ratio is that of the medians. FLOPs are those of the
+matrix products: linear layers, attention (only the causal half, as the fused kernel skips the rest), and the logits of
+the last position. Reads the model from `HF_PRUNE_DATA` (default `../shared`).
 """
 
-from __future__ import annotations
-
-import argparse
-import json
-import platform
-from dataclasses import asdict
+import os
+from pathlib import Path
+from statistics import quantiles
+from typing import Annotated
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+import typer
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hf_prune.evaluation import compare_prefill, num_parameters
+from hf_prune import MagnitudeConfig, prune
+from hf_prune.evaluation import compare_prefill
+
+SHARED = Path(os.environ.get("HF_PRUNE_DATA", Path(__file__).parents[3] / "shared"))
+SETTINGS = ((1, 256), (1, 512), (4, 256), (4, 512), (8, 512))
+"""Batch size and prompt length."""
 
 
-def random_llama(kept: float) -> PreTrainedModel:
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=512,
-        intermediate_size=int(2048 * kept),
-        num_hidden_layers=8,
-        num_attention_heads=int(16 * kept),
-        num_key_value_heads=int(8 * kept),
-        head_dim=32,
+def prefill_flops(model: PreTrainedModel, batch_size: int, prompt_len: int) -> int:
+    """Floating-point operations of the matrix products of one prefill; a multiply-add counts two."""
+    head = model.get_output_embeddings()
+    linear = sum(
+        module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear) and module is not head
     )
-    return LlamaForCausalLM(config)
+    pairs = prompt_len * (prompt_len + 1) // 2
+    heads_times_dim = sum(layer.self_attn.o_proj.in_features for layer in model.model.layers)
+    per_sequence = 2 * linear * prompt_len + 2 * 2 * pairs * heads_times_dim + 2 * head.weight.numel()
+    return batch_size * per_sequence
 
 
-def load(path: str | None, kept: float) -> PreTrainedModel:
-    return random_llama(kept) if path is None else AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dense")
-    parser.add_argument("--pruned")
-    parser.add_argument("--prompt-len", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    if (args.dense is None) != (args.pruned is None):
-        parser.error("give both --dense and --pruned, or neither")
-    dense, pruned = load(args.dense, 1.0), load(args.pruned, 0.5)
-    comparison = compare_prefill(
-        dense,
-        pruned,
-        prompt_len=args.prompt_len,
-        batch_size=args.batch_size,
-        repeats=args.repeats,
-        num_threads=args.threads,
-    )
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "machine": platform.machine()}
-    sizes = {"num_parameters_dense": num_parameters(dense), "num_parameters_pruned": num_parameters(pruned)}
-    print(json.dumps({**asdict(comparison), **sizes, **versions}, indent=2))
+def main(
+    ratio: Annotated[float, typer.Option(help="Fraction of decoder parameters removed.")] = 0.5,
+    round_to: Annotated[int, typer.Option(help="MLP widths are multiples of this.")] = 64,
+    repeats: Annotated[int, typer.Option(help="Runs of each model.")] = 15,
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+) -> None:
+    """Print measured ratio, predicted ratio, and measured / predicted."""
+    dense = AutoModelForCausalLM.from_pretrained(SHARED / "models" / "ref10m", dtype=torch.float32).eval()
+    result = prune(dense, MagnitudeConfig(ratio, round_to=round_to))
+    widths = {name: width for name, width in result.plan.widths.items() if name.startswith("layers.0.")}
+    print(f"removed {result.plan.achieved['decoder']:.2%} of the decoder; layer 0: {widths}; {threads} threads")
+    print("batch  prompt  dense ms  pruned ms  measured  (quartiles)     predicted  measured/predicted")
+    for batch_size, prompt_len in SETTINGS:
+        found = compare_prefill(
+            dense, result.model, prompt_len=prompt_len, batch_size=batch_size, repeats=repeats, num_threads=threads
+        )
+        predicted = prefill_flops(dense, batch_size, prompt_len) / prefill_flops(result.model, batch_size, prompt_len)
+        pairwise = quantiles([a / b for a, b in zip(found.a_s, found.b_s, strict=True)], n=4)
+        print(
+            f"{batch_size:5} {prompt_len:7} {1000 * sorted(found.a_s)[repeats // 2]:9.1f} "
+            f"{1000 * sorted(found.b_s)[repeats // 2]:10.1f} {found.ratio:9.2f}  ({pairwise[0]:.2f}–{pairwise[2]:.2f})   "
+            f"{predicted:9.2f} {found.ratio / predicted:12.2f}"
+        )
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

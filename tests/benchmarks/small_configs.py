@@ -64,7 +64,7 @@ _BRIDGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "diffllama": {"num_key_value_heads": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
-    "gemma3n_text": {"num_kv_shared_layers": 1},
+    "gemma3n_text": {"num_kv_shared_layers": 1, "intermediate_size": MLP},
     "gemma4_assistant": {
         "__default__": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
     },
@@ -77,8 +77,8 @@ _BRIDGES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _QWEN4,
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": _HYBRID},
-    "zamba2": {"layers_block_type": _HYBRID, "n_mamba_heads": 12},
+    "zamba": {"layers_block_type": _HYBRID, "attention_hidden_size": 96, "attention_head_dim": 16},
+    "zamba2": {"layers_block_type": _HYBRID, "n_mamba_heads": 12, "attention_hidden_size": 96, "attention_head_dim": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
 

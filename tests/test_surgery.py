@@ -1,0 +1,289 @@
+"""Slicing, masking and the config of a pruned model, case by case; the laws over all families are in test_laws.py."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import logits, make_plan, shared_model, shared_structure, tiny_model, token_ids
+
+from hf_prune.checkpoint.files import needs_plugin
+from hf_prune.errors import PlanError
+from hf_prune.structure.inference import infer_structure
+from hf_prune.structure.layouts import unit_ids
+from hf_prune.surgery.masking import keep_mask, mask_axis, masked
+from hf_prune.surgery.pruning import apply_plan
+from hf_prune.surgery.slicing import missing_names, pruned_name, slice_state_dict, slice_tensor
+
+KEPT = {"layers.0.mlp": tuple(range(1, 40, 3)), "layers.1.attention": (0, 2)}
+
+
+def llama_plan(kept=KEPT):
+    return make_plan(shared_structure("llama"), kept)
+
+
+# --- slicing ----------------------------------------------------------------------------------------------------------
+
+
+def test_slices_by_hand():
+    """Group 1 of 3 goes: 2 query heads of 10 entries each, and one key and one value head."""
+    state = shared_model("llama").state_dict()
+    sliced = slice_state_dict(state, shared_structure("llama"), llama_plan())
+    prefix = "model.layers.1.self_attn."
+    q, o = state[prefix + "q_proj.weight"], state[prefix + "o_proj.weight"]
+    assert torch.equal(sliced[prefix + "q_proj.weight"], torch.cat([q[:20], q[40:]]))
+    assert torch.equal(sliced[prefix + "o_proj.weight"], torch.cat([o[:, :20], o[:, 40:]], 1))
+    k = state[prefix + "k_proj.weight"]
+    assert torch.equal(sliced[prefix + "k_proj.weight"], torch.cat([k[:10], k[20:]]))
+    down = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(sliced[down], state[down][:, 1::3])
+
+
+def test_slices_of_fused_weights_by_hand():
+    state, structure = shared_model("phi3").state_dict(), shared_structure("phi3")
+    plan = make_plan(structure, {"layers.0.mlp": (3, 5), "layers.0.attention": (1, 2)})
+    sliced = slice_state_dict(state, structure, plan)
+    gate_up, qkv = "model.layers.0.mlp.gate_up_proj.weight", "model.layers.0.self_attn.qkv_proj.weight"
+    assert torch.equal(sliced[gate_up], state[gate_up][[3, 5, 43, 45]])
+    rows = [*range(16, 48), *range(56, 72), *range(80, 96)]
+    assert torch.equal(sliced[qkv], state[qkv][rows])
+
+
+def test_slicing_is_pure_and_shares_no_memory():
+    state = {name: tensor.clone() for name, tensor in shared_model("llama").state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    sliced = slice_state_dict(state, shared_structure("llama"), llama_plan())
+    for tensor in sliced.values():
+        tensor.zero_()
+    assert all(torch.equal(state[name], before[name]) for name in before)
+
+
+def test_tied_weights_stay_tied():
+    model, structure = shared_model("llama_tied"), shared_structure("llama_tied")
+    plan = make_plan(structure, {"hidden": tuple(range(24))})
+    sliced = slice_state_dict(model.state_dict(keep_vars=True), structure, plan)
+    assert sliced["lm_head.weight"] is sliced["model.embed_tokens.weight"]
+    pruned = apply_plan(model, structure, plan)
+    assert pruned.lm_head.weight is pruned.model.embed_tokens.weight
+
+
+def test_names_move_up_when_layers_go():
+    structure = shared_structure("llama")
+    plan = make_plan(structure, {"layers": (0, 2), "layers.mlp": (0,)})
+    assert pruned_name("model.layers.1.mlp.up_proj.weight", structure, plan) is None
+    assert pruned_name("model.layers.2.input_layernorm.weight", structure, plan) == "model.layers.1.input_layernorm.weight"
+    assert pruned_name("model.layers.2.mlp.up_proj.weight", structure, plan) is None
+    assert pruned_name("model.norm.weight", structure, plan) == "model.norm.weight"
+
+
+def test_tensors_that_do_not_belong_are_refused():
+    structure, plan = shared_structure("llama"), llama_plan()
+    with pytest.raises(PlanError, match="rotary.weight: this tensor is not part of the structure of llama"):
+        slice_tensor("rotary.weight", torch.zeros(3), structure, plan)
+    with pytest.raises(PlanError, match=r"found shape \(3,\), the structure has \(48,\)"):
+        slice_tensor("model.norm.weight", torch.zeros(3), structure, plan)
+
+
+def test_missing_names_are_found_but_tied_ones_may_be_left_out():
+    structure = shared_structure("llama_tied")
+    names = [name for name in structure.layouts if name != "lm_head.weight"]
+    assert missing_names(names, structure) == []
+    assert missing_names(names[1:], structure) == [names[0], "lm_head.weight"]
+
+
+# --- masking ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bloom"])
+def test_masking_leaves_the_model_as_it_was_also_after_an_error(family):
+    model, structure = copy.deepcopy(shared_model(family)), shared_structure(family)
+    removed = {"layers.attention": (0, 1)} if len(structure.layer_paths) == 3 else {}
+    plan = make_plan(structure, {"layers.0.mlp": (0, 1), "layers.1.attention": (0, 2), **removed})
+    expected = logits(model)
+    before = {name: (id(p), p.detach().clone()) for name, p in model.named_parameters()}
+    with pytest.raises(KeyError), masked(model, structure, plan):
+        assert not torch.equal(logits(model), expected)
+        raise KeyError
+    assert torch.equal(logits(model), expected)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    for name, parameter in model.named_parameters():
+        assert id(parameter) == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+
+
+def test_masks_may_be_soft():
+    """Scale one unit by a half: as if its column of down_proj were halved."""
+    model, structure = copy.deepcopy(shared_model("llama")), shared_structure("llama")
+    mask = torch.ones(40)
+    mask[7] = 0.5
+    with mask_axis(model, structure, "layers.1.mlp", mask):
+        found = logits(model)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[:, 7] *= 0.5
+    assert torch.allclose(found, logits(model), rtol=1e-9, atol=0)
+    assert keep_mask(4, (1, 3)).tolist() == [False, True, False, True]
+
+
+# --- the pruned model -------------------------------------------------------------------------------------------------
+
+
+def test_flags_modes_and_generation_config_come_along():
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    model.set_attn_implementation("eager")
+    model.generation_config.max_new_tokens = 3
+    model.generation_config.repetition_penalty = 1.5
+    model.model.embed_tokens.weight.requires_grad_(False)
+    model.model.layers[2].mlp.up_proj.weight.requires_grad_(False)
+    model.train()
+    plan = llama_plan({**{k: v for k, v in KEPT.items() if "1" not in k}, "layers": (0, 2)})
+    pruned = apply_plan(model, shared_structure("llama"), plan)
+    assert pruned.training
+    assert all(module.training for module in pruned.modules())
+    assert pruned.dtype == torch.bfloat16
+    assert pruned.config.dtype == model.config.dtype
+    assert pruned.config._attn_implementation == "eager"
+    assert pruned.generation_config.to_dict() == model.generation_config.to_dict()
+    assert pruned.generation_config is not model.generation_config
+    frozen = {name for name, parameter in pruned.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"}
+    assert pruned._pruning_plan == plan
+
+
+def test_the_dense_model_and_its_config_are_not_changed():
+    model = tiny_model("llama")
+    state, config = copy.deepcopy(model.state_dict()), model.config.to_dict()
+    pruned = apply_plan(model, shared_structure("llama"), llama_plan())
+    with torch.no_grad():
+        for parameter in pruned.parameters():
+            parameter.zero_()
+    pruned.config.hidden_size = 1
+    assert model.config.to_dict() == config
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_offloaded_weights_and_other_models_are_refused():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(PlanError, match="offloaded weights; load it whole"):
+        apply_plan(model, shared_structure("llama"), llama_plan())
+    with pytest.raises(PlanError, match="the plan is for model type 'llama', found 'mistral'.*make a new plan"):
+        apply_plan(shared_model("mistral"), shared_structure("mistral"), llama_plan())
+    with pytest.raises(PlanError, match="found shape"):
+        apply_plan(shared_model("llama_tied"), shared_structure("llama"), llama_plan())
+
+
+# --- its config -------------------------------------------------------------------------------------------------------
+
+
+def test_per_layer_values_where_widths_differ():
+    config = apply_plan(shared_model("llama"), shared_structure("llama"), llama_plan()).config
+    values = config.to_dict()
+    overrides = {int(layer): own for layer, own in values["per_layer_config"].items()}
+    assert overrides == {0: {"intermediate_size": 13}, 1: {"num_attention_heads": 4, "num_key_value_heads": 2}}
+    assert values["intermediate_size"] == 40
+    assert values["num_attention_heads"] == 6
+    assert values["head_dim"] == 10
+    assert "surgery" not in values["pruning_config"]
+    assert needs_plugin(config)
+    assert config.per_layer_config[0].intermediate_size == 13
+    assert config.per_layer_config[1].num_key_value_heads == 2
+
+
+def test_uniform_widths_are_plain_values():
+    kept = {f"layers.{layer}.mlp": tuple(range(layer, layer + 16)) for layer in range(3)}
+    kept |= {f"layers.{layer}.attention": (layer,) for layer in range(3)}
+    config = apply_plan(shared_model("llama"), shared_structure("llama"), llama_plan(kept)).config
+    assert (config.intermediate_size, config.num_attention_heads, config.num_key_value_heads) == (16, 2, 1)
+    assert not needs_plugin(config)
+    assert "per_layer_config" not in config.to_dict()
+
+
+def test_removing_layers_shortens_every_list_of_layers():
+    structure = shared_structure("gemma3_text")
+    config = apply_plan(shared_model("gemma3_text"), structure, make_plan(structure, {"layers": (1, 2)})).config
+    assert config.num_hidden_layers == 2
+    assert config.layer_types == ["full_attention", "sliding_attention"]
+    assert not needs_plugin(config)
+
+
+def test_hidden_width_is_plain_where_the_class_takes_it():
+    structure = shared_structure("mistral")
+    plan = make_plan(structure, {"hidden": tuple(range(0, 48, 2))})
+    config = apply_plan(shared_model("mistral"), structure, plan).config
+    assert (config.hidden_size, config.head_dim) == (24, 10)
+    assert not needs_plugin(config)
+
+
+@pytest.mark.parametrize(("family", "width"), [("gpt2", 20), ("gpt2", 37), ("opt", 20), ("gemma3_text", 24)])
+def test_what_a_class_derives_from_the_hidden_size_stays(family, width, tmp_path):
+    """head_dim, or the scale of gemma's embeddings, must be the dense one: attention sees the same products."""
+    from transformers import AutoModelForCausalLM
+
+    model, structure = tiny_model(family, dtype=torch.float32), shared_structure(family)
+    plan = make_plan(structure, {"hidden": tuple(range(width))})
+    pruned = apply_plan(model, structure, plan)
+    pruned.save_pretrained(tmp_path)
+    expected = logits(pruned)
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, atol=1e-6)
+    ignore_hidden_channels_(model, structure, width)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+def ignore_hidden_channels_(model, structure, width):
+    """Make the dense model ignore hidden channels from `width` on: their weights zero, norms over the others only."""
+    state = model.state_dict()
+    for member in structure.members["hidden"]:
+        ids = unit_ids(structure.layouts[member.parameter][member.dim], "hidden")
+        state[member.parameter].index_fill_(member.dim, (ids >= width).nonzero().flatten(), 0.0)
+    hidden = structure.axes["hidden"].num_units
+
+    def norm(module, args, output):
+        x, weight = args[0][..., :width], module.weight[:width]
+        if isinstance(module, torch.nn.LayerNorm):
+            found = torch.nn.functional.layer_norm(x, (width,), weight, module.bias[:width], module.eps)
+        else:  # gemma scales by 1 + weight
+            found = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.eps) * (1 + weight)
+        return torch.nn.functional.pad(found, (0, hidden - width))
+
+    for module in model.modules():
+        if "Norm" in type(module).__name__ and module.weight.shape == (hidden,):
+            module.register_forward_hook(norm)
+
+
+def test_surgery_says_what_no_attribute_can(tmp_path):
+    structure = shared_structure("gpt2")
+    plan = make_plan(structure, {"layers.1.attention": (0, 3), "layers.2.mlp": (5, 6, 7)})
+    config = apply_plan(shared_model("gpt2"), structure, plan).config
+    modules = config.pruning_config["surgery"]["modules"]
+    assert modules["transformer.h.1.attn.c_attn"]["shapes"] == {"weight": [40, 48], "bias": [48]}
+    assert modules["transformer.h.1.attn.c_proj"]["shapes"] == {"weight": [16, 40]}
+    assert modules["transformer.h.1.attn"]["attributes"]["num_heads"] == 2
+    assert modules["transformer.h.1.attn"]["attributes"]["split_size"] == 16
+    assert not any(path.startswith(("transformer.h.0", "transformer.h.2")) for path in modules)
+    assert {int(layer): own for layer, own in config.to_dict()["per_layer_config"].items()} == {2: {"n_inner": 3}}
+
+
+def test_alibi_slopes_are_those_of_the_heads_that_stay():
+    structure = shared_structure("bloom")
+    once = apply_plan(shared_model("bloom"), structure, make_plan(structure, {"layers.0.attention": (1, 2, 3, 4)}))
+    selected = once.config.pruning_config["surgery"]["modules"]["transformer.h.0.self_attention"]["select_inputs"]
+    assert selected["alibi"]["kept"] == [1, 2, 3, 4]
+    again = infer_structure(once)
+    if again.axes["layers.0.attention"].prunable:
+        twice = apply_plan(once, again, make_plan(again, {"layers.0.attention": (0, 3)}))
+        selected = twice.config.pruning_config["surgery"]["modules"]["transformer.h.0.self_attention"]["select_inputs"]
+        assert selected["alibi"]["kept"] == [1, 4]
+        with masked(once, again, make_plan(again, {"layers.0.attention": (0, 3)})):
+            assert torch.allclose(logits(twice), logits(once), rtol=1e-9)
+
+
+def test_training_goes_through_the_pruned_layers():
+    pruned = apply_plan(tiny_model("gpt2", dtype=torch.float32), shared_structure("gpt2"), gpt2_plan()).train()
+    ids = token_ids()
+    pruned(input_ids=ids, labels=ids).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in pruned.parameters())
+
+
+def gpt2_plan():
+    return make_plan(shared_structure("gpt2"), {"layers.1.attention": (0, 3), "layers.0.mlp": tuple(range(9))})
