@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,9 @@ from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.layouts import Fixed, Layout, Product, Units
 
 if TYPE_CHECKING:
-    import random
+    from pathlib import Path
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
     from hf_prune.structure.structure import Structure
 
@@ -214,3 +215,29 @@ def positions(layout: Layout, axis: str, permutation: torch.Tensor) -> torch.Ten
         return result
     offsets = [sum(len(part) for part in found[:i]) for i in range(len(found))]
     return torch.cat([part + offset for part, offset in zip(found, offsets, strict=True)])
+
+
+def write_text(path: Path, num_words: int = 1500, seed: int = 0) -> str:
+    """A file of made-up English; returns its path."""
+    words = (
+        "the river old house light morning she walked slowly through garden and never spoke of what had been "
+        "said that winter when snow lay deep upon hills but he remembered every word they wrote in letters from war"
+    ).split()
+    draw = random.Random(seed)
+    lines = [" ".join(draw.choices(words, k=12)).capitalize() + "." for _ in range(num_words // 12)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def tiny_tokenizer(text_path: str) -> PreTrainedTokenizerFast:
+    """A byte pair encoding of at most `VOCAB` tokens, trained on a file."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<s>", "</s>", "<pad>", "<unk>"]
+    raw.train([text_path], trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=special, show_progress=False))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )

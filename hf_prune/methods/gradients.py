@@ -10,7 +10,8 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
-import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 
 from hf_prune.errors import ScoreError
@@ -22,24 +23,22 @@ HALF_SCALE = 2.0**16
 """Largest loss scale for float16, in which gradients near 1e-8 would vanish."""
 
 
-def distributed() -> bool:
-    """Whether several processes work together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def my_share(batches: Iterable[Batch], per_sample: bool) -> list[Tensor]:
     """`input_ids` `[B, T]` that this process handles, dealt out in turn; one sample each if `per_sample`."""
     found = [checked_ids(batch) for batch in batches]
     if per_sample:
         found = [row[None] for ids in found for row in ids]
-    return found[dist.get_rank() :: dist.get_world_size()] if distributed() else found
+    state = PartialState()
+    return found[state.process_index :: state.num_processes]
 
 
 def sum_over_processes(values: Tensor) -> Tensor:
-    """The sum of `values` over all processes; the same tensor where there is one process."""
-    if distributed():
-        dist.all_reduce(values)
-    return values
+    """The sum of `values` over all processes, where `values` lie; they themselves where there is one process."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return values
+    total: Tensor = reduce(values.to(state.device), reduction="sum")
+    return total.to(values.device)
 
 
 def backward(

@@ -11,13 +11,14 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_prune.config import LLMPrunerConfig, PruningConfig, selected_axes
 from hf_prune.errors import CalibrationError
 from hf_prune.methods.fisher import fisher_scores
-from hf_prune.methods.gradients import backward, differentiable, distributed, loss_scale, my_share, sum_over_processes
+from hf_prune.methods.gradients import backward, differentiable, loss_scale, my_share, sum_over_processes
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def llm_pruner_scores(
         return fisher_scores(model, structure, config, batches)
     axes = selected_axes(structure, config)
     shares = my_share(batches, per_sample=config.criterion in PER_SAMPLE)
-    importance = _Importance(model, structure, axes, config, one_pass=len(batches) == 1 and not distributed())
+    importance = _Importance(model, structure, axes, config, one_pass=len(batches) == 1 and PartialState().num_processes == 1)
     with differentiable(model, importance.parameters):
         scale = loss_scale(model, batches[0]["input_ids"], importance.parameters)
         for ids in tqdm(shares, desc=f"{config.criterion} importance", unit="batch", leave=False):

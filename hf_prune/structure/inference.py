@@ -179,8 +179,9 @@ class _Naming:
         chosen: dict[int, _Found] = {}
         for entry in heads.values():
             for name, dim in entry.consumers:
-                lead = next((atom for atom in leaves(self.terms[name][dim]) if atom.heads), None)
-                if lead is entry.atom:
+                carried = list(leaves(self.terms[name][dim]))
+                lead = next((atom for atom in carried if atom.heads), None)
+                if lead is entry.atom and all(id(atom) in self.local for atom in carried):
                     chosen[id(lead)] = entry
         return list(chosen.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -42,9 +43,9 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
     """
     wanted = predicted_shapes(structure, plan)
     knobs = find_knobs(config, structure, cls) if _touched(structure, plan) else {}
-    trimmed = _without_layers(config, structure, plan)
     best: tuple[int, Any] | None = None
-    for candidate in _candidates(trimmed, structure, plan, knobs):
+    trimmed = _without_layers(config, structure, plan)
+    for candidate in (found for start in trimmed for found in _candidates(start, structure, plan, knobs)):
         found = shapes(candidate, cls)
         if found is None or set(found) != set(wanted):
             continue

@@ -55,6 +55,7 @@ _QWEN4 = {
 _HYBRID = ["mamba", "hybrid", "mamba", "hybrid"]
 _BRIDGES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
+    "big_bird": {"attention_type": "original_full"},  # block-sparse attention makes its modules anew in short texts
     "codegen": {"n_head": 4, "rotary_dim": 6},  # the query, key and value projection has four blocks of heads
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -62,6 +63,7 @@ _BRIDGES: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}, "rope_parameters": _ROPE},
     "deepseek_v2": {"num_experts_per_tok": 2},
+    "deepseek_v4": {"o_groups": 2},
     "diffllama": {"num_key_value_heads": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 1, "intermediate_size": MLP},
@@ -114,8 +116,9 @@ def shrink(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if name == "per_layer_config" and overrides:
             result[name] = {str(layers.index(i)): shrink(overrides[i]) for i in layers if i in overrides}
-        elif name == "head_dim" and latent and value == values["qk_rope_head_dim"]:
-            result[name] = _SIZE["qk_rope_head_dim"]
+        elif name == "head_dim" and "qk_nope_head_dim" in values:
+            rope_only = value == values.get("qk_rope_head_dim")
+            result[name] = _SIZE["qk_rope_head_dim"] if rope_only else _SIZE["qk_head_dim"]
         elif name == "num_key_value_heads" and latent:
             result[name] = HEADS if isinstance(value, int) else value
         elif name == "head_dim" and value is None:
