@@ -77,7 +77,7 @@ def allocate(
     """Decide which units stay.
 
     Inside an axis the units with the lowest scores go first (ties: lower index first), `round_to` at a time.
-    `uniform`: all axes lose the same fraction of their units; a step is taken in all layers at once, unless it is worth
+    `uniform`: all axes lose the same fraction of their units, rounded down to whole steps; a step is taken in all layers at once, unless it is worth
     more than 1 % of the budget, then layers with lower scores go first (ties: lower layer first). `global`: steps
     compete across axes by score per parameter removed. Attention of layer 0 stays (caches are measured by it).
 
@@ -285,9 +285,9 @@ def _uniform(ladders: list[_Ladder], base: int) -> tuple[Ints, Ints]:
         kind = ladder.axis.kind if ladder.axis.layer is not None else ladder.axis.name
         groups.append(labels.setdefault((kind, ladder.axis.num_units), len(labels)))
     num_steps = [len(ladder.ends) for ladder in ladders]
-    starts = [np.concatenate([np.zeros(1, np.int64), ladder.ends])[:-1] for ladder in ladders]
-    middles = [(s + x.ends) / 2 / x.axis.num_units for s, x in zip(starts, ladders, strict=True)]
-    position, group = np.concatenate(middles), np.repeat(groups, num_steps)
+    # A step is due once the fraction covers it whole: of 4 KV groups none goes at 20 %, finer axes make up for it.
+    position = np.concatenate([ladder.ends / ladder.axis.num_units for ladder in ladders])
+    group = np.repeat(groups, num_steps)
     score = np.concatenate([ladder.scores for ladder in ladders])
     cost = np.concatenate([ladder.costs for ladder in ladders])
     order = np.lexsort((score, group, position))  # stable, so ties keep the order of the axes

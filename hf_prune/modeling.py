@@ -56,12 +56,17 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
             calibration: see `hf_prune.prune`.
             tokenizer: for calibration text; by default the checkpoint's own.
             **kwargs: arguments of `AutoModelForCausalLM.from_pretrained`.
+
+        Raises:
+            CheckpointError: a pruned checkpoint in a local directory is damaged or incomplete.
+            HFPruneError: what `hf_prune.prune` refuses.
         """
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         source = str(pretrained_model_name_or_path)
         if pruning_config is None and calibration is not None:
             raise ConfigError("calibration was given without a pruning_config; pass one, or leave out calibration.")
+        _check_local(Path(source), kwargs)
         model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
         if pruning_config is None:
             return model  # type: ignore[no-any-return]
@@ -130,3 +135,14 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
             token=token,
             commit_message=commit_message,
         )
+
+
+def _check_local(directory: Path, arguments: Mapping[str, Any]) -> None:
+    """Refuse a damaged pruned checkpoint by name of what is wrong: transformers fills missing tensors at random."""
+    from hf_prune.checkpoint.files import read_json
+    from hf_prune.checkpoint.verifying import verify_checkpoint
+
+    elsewhere = {"subfolder", "variant", "state_dict", "config", "gguf_file"} & set(arguments)
+    config_path = directory / "config.json"
+    if not elsewhere and config_path.is_file() and "pruning_config" in read_json(config_path):
+        verify_checkpoint(directory)

@@ -95,8 +95,8 @@ def calibration_data(
     Raises:
         CalibrationError: the method needs data and none was given, or text was given without a tokenizer.
     """
-    if not METHODS[config.method].needs_calibration:
-        return None
+    if config.method not in METHODS or not METHODS[config.method].needs_calibration:
+        return None  # an unknown method is refused by `score`
     if calibration is None:
         raise CalibrationError(f"method {config.method!r} needs calibration text; pass a file, a dataset or batches.")
     if not isinstance(calibration, str):

@@ -1,4 +1,4 @@
-"""Tiny random models of the families that the laws are shown on: from configs, no two sizes alike where that is possible."""
+"""Tiny random models of the families that the laws are shown on, from configs; sizes differ where that is possible."""
 
 from __future__ import annotations
 
@@ -219,12 +219,9 @@ def positions(layout: Layout, axis: str, permutation: torch.Tensor) -> torch.Ten
 
 def write_text(path: Path, num_words: int = 1500, seed: int = 0) -> str:
     """A file of made-up English; returns its path."""
-    words = (
-        "the river old house light morning she walked slowly through garden and never spoke of what had been "
-        "said that winter when snow lay deep upon hills but he remembered every word they wrote in letters from war"
-    ).split()
+    words = "the river old house light morning she walked slowly and never spoke of what had been said that winter"
     draw = random.Random(seed)
-    lines = [" ".join(draw.choices(words, k=12)).capitalize() + "." for _ in range(num_words // 12)]
+    lines = [" ".join(draw.choices(words.split(), k=12)).capitalize() + "." for _ in range(num_words // 12)]
     path.write_text("\n".join(lines), encoding="utf-8")
     return str(path)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_prune.structure.layouts import Concat, Fixed, Layout, Product, Units
-from hf_prune.structure.structure import Axis, Member, Owner, Structure
+from hf_prune.structure.structure import Axis, BranchModule, Member, Owner, Structure
 
 
 class _Builder:
@@ -52,6 +52,8 @@ def llama(
     for i in range(num_layers):
         axes += [Axis(f"layers.{i}.attention", "attention", i, kv), Axis(f"layers.{i}.mlp", "mlp", i, mlp)]
     axes += [Axis(name, "layer", None, num_layers) for name in ("layers", "layers.attention", "layers.mlp")]
+    branches = {f"layers.{i}.attention": BranchModule("self_attn", ["zeros", None]) for i in range(num_layers)}
+    branches.update({f"layers.{i}.mlp": BranchModule("mlp", "zeros") for i in range(num_layers)})
     return Structure(
         model_type="mixtral" if experts else "phi3" if fused else "llama",
         axes={axis.name: axis for axis in axes},
@@ -60,6 +62,7 @@ def llama(
         layer_paths=tuple(f"model.layers.{i}" for i in range(num_layers)),
         owners=build.owners,
         aliases={"lm_head.weight": "model.embed_tokens.weight"} if tied else {},
+        branch_modules=branches,
     )
 
 

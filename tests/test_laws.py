@@ -45,8 +45,8 @@ families = pytest.mark.parametrize("family", FAMILIES)
 seeds = st.integers(0, 2**32 - 1)
 
 
-def assert_close(found, expected):
-    assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+def assert_close(found, expected, tolerance=TOLERANCE):
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def assert_far(found, other):
@@ -189,7 +189,8 @@ def heterogeneous_plan(family, structure) -> PruningPlan:
     """Different widths in each layer; in families with three layers the last one also loses its attention."""
     kept = random_kept(structure, random.Random(family))
     if family == "mixtral":  # the grouped product of transformers takes rows of a multiple of 16 bytes
-        kept = {name: units[: len(units) // 4 * 4] or tuple(range(4)) if "mlp" in name else units for name, units in kept.items()}
+        for name in [name for name in kept if name.endswith("mlp")]:
+            kept[name] = kept[name][: len(kept[name]) // 4 * 4] or (0, 1, 2, 3)
     if len(structure.layer_paths) == 3:
         kept = {name: units for name, units in kept.items() if name != "layers.2.attention"}
         kept.update(without(structure, "layers.attention", 2))
@@ -410,7 +411,7 @@ def test_a_pruned_model_can_be_pruned_again(family, tmp_path):
     loaded = load(tmp_path)
     if family == "mixtral":
         loaded.set_experts_implementation("batched_mm")
-    assert_close(logits(loaded), logits(twice))
+    assert_close(logits(loaded), logits(twice), 1e-6)  # constants of a constructor (gemma's scale) are float32 here
     assert all(torch.equal(tensor, twice.state_dict()[name]) for name, tensor in loaded.state_dict().items())
 
 

@@ -60,8 +60,8 @@ def test_prune_with_text_leaves_the_dense_model_alone(dense, family):
     model = tiny_model(family, dtype=torch.float32)
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
     config = model.config.to_dict()
-    axes = ("mlp", "attention") if family != "mixtral" else ("attention",)
-    result = prune(model, wanda(axes=axes), tokenizer=dense.tokenizer, calibration=dense.text, batch_size=3)
+    config_asked = wanda(round_to=4)  # mixtral: the grouped product takes rows of a multiple of 16 bytes
+    result = prune(model, config_asked, tokenizer=dense.tokenizer, calibration=dense.text, batch_size=3)
     assert type(result.model) is type(model)
     assert result.structure == shared_structure(family)
     assert sum(p.numel() for p in result.model.parameters()) == result.plan.num_parameters(result.structure)
@@ -259,7 +259,13 @@ def test_trainer_goes_on_from_its_checkpoint(family, tmp_path):
 
     def train(model, steps, **resume):
         args = TrainingArguments(
-            output_dir=str(tmp_path), max_steps=steps, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True
+            output_dir=str(tmp_path),
+            max_steps=steps,
+            save_steps=2,
+            lr_scheduler_type="constant",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
         )
         Trainer(model, args, train_dataset=data).train(**resume)
 

@@ -10,6 +10,7 @@ from models import FAMILIES, shared_model, shared_structure, tiny_config
 from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
+from hf_prune.config import MagnitudeConfig, selected_axes
 from hf_prune.errors import StructureError
 from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.structure import Owner
@@ -146,11 +147,12 @@ def test_axes_and_layouts(family):
     assert [name for name, axis in structure.axes.items() if not axis.exact] == ["hidden"]
     assert not structure.without_rule
     prefix = structure.layer_paths[1] + "."
-    here = {name.removeprefix(prefix): layouts for name, layouts in structure.layouts.items() if name.startswith(prefix)}
+    here = {name.removeprefix(prefix): found for name, found in structure.layouts.items() if name.startswith(prefix)}
     for part, expected in weights.items():
-        (name,) = [name for name in here if f".{name}.".find(f".{part}.") >= 0 and not name.endswith("bias")]
-        found = tuple(str(layout).replace("layers.1.attention", "A").replace("layers.1.mlp", "M") for layout in here[name])
-        assert tuple(text.replace("hidden", "D") for text in found) == expected, name
+        (name,) = [name for name in here if f".{part}." in f".{name}." and not name.endswith("bias")]
+        texts = " | ".join(map(str, here[name]))
+        short = texts.replace("layers.1.attention", "A").replace("layers.1.mlp", "M").replace("hidden", "D")
+        assert tuple(short.split(" | ")) == expected, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -355,14 +357,15 @@ def test_an_axis_shared_by_layers_is_not_an_axis_of_one_layer():
     structure = infer_structure(CustomModel(CustomConfig(what="shared")))
     assert not structure.axes_of("mlp")
     with pytest.raises(StructureError, match="no axis of kind 'mlp'"):
-        from hf_prune.config import MagnitudeConfig, selected_axes
-
         selected_axes(structure, MagnitudeConfig(0.3, axes=("mlp",)))
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
-    [("data-dependent", "cannot be traced without weights.*depends on values"), ("no layers", "no list of decoder layers")],
+    [
+        ("data-dependent", r"cannot be traced without weights.*depends on values"),
+        ("no layers", "no list of decoder layers"),
+    ],
 )
 def test_models_that_cannot_be_traced_are_refused(what, message):
     with pytest.raises(StructureError, match=message):

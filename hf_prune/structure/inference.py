@@ -175,15 +175,16 @@ class _Naming:
 
     def _attention(self, here: list[_Found]) -> list[_Found]:
         """For each output projection the outermost axis along which attention is independent: KV groups, or heads."""
-        heads = {id(f.atom): f for f in here if f.atom.heads}
         chosen: dict[int, _Found] = {}
-        for entry in heads.values():
-            for name, dim in entry.consumers:
-                carried = list(leaves(self.terms[name][dim]))
-                lead = next((atom for atom in carried if atom.heads), None)
-                if lead is entry.atom and all(id(atom) in self.local for atom in carried):
-                    chosen[id(lead)] = entry
+        for entry in here:
+            if entry.atom.heads and all(self._leads(entry, name, dim) for name, dim in entry.places) and entry.consumers:
+                if any(all(id(a) in self.local for a in leaves(self.terms[n][d])) for n, d in entry.consumers):
+                    chosen[id(entry.atom)] = entry
         return list(chosen.values())
+
+    def _leads(self, entry: _Found, name: str, dim: int) -> bool:
+        """Whether `entry` is the outermost axis of heads of one dimension of a parameter."""
+        return next((atom for atom in leaves(self.terms[name][dim]) if atom.heads), None) is entry.atom
 
     def _mlp(self, here: list[_Found]) -> list[_Found]:
         """Axes between two projections of one layer that have nothing to do with heads.

@@ -44,8 +44,8 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
     wanted = predicted_shapes(structure, plan)
     knobs = find_knobs(config, structure, cls) if _touched(structure, plan) else {}
     best: tuple[int, Any] | None = None
-    trimmed = _without_layers(config, structure, plan)
-    for candidate in (found for start in trimmed for found in _candidates(start, structure, plan, knobs)):
+    starts = _without_layers(config, structure, plan)
+    for trimmed, candidate in ((start, c) for start in starts for c in _candidates(start, structure, plan, knobs)):
         found = shapes(candidate, cls)
         if found is None or set(found) != set(wanted):
             continue
@@ -98,20 +98,21 @@ def _record(plan: PruningPlan) -> dict[str, Any]:
 # --- candidates --------------------------------------------------------------------------------------------------------
 
 
-def _without_layers(config: Any, structure: Structure, plan: PruningPlan) -> Any:
-    """A copy of `config` without the layers that go: every list with one entry per layer loses theirs.
+def _without_layers(config: Any, structure: Structure, plan: PruningPlan) -> Iterator[Any]:
+    """Copies of `config` without the layers that go, one for each attribute that may hold their number.
 
-    Its `pruning_config` is the one of this plan, with the surgery of an earlier pruning.
+    Every list with one entry per layer loses those of the layers that go. `pruning_config` is the one of this plan, with
+    the surgery of an earlier pruning.
     """
     values = fresh_config(config).to_dict()
     n = len(structure.layer_paths)
     stay = [layer for layer in range(n) if layer not in plan.removed_layers]
+    usual = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    counts = [name for name, value in values.items() if type(value) is int and value == n and "layer" in name]
     if len(stay) < n:
-        attribute = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
         for name, value in values.items():
             if isinstance(value, list) and len(value) == n:
                 values[name] = [value[layer] for layer in stay]
-        values[attribute] = len(stay)
         overrides = {int(k): v for k, v in (values.get("per_layer_config") or {}).items()}
         if overrides:
             values["per_layer_config"] = {str(stay.index(k)): v for k, v in overrides.items() if k in stay}
@@ -123,7 +124,12 @@ def _without_layers(config: Any, structure: Structure, plan: PruningPlan) -> Any
     modules = {new: earlier["modules"][path] for path, new in paths.items() if new is not None}
     surgery = {"branches": branches, "modules": modules}
     values["pruning_config"] = {**_record(plan), "surgery": {key: records for key, records in surgery.items() if records}}
-    return type(config).from_dict(values)
+    if len(stay) == n:
+        yield type(config).from_dict(values)
+        return
+    for attribute in sorted(counts, key=lambda name: name != usual):
+        with contextlib.suppress(Exception):  # config classes refuse in any way they like
+            yield type(config).from_dict({**values, attribute: len(stay)})
 
 
 def _new_path(path: str, structure: Structure, plan: PruningPlan) -> str | None:
@@ -285,7 +291,7 @@ def _note_attributes(
         if type(module).__module__.startswith("torch.") or not any(module.children()) and path in owners and not _has_forward_sizes(module):
             continue
         for name, value in vars(module).items():
-            if type(value) is int and value in pairs and not any(word in name for word in ("head_dim", "head_size", "layer")):
+            if type(value) is int and value in pairs and "layer" not in name:
                 attributes.setdefault(path, {})[name] = pairs[value]
 
 
@@ -297,15 +303,20 @@ def _has_forward_sizes(module: nn.Module) -> bool:
 
 
 def _that_runs(config: Any, cls: type | None, modules: dict[str, Any], attributes: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """Add the attributes with which a forward pass of the resized model runs: all; or all but copies of the hidden size; or none."""
+    """Add the attributes with which a forward pass of the resized model runs.
+
+    Numbers alone do not tell what an attribute means. Tried are: all but sizes of one head; of these all but copies of the
+    hidden size; all; none.
+    """
     hidden = getattr(config, "hidden_size", None)
     dense = build_empty(fresh_config(config), cls)
-    fewer = {
+    no_head = {p: {k: v for k, v in f.items() if "head_dim" not in k and "head_size" not in k} for p, f in attributes.items()}
+    no_hidden = {
         path: {k: v for k, v in found.items() if getattr(dense.get_submodule(path), k) != hidden}
-        for path, found in attributes.items()
+        for path, found in no_head.items()
     }
     reasons = []
-    for chosen in (attributes, fewer, {}):
+    for chosen in (no_head, no_hidden, attributes, {}):
         result = {path: dict(record) for path, record in modules.items()}
         for path, found in chosen.items():
             if found:

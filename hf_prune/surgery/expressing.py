@@ -110,7 +110,8 @@ def _candidates(config: Any, axis: Axis) -> Iterator[Knob]:
     n = axis.num_units
     everything = config.to_dict()
     overrides = {int(k): own for k, own in (everything.get("per_layer_config") or {}).items()}
-    everything.update(overrides.get(axis.layer, {}))
+    if axis.layer is not None:
+        everything.update(overrides.get(axis.layer, {}))
     values = {k: v for k, v in everything.items() if isinstance(v, int) and not isinstance(v, bool) and v > 0}
     whole = {name: v // n for name, v in values.items() if v % n == 0}
     if axis.kind == "attention":

@@ -13,6 +13,7 @@ from hf_prune.surgery.configuring import pruned_config
 from hf_prune.surgery.slicing import check_tensor, pruned_name, renumber, slice_state_dict
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from hf_prune.plan import PruningPlan
@@ -65,10 +66,16 @@ def _copy_buffers(model: nn.Module, pruned: nn.Module, structure: Structure, pla
     for name, buffer in pruned.named_buffers():
         if buffer.is_meta:
             dense: Any = renamed.get(name)
+            if dense is not None and dense.shape != buffer.shape and dense.dim() == buffer.dim() and _is_uniform(dense):
+                dense = dense.flatten()[:1].expand(buffer.shape)
             if dense is None or dense.shape != buffer.shape:
                 raise PlanError(f"buffer {name!r} depends on what is pruned; the model cannot be built from its config.")
             path, _, leaf = name.rpartition(".")
             pruned.get_submodule(path).register_buffer(leaf, dense.detach().clone(), persistent=False)
+
+
+def _is_uniform(values: Tensor) -> bool:
+    return values.numel() > 0 and bool((values == values.flatten()[0]).all())
 
 
 def _renamed(name: str, structure: Structure, plan: PruningPlan) -> str | None:

@@ -9,7 +9,7 @@ the last position. Reads the model from `HF_PRUNE_DATA` (default `../shared`).
 
 import os
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Annotated
 
 import torch
@@ -54,10 +54,10 @@ def main(
             dense, result.model, prompt_len=prompt_len, batch_size=batch_size, repeats=repeats, num_threads=threads
         )
         predicted = prefill_flops(dense, batch_size, prompt_len) / prefill_flops(result.model, batch_size, prompt_len)
-        pairwise = quantiles([a / b for a, b in zip(found.a_s, found.b_s, strict=True)], n=4)
+        low, _, high = quantiles([a / b for a, b in zip(found.a_s, found.b_s, strict=True)], n=4)
+        dense_ms, pruned_ms = 1000 * median(found.a_s), 1000 * median(found.b_s)
         print(
-            f"{batch_size:5} {prompt_len:7} {1000 * sorted(found.a_s)[repeats // 2]:9.1f} "
-            f"{1000 * sorted(found.b_s)[repeats // 2]:10.1f} {found.ratio:9.2f}  ({pairwise[0]:.2f}–{pairwise[2]:.2f})   "
+            f"{batch_size:5} {prompt_len:7} {dense_ms:9.1f} {pruned_ms:10.1f} {found.ratio:9.2f}  ({low:.2f}–{high:.2f})   "
             f"{predicted:9.2f} {found.ratio / predicted:12.2f}"
         )
 
