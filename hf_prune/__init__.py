@@ -1,7 +1,7 @@
 """Structural pruning for Hugging Face causal language models.
 
-Importing this package teaches transformers to load heterogeneous pruned checkpoints. It imports nothing heavy: names are
-resolved when used.
+Importing this package teaches transformers to load heterogeneous pruned checkpoints. It imports nothing heavy: names
+are resolved when used.
 """
 
 from __future__ import annotations

@@ -77,9 +77,10 @@ def allocate(
     """Decide which units stay.
 
     Inside an axis the units with the lowest scores go first (ties: lower index first), `round_to` at a time.
-    `uniform`: all axes lose the same fraction of their units, rounded down to whole steps; a step is taken in all layers at once, unless it is worth
-    more than 1 % of the budget, then layers with lower scores go first (ties: lower layer first). `global`: steps
-    compete across axes by score per parameter removed. Attention of layer 0 stays (caches are measured by it).
+    `uniform`: all axes lose the same fraction of their units, rounded down to whole steps; a step is taken in all
+    layers at once, unless it is worth more than 1 % of the budget, then layers with lower scores go first (ties: lower
+    layer first). `global`: steps compete across axes by score per parameter removed. Attention of layer 0 stays
+    (caches are measured by it).
 
     Args:
         scores: float `[num_units]` for every axis of `selected_axes(structure, config)`, higher = keep.

@@ -188,8 +188,8 @@ class LLMPrunerConfig(PruningConfig):
     """Importance of a unit: the paper's `vector` |Σ w·g|, `first_order` Σ|w·g|, `second_order` Σ w²·F, `mixed`
     Σ|w·g − ½·w²·F|, or our `fisher`: Fisher information of the unit's mask, from activations alone."""
     aggregation: Literal["sum", "mean", "max", "product", "last", "first"] = "sum"
-    """How the scores of a group's matrices become one: `last` is the consumer (`down_proj`, `o_proj`) alone, `first` the
-    first matrix. Not used by `fisher`, which has one score per unit."""
+    """How the scores of a group's matrices become one: `last` is the consumer (`down_proj`, `o_proj`) alone, `first`
+    the first matrix. Not used by `fisher`, which has one score per unit."""
     normalisation: Literal["mean", "sum"] = "mean"
     """F is the `mean` (the released code) or the `sum` (the paper, eq. 5) of squared sample gradients; matters to
     `mixed` only, whose two terms it weighs."""

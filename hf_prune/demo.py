@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 MODEL_DIR = Path(__file__).with_name("demo_model")
 RATIOS = (0.2, 0.3, 0.5)
-SAVED = ("wanda, global", 0.3)
+SAVED = ("wanda, global", 0.2)
 """Which of the pruned models is saved, reloaded and lets us read a text."""
 PROMPT = "The old man looked at the sea and"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hf_prune.allocation import allocate
@@ -14,6 +13,8 @@ from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -95,7 +96,7 @@ def _remaining_layers(structure: Structure, plan: PruningPlan | None) -> list[in
 
 def _dense_name(name: str, stay: list[int]) -> str:
     """The name that an axis of the pruned model has in the dense one."""
-    head, number, *rest = name.split(".", 2) if name.startswith("layers.") else (name, "")
+    _, number, *rest = name.split(".", 2) if name.startswith("layers.") else (name, "")
     return f"layers.{stay[int(number)]}.{rest[0]}" if number.isdigit() else name
 
 

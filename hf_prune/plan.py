@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -210,7 +210,7 @@ def make_plan(
     config: PruningConfig,
     base_model_name_or_path: str | None,
 ) -> PruningPlan:
-    """A plan for a model of `structure`, its achieved ratios counted: of parameters exactly, of the selected axes' units."""
+    """A plan for a model of `structure`, its achieved ratios counted exactly."""
     plan = PruningPlan(
         model_type=structure.model_type,
         base_model_name_or_path=base_model_name_or_path,

@@ -1,8 +1,7 @@
-"""The command line: what it prints is what happened, flags are the config fields, bad input is one line and exit code 2."""
+"""The command line: it prints what happened, its flags are the config fields, bad input is one line and exit code 2."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 
@@ -53,13 +52,11 @@ def test_prune_writes_what_it_prints(model, text, tmp_path):
 
     output = tmp_path / "pruned"
     calibration = ("--calibration", text, "--num-samples", 4, "--seq-len", 16)
-    result = run(
-        "prune", model, output, "--method", "wanda", "--pruning-ratio", 0.3, *calibration, "--allocation", "global"
-    )
+    result = run("prune", model, output, "--method", "wanda", "--pruning-ratio", 0.3, *calibration, "--layers", 1)
     assert result.exit_code == 0, result.output
     plan = PruningPlan.load(output / "pruning_plan.json")
-    assert (plan.config.method, plan.config.allocation, plan.config.num_samples) == ("wanda", "global", 4)
-    assert "30.00 % of decoder (wanda, global)" in result.stdout
+    assert (plan.config.method, plan.config.layers, plan.config.num_samples) == ("wanda", (1,), 4)
+    assert "30.00 % of decoder (wanda, uniform)" in result.stdout
     for meaning, achieved in plan.achieved.items():
         assert f"{100 * achieved:.2f} % of {meaning}" in result.stdout
     pruned = AutoModelForCausalLM.from_pretrained(output)
@@ -174,11 +171,7 @@ def test_inspect_counts_what_pruning_one_unit_removes(model):
         name = f"layers.1.{row.name}" if row.layers else row.name
         scores = {name: torch.arange(row.num_units).float()}
         others = tuple(axis for axis in structure.axes if axis != name)
-        config = PruningConfig(
-            0.5 / row.num_units, axes=(row.name,), budget="units", protect=others, allocation="global"
-        )
-        with contextlib.suppress(Exception):
-            config = dataclasses.replace(config, pruning_ratio=1 / row.num_units)
+        config = PruningConfig(1 / row.num_units, axes=(row.name,), budget="units", protect=others)
         plan = allocate(scores, structure, config)
         assert plan.widths[name] == row.num_units - 1
         pruned = apply_plan(dense, structure, plan)
@@ -186,17 +179,19 @@ def test_inspect_counts_what_pruning_one_unit_removes(model):
 
 
 def test_inspect_groups_deep_models_by_family(tmp_path):
-    result = run("inspect", config_only(tmp_path, num_hidden_layers=40))
+    result = run("inspect", config_only(tmp_path, num_hidden_layers=12))
     assert result.exit_code == 0, result.output
-    assert "0-39" in result.stdout
+    assert "0-11" in result.stdout
     assert len(result.stdout.splitlines()) < 20
 
 
-def test_inspect_says_what_is_blocked_and_why(tmp_path):
-    result = run("inspect", config_only(tmp_path, num_attention_heads=1, num_key_value_heads=1))
-    assert result.exit_code == 0, result.output
-    assert "attention (layers 0-1): not prunable: it has only one unit" in result.stdout
-    assert "hidden: not exact: norms" in result.stdout
+def test_inspect_says_what_is_blocked_and_why(capsys):
+    blocked = inspection.FamilyReport("attention", (0, 1), 1, 9, True, False, "it has only one unit", "")
+    resized = inspection.FamilyReport("mlp", (0, 1), 4, 9, True, True, "", "")
+    printing.print_inspection(inspection.InspectionReport("odd", 2, 10, 5, (blocked, resized), (), {}))
+    printed = capsys.readouterr().out
+    assert "attention (layers 0-1): not prunable: it has only one unit" in printed
+    assert "mlp (layers 0-1): width held by no config attribute" in printed
 
 
 def test_inspect_names_operations_without_a_rule_and_missing_kinds(capsys):

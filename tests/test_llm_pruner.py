@@ -59,10 +59,14 @@ def phi3_groups(model, layer, heads, kv, dim):
         rows += [*range(heads * dim + u * dim, heads * dim + (u + 1) * dim)]
         rows += [*range((heads + kv) * dim + u * dim, (heads + kv) * dim + (u + 1) * dim)]
         attention.append(
-            [(p + "self_attn.o_proj.weight", (slice(None), block(u, g * dim))), (p + "self_attn.qkv_proj.weight", (rows,))]
+            [
+                (p + "self_attn.o_proj.weight", (slice(None), block(u, g * dim))),
+                (p + "self_attn.qkv_proj.weight", (rows,)),
+            ]
         )
     mlp = [
-        [(p + "mlp.gate_up_proj.weight", ([u, u + i],)), (p + "mlp.down_proj.weight", (slice(None), u))] for u in range(i)
+        [(p + "mlp.gate_up_proj.weight", ([u, u + i],)), (p + "mlp.down_proj.weight", (slice(None), u))]
+        for u in range(i)
     ]
     return attention, mlp
 
@@ -229,8 +233,10 @@ def test_hidden_axis_sums_over_everything_it_touches():
     for name, w in model.named_parameters():
         salience = (w.detach() * sum(g[name] for g in gradients) / 4).abs()
         for dim, size in enumerate(salience.shape):
-            if size == 48 and "lm_head" not in name or dim == 1 and size == 48:
-                total += salience.sum([d for d in range(salience.dim()) if d != dim]) if salience.dim() > 1 else salience
+            if (size == 48 and "lm_head" not in name) or (dim == 1 and size == 48):
+                total += (
+                    salience.sum([d for d in range(salience.dim()) if d != dim]) if salience.dim() > 1 else salience
+                )
     torch.testing.assert_close(found, total, rtol=1e-3, atol=1e-7)
 
 
@@ -310,7 +316,9 @@ def test_parameter_counts_of_the_published_runs(kwargs, ratio, layers, expected)
 
     structure = infer_structure(LlamaConfig(**kwargs))
     config = LLMPrunerConfig(ratio, budget="units", allocation="uniform", layers=tuple(layers))
-    scores = {name: torch.arange(axis.num_units).float() for name, axis in structure.axes.items() if axis.layer in layers}
+    scores = {
+        name: torch.arange(axis.num_units).float() for name, axis in structure.axes.items() if axis.layer in layers
+    }
     assert allocate(scores, structure, config).num_parameters(structure) == expected
 
 

@@ -1,7 +1,7 @@
 """Fisher information of the unit masks: how much the loss would change if a unit were scaled down.
 
-Put a mask `m_u = 1` on unit u where it is consumed (the input x of `down_proj`, of `o_proj`). Its derivative on sample n is
-`v_n = Σ_tokens Σ_{i in u} x_i · ∂L_n/∂x_i`, and the empirical Fisher information of the mask is the mean of `v_n²`
+Put a mask `m_u = 1` on unit u where it is consumed (the input x of `down_proj`, of `o_proj`). Its derivative on sample
+n is `v_n = Σ_tokens Σ_{i in u} x_i · ∂L_n/∂x_i`, and the empirical Fisher information of the mask is the mean of `v_n²`
 (as in Michel et al., arXiv 1905.10650, and Kwon et al., arXiv 2204.09656). Scores of attention and MLP units are in the
 same unit, loss squared, so they compare directly. One backward pass, no weight gradients.
 """
@@ -9,7 +9,7 @@ same unit, loss squared, so they compare directly. One backward pass, no weight 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,8 @@ from hf_prune.structure import layouts as lay
 from hf_prune.structure.layouts import Fixed
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from hf_prune.methods.calibration import Batch
     from hf_prune.structure.structure import Axis, Member, Structure
 
@@ -33,8 +35,8 @@ def fisher_scores(
     """Mean over the samples of the squared derivative of the sample's mean loss by each unit's mask.
 
     Where no module input shows what a unit is consumed by (experts, convolutions), the same derivative is read off the
-    consumer's weight: Σ w·∂L/∂w over the unit's columns, one sample at a time. A unit of a layer axis is the output of its
-    attention, of its MLP, or both.
+    consumer's weight: Σ w·∂L/∂w over the unit's columns, one sample at a time. A unit of a layer axis is the output of
+    its attention, of its MLP, or both.
 
     Returns:
         float32 `[num_units]` per selected axis, on the CPU; higher = keep.
@@ -87,7 +89,9 @@ class _MaskGradients:
             for layer, path in enumerate(self.structure.layer_paths):
                 module = self.structure.branch_modules.get(f"layers.{layer}.{branch}")
                 if module is None:
-                    raise StructureError(f"the {branch} of layer {layer} is not one module; 'fisher' cannot score {axis.name}.")
+                    raise StructureError(
+                        f"the {branch} of layer {layer} is not one module; 'fisher' cannot score {axis.name}."
+                    )
                 self.outputs.append((self.model.get_submodule(f"{path}.{module.path}"), axis.name, layer))
 
     @contextlib.contextmanager
@@ -97,9 +101,9 @@ class _MaskGradients:
             for module, member, axis in self.inputs:
                 layout = self.structure.layouts[member.parameter][member.dim]
                 ids = lay.unit_ids(layout, axis)
-                stack.callback(module.register_forward_pre_hook(lambda _, args, a=axis, i=ids: self._watch_input(args, a, i)).remove)
+                stack.callback(module.register_forward_pre_hook(partial(self._watch_input, axis, ids)).remove)
             for module, axis, layer in self.outputs:
-                stack.callback(module.register_forward_hook(lambda _, args, out, a=axis, i=layer: self._watch_output(out, a, i)).remove)
+                stack.callback(module.register_forward_hook(partial(self._watch_output, axis, layer)).remove)
             yield
 
     def start(self, samples: int) -> None:
@@ -112,7 +116,7 @@ class _MaskGradients:
             self.squares[axis] += v.square().sum(0).cpu()
         self.derivatives = {}
 
-    def _watch_input(self, args: tuple[Any, ...], axis: str, ids: Tensor) -> tuple[Any, ...] | None:
+    def _watch_input(self, axis: str, ids: Tensor, module: nn.Module, args: tuple[Any, ...]) -> Any:
         x = args[0]
         if not x.requires_grad:  # the first of the two forward passes of gradient checkpointing
             return None
@@ -124,14 +128,13 @@ class _MaskGradients:
     def _add_input(self, axis: str, ids: Tensor, x: Tensor, gradient: Tensor) -> None:
         if self.samples == 0:  # the trial pass for the loss scale
             return
-        channels = x.shape[-1]
-        product = torch.einsum("btc,btc->bc", x.reshape(self.samples, -1, channels).float(), gradient.reshape(self.samples, -1, channels).float())
-        on_axis = (ids >= 0).to(product.device)
-        units = self.squares[axis].numel()
-        v = product.new_zeros(self.samples, units).index_add_(1, ids.to(product.device)[on_axis], product[:, on_axis] / self.scale)
-        self._add(axis, v)
+        x, gradient = (t.reshape(self.samples, -1, t.shape[-1]).float() for t in (x, gradient))
+        product = (x * gradient).sum(1) / self.scale
+        ids = ids.to(product.device)
+        v = product.new_zeros(self.samples, self.squares[axis].numel())
+        self._add(axis, v.index_add_(1, ids[ids >= 0], product[:, ids >= 0]))
 
-    def _watch_output(self, output: Any, axis: str, layer: int) -> Any:
+    def _watch_output(self, axis: str, layer: int, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         if not hidden.requires_grad:
             return output
@@ -159,4 +162,5 @@ class _MaskGradients:
             self._add(axis, lay.reduce(product, line, axis)[None])
 
     def _add(self, axis: str, v: Tensor) -> None:
-        self.derivatives[axis] = self.derivatives[axis] + v.to(self.derivatives[axis].device) if axis in self.derivatives else v
+        found = self.derivatives.get(axis)
+        self.derivatives[axis] = v if found is None else found + v.to(found.device)

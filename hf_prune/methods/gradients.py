@@ -1,13 +1,14 @@
 """Gradients of the next-token loss over calibration samples, handed on one tensor at a time and freed at once.
 
-Nothing here keeps the gradients of a whole model: a parameter's gradient is given to `consume` the moment autograd has it,
-and dropped. With several processes (`accelerate launch`) each handles its share of the samples.
+Nothing here keeps the gradients of a whole model: a parameter's gradient is given to `consume` the moment autograd has
+it, and dropped. With several processes (`accelerate launch`) each handles its share of the samples.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from accelerate import PartialState
@@ -65,7 +66,7 @@ def backward(
             consume(name, gradient if scale == 1.0 else gradient.float() / scale)
 
     handles = [
-        parameter.register_post_accumulate_grad_hook(lambda p, name=name: take(name, p))
+        parameter.register_post_accumulate_grad_hook(partial(take, name))  # type: ignore[no-untyped-call]
         for name, parameter in parameters.items()
     ]
     try:
@@ -82,14 +83,18 @@ def backward(
 
 
 def loss_scale(model: nn.Module, ids: Tensor, parameters: Mapping[str, nn.Parameter]) -> float:
-    """Factor on the loss with which no gradient overflows or vanishes: 1 unless the model is float16 (one trial pass each)."""
+    """Factor on the loss with which no gradient overflows or vanishes: 1 unless the model is float16."""
     if not any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         return 1.0
     scale = HALF_SCALE
     while parameters and scale > 1.0:
-        finite: list[Tensor] = []
-        backward(model, ids[:1], parameters, lambda _, gradient, found=finite: found.append(gradient.isfinite().all()), scale)
-        if all(bool(flag) for flag in finite):
+        overflows: list[bool] = []
+
+        def note(name: str, gradient: Tensor, found: list[bool] = overflows) -> None:
+            found.append(not bool(gradient.isfinite().all()))
+
+        backward(model, ids[:1], parameters, note, scale)
+        if not any(overflows):
             return scale / 8  # a margin for the other samples
         scale /= 4
     return min(scale, HALF_SCALE / 64)

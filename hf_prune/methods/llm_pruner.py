@@ -1,13 +1,12 @@
 """LLM-Pruner (arXiv 2305.11627): importance of coupled groups from gradients on a few samples.
 
-`w` is a weight, `g` the gradient of the mean loss over the samples, `g_n` that of sample n alone. Per matrix and unit, over
-the unit's slice: `vector` |Σ w·g|, `first_order` Σ|w·g|, `second_order` Σ w²·F, `mixed` Σ|w·g − ½·w²·F|, where F is the sum
-(eq. 5) or the mean (the released code) of g_n² over the samples. `fisher` is our own: see `fisher.py`.
+`w` is a weight, `g` the gradient of the mean loss over the samples, `g_n` that of sample n alone. Per matrix and unit,
+over the unit's slice: `vector` |Σ w·g|, `first_order` Σ|w·g|, `second_order` Σ w²·F, `mixed` Σ|w·g − ½·w²·F|, where F
+is the sum (eq. 5) or the mean (the released code) of g_n² over the samples. `fisher` is our own: see `fisher.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +21,8 @@ from hf_prune.methods.gradients import backward, differentiable, loss_scale, my_
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from hf_prune.methods.calibration import Batch
     from hf_prune.structure.structure import Axis, Structure
 
@@ -40,11 +41,12 @@ def llm_pruner_scores(
     """Importance of every unit: float32 `[num_units]` per selected axis, on the CPU; higher = keep.
 
     Sums are taken in float32 whatever the dtype of the weights. Each parameter's gradient is reduced to unit scores as
-    soon as it is ready, and freed. `mixed`, and `first_order` with more than one batch or process, must add gradients up
-    element by element before they take absolute values: they hold two (one) float32 tensors per touched parameter.
+    soon as it is ready, and freed. `mixed`, and `first_order` with more than one batch or process, must add gradients
+    up element by element before they take absolute values: they hold two (one) float32 tensors per touched parameter.
 
     Args:
-        model: a causal LM; left as it was. Works with `device_map`, and with gradient checkpointing as the caller set it.
+        model: a causal LM; left as it was. Works with `device_map`, and with gradient checkpointing as the caller set
+            it.
         structure: its structure.
         config: an `LLMPrunerConfig`.
         batches: calibration batches; each process gets the same list, and they share the work.
@@ -62,7 +64,8 @@ def llm_pruner_scores(
         return fisher_scores(model, structure, config, batches)
     axes = selected_axes(structure, config)
     shares = my_share(batches, per_sample=config.criterion in PER_SAMPLE)
-    importance = _Importance(model, structure, axes, config, one_pass=len(batches) == 1 and PartialState().num_processes == 1)
+    one_pass = len(batches) == 1 and PartialState().num_processes == 1
+    importance = _Importance(model, structure, axes, config, one_pass)
     with differentiable(model, importance.parameters):
         scale = loss_scale(model, batches[0]["input_ids"], importance.parameters)
         for ids in tqdm(shares, desc=f"{config.criterion} importance", unit="batch", leave=False):
@@ -71,7 +74,7 @@ def llm_pruner_scores(
 
 
 class _Importance:
-    """Adds up what the gradients say: unit sums where samples simply add, element sums where absolute values come last."""
+    """Adds up what the gradients say: sums of units where samples simply add, of elements where |·| comes last."""
 
     def __init__(
         self, model: nn.Module, structure: Structure, axes: list[Axis], config: LLMPrunerConfig, one_pass: bool
@@ -81,7 +84,8 @@ class _Importance:
         self.groups = {axis.name: group(structure, axis) for axis in axes}
         names = dict.fromkeys(name for names in self.groups.values() for name in names)
         self.parameters: dict[str, nn.Parameter] = {name: known[name] for name in names}
-        self.by_units = config.criterion in ("vector", "second_order") or (config.criterion == "first_order" and one_pass)
+        additive = config.criterion in ("vector", "second_order")
+        self.by_units = additive or (config.criterion == "first_order" and one_pass)
         self.unit_sums: dict[tuple[str, str], Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
@@ -99,7 +103,9 @@ class _Importance:
             return
         self.gradients[name] = self.gradients[name].add_(gradient) if name in self.gradients else gradient
         if self.config.criterion == "mixed":
-            self.squares[name] = self.squares[name].addcmul_(gradient, gradient) if name in self.squares else gradient**2
+            self.squares[name] = (
+                self.squares[name].addcmul_(gradient, gradient) if name in self.squares else gradient**2
+            )
 
     def scores(self, num_samples: int) -> dict[str, Tensor]:
         """Scores of the mean loss over all samples of all processes."""
@@ -144,7 +150,10 @@ class _Importance:
         """One score per unit from the scores of the group's members."""
         how = self.config.aggregation
         if axis.kind == "layer":  # each unit has members of its own
-            parts = [[v[unit] for n, v in per_parameter.items() if self.structure.owners[n].layer == unit] for unit in range(axis.num_units)]
+            parts = [
+                [v[unit] for n, v in per_parameter.items() if self.structure.owners[n].layer == unit]
+                for unit in range(axis.num_units)
+            ]
             return torch.stack([_combine(torch.stack(found)[:, None], how)[0] for found in parts])
         names = list(per_parameter)
         if how == "last":

@@ -115,7 +115,9 @@ class _Naming:
         self.consumed = {name: _atom_ids(found) for name, found in tracer.consumed.items()}
         self.produced = {name: _atom_ids(found) for name, found in tracer.produced.items()}
         embedding = model.get_input_embeddings()
-        self.embedding = next((n for n, p in model.named_parameters() if embedding is not None and p is embedding.weight), None)
+        self.embedding = next(
+            (n for n, p in model.named_parameters() if embedding is not None and p is embedding.weight), None
+        )
 
     def structure(self, model_type: str) -> Structure:
         """Name the axes and freeze the layouts."""
@@ -177,8 +179,12 @@ class _Naming:
         """For each output projection the outermost axis along which attention is independent: KV groups, or heads."""
         chosen: dict[int, _Found] = {}
         for entry in here:
-            if entry.atom.heads and all(self._leads(entry, name, dim) for name, dim in entry.places) and entry.consumers:
-                if any(all(id(a) in self.local for a in leaves(self.terms[n][d])) for n, d in entry.consumers):
+            if (
+                entry.atom.heads
+                and all(self._leads(entry, name, dim) for name, dim in entry.places)
+                and entry.consumers
+            ):
+                if all(id(a) in self.local for n, d in entry.consumers for a in leaves(self.terms[n][d])):
                     chosen[id(entry.atom)] = entry
         return list(chosen.values())
 
@@ -201,7 +207,9 @@ class _Naming:
                 continue  # value dimensions of attention
             if any(atom.heads for n, _ in entry.consumers for term in self.terms[n] for atom in leaves(term)):
                 continue  # a low-rank query, key or value projection
-            if any(self._leaves_layer(name, entry) and self._is_lead(name, dim, entry) for name, dim in entry.consumers):
+            if any(
+                self._leaves_layer(name, entry) and self._is_lead(name, dim, entry) for name, dim in entry.consumers
+            ):
                 chosen.append(entry)
         return chosen
 
@@ -274,7 +282,9 @@ class _Naming:
 
     # --- where parameters belong -----------------------------------------------------------------------------------------
 
-    def _owners(self, found: dict[str, tuple[_Found, Axis]]) -> tuple[dict[str, Owner], dict[tuple[int, Branch], list[str]]]:
+    def _owners(
+        self, found: dict[str, tuple[_Found, Axis]]
+    ) -> tuple[dict[str, Owner], dict[tuple[int, Branch], list[str]]]:
         roots: dict[tuple[int, Branch], list[str]] = {}
         leaf_modules: dict[str, Branch] = {}
         for entry, axis in found.values():
@@ -288,11 +298,15 @@ class _Naming:
         for name, layer in self.layer_of.items():
             if layer is None:
                 continue
-            inside = [b for (i, b), paths in roots.items() if i == layer and any(name.startswith(p + ".") for p in paths)]
+            inside = [
+                b for (i, b), paths in roots.items() if i == layer and any(name.startswith(p + ".") for p in paths)
+            ]
             owners[name] = Owner(layer, inside[0] if inside else leaf_modules.get(name.rpartition(".")[0]))
         return owners, roots
 
-    def _branch_modules(self, found: dict[str, tuple[_Found, Axis]], roots: dict[tuple[int, Branch], list[str]]) -> dict[str, BranchModule]:
+    def _branch_modules(
+        self, found: dict[str, tuple[_Found, Axis]], roots: dict[tuple[int, Branch], list[str]]
+    ) -> dict[str, BranchModule]:
         """Branches that are one module, whose output a stand-in can give."""
         result = {}
         for (layer, branch), paths in roots.items():
@@ -301,7 +315,9 @@ class _Naming:
             whole = all(name.startswith(paths[0] + ".") for entry in entries for name, _ in entry.places)
             outputs = self.tracer.outputs.get(paths[0], "other")
             if len(set(paths)) == 1 and whole and paths[0] not in other and "other" not in _flat(outputs):
-                result[f"layers.{layer}.{branch}"] = BranchModule(paths[0].removeprefix(self.layers[layer] + "."), outputs)
+                result[f"layers.{layer}.{branch}"] = BranchModule(
+                    paths[0].removeprefix(self.layers[layer] + "."), outputs
+                )
         return result
 
     def _layer_axes(self, branch_modules: dict[str, BranchModule]) -> dict[str, Axis]:

@@ -26,7 +26,17 @@ from hf_prune.structure.unify import (
 )
 
 ONE = Prod(())
-UNIFORM_FACTORIES = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty", "scalar_tensor"}
+UNIFORM_FACTORIES = {
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+    "scalar_tensor",
+}
 
 
 @dataclass(slots=True)
@@ -186,7 +196,9 @@ def copy(call: Call) -> None:
                 call.unify(call[target].terms[-back], call[source].terms[-back])
 
 
-@rule("clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "lift", "contiguous", "_to_copy", "to", "tril", "triu")
+@rule(
+    "clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "lift", "contiguous", "_to_copy", "to", "tril", "triu"
+)
 def identity(call: Call) -> None:
     """Same layouts."""
     traced = call[call.inputs[0]]
@@ -362,7 +374,16 @@ def run(call: Call, term: Term, start: int, end: int) -> Term:
         return call.fixed(end - start)
 
 
-@rule("split", "split_with_sizes", "unsafe_split", "chunk", "unbind", "split_with_sizes_copy", "split_copy", "unsafe_chunk")
+@rule(
+    "split",
+    "split_with_sizes",
+    "unsafe_split",
+    "chunk",
+    "unbind",
+    "split_with_sizes_copy",
+    "split_copy",
+    "unsafe_chunk",
+)
 def split(call: Call) -> None:
     """Runs of entries, one per output."""
     source = call.inputs[0]
@@ -457,7 +478,9 @@ def embedding(call: Call) -> None:
 @rule("nonzero")
 def nonzero(call: Call) -> None:
     """Places of true entries, one per row."""
-    call.give([Atom(call.outputs[0].shape[0]), ONE if call.outputs[0].shape[1] == 1 else call.fixed(call.inputs[0].dim())])
+    call.give(
+        [Atom(call.outputs[0].shape[0]), ONE if call.outputs[0].shape[1] == 1 else call.fixed(call.inputs[0].dim())]
+    )
 
 
 @rule("index_select", "index", "_unsafe_index")
@@ -474,7 +497,9 @@ def index(call: Call) -> None:
         raise NotImplementedError
     if len(indexed) == 1 and (picked := _constant_run(*indexed.items())) is not None:
         d, start, end = picked
-        call.give([run(call, t, start % t.size, (end - 1) % t.size + 1) if i == d else t for i, t in enumerate(traced.terms)])
+        call.give(
+            [run(call, t, start % t.size, (end - 1) % t.size + 1) if i == d else t for i, t in enumerate(traced.terms)]
+        )
         return
     for d in indexed:
         call.fix(traced.terms[d])
@@ -507,7 +532,17 @@ def _constant_run(item: tuple[int, Tensor]) -> tuple[int, int, int] | None:
     return (dim, values[0], values[-1] + 1) if values == list(range(values[0], values[-1] + 1)) else None
 
 
-@rule("gather", "scatter", "scatter_add", "index_add", "index_copy", "scatter_reduce", "index_put", "_index_put_impl", "index_fill")
+@rule(
+    "gather",
+    "scatter",
+    "scatter_add",
+    "index_add",
+    "index_copy",
+    "scatter_reduce",
+    "index_put",
+    "_index_put_impl",
+    "index_fill",
+)
 def scatter(call: Call) -> None:
     """Entries moved along one dimension by index; the other dimensions agree where they have one size."""
     source = call.args[0]
@@ -555,7 +590,9 @@ def _role(roles: dict[str, list[Term]], traced: Traced, terms: list[Term]) -> No
         roles.setdefault(traced.parameter, []).extend(terms)
 
 
-def contract(call: Call, a: Traced, b: Traced, pairs: list[tuple[Term, Term]], kept_a: list[Term], kept_b: list[Term]) -> None:
+def contract(
+    call: Call, a: Traced, b: Traced, pairs: list[tuple[Term, Term]], kept_a: list[Term], kept_b: list[Term]
+) -> None:
     """Sum of products over the dimensions `pairs`."""
     tracer = call.tracer
     for left, right in pairs:
@@ -642,7 +679,22 @@ def convolution(call: Call) -> None:
     call.give([x.terms[0], w.terms[0], *lengths])
 
 
-@rule("sum", "mean", "var", "std", "var_mean", "std_mean", "prod", "amax", "amin", "max", "min", "any", "all", "_is_all_true")
+@rule(
+    "sum",
+    "mean",
+    "var",
+    "std",
+    "var_mean",
+    "std_mean",
+    "prod",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "any",
+    "all",
+    "_is_all_true",
+)
 def reduction(call: Call) -> None:
     """Mixes the reduced dimensions."""
     _reduce(call, call.arg(1, call.kwargs.get("dim")))
@@ -674,7 +726,9 @@ def _reduce(call: Call, dims: Any) -> None:
         call.mix(traced.terms[d])
     for position, output in enumerate(call.outputs):
         same_rank = output.dim() == source.dim()
-        call.give([ONE if d in reduced else t for d, t in enumerate(traced.terms) if same_rank or d not in reduced], position)
+        call.give(
+            [ONE if d in reduced else t for d, t in enumerate(traced.terms) if same_rank or d not in reduced], position
+        )
     return None
 
 

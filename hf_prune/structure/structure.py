@@ -141,4 +141,3 @@ class Structure:
         """Shape of one tensor at `widths`."""
         widths = widths or {}
         return tuple(lay.size(layout, widths) for layout in self.layouts[name])
-

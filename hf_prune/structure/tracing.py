@@ -121,7 +121,9 @@ class Tracer(TorchDispatchMode):
         if not constant and func._schema.is_mutable and inputs:
             known[0].origin.constant = False  # written to: all views of it follow
         view = self._instantiated(inputs) if not constant else {id(t): k for t, k in zip(inputs, known, strict=True)}
-        origin = Origin(constant, any(k.origin.varying for k in known) if known else name not in rules.UNIFORM_FACTORIES)
+        origin = Origin(
+            constant, any(k.origin.varying for k in known) if known else name not in rules.UNIFORM_FACTORIES
+        )
         call = rules.Call(self, name, args, kwargs, inputs, outputs, view, origin)
         rules.apply(call, pointwise=torch.Tag.pointwise in func.tags)
         return out

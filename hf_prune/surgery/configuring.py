@@ -116,14 +116,19 @@ def _without_layers(config: Any, structure: Structure, plan: PruningPlan) -> Ite
         overrides = {int(k): v for k, v in (values.get("per_layer_config") or {}).items()}
         if overrides:
             values["per_layer_config"] = {str(stay.index(k)): v for k, v in overrides.items() if k in stay}
-    skipped = {branch for override in (values.get("per_layer_config") or {}).values() for branch in override.get("skip", ())}
+    skipped = {
+        branch for override in (values.get("per_layer_config") or {}).values() for branch in override.get("skip", ())
+    }
     earlier = (values.get("pruning_config") or {}).get("surgery") or {}
     branches = {branch: record for branch, record in earlier.get("branches", {}).items() if branch in skipped}
     branches.update(_branches(structure, plan))
     paths = {path: _new_path(path, structure, plan) for path in earlier.get("modules", {})}
     modules = {new: earlier["modules"][path] for path, new in paths.items() if new is not None}
     surgery = {"branches": branches, "modules": modules}
-    values["pruning_config"] = {**_record(plan), "surgery": {key: records for key, records in surgery.items() if records}}
+    values["pruning_config"] = {
+        **_record(plan),
+        "surgery": {key: records for key, records in surgery.items() if records},
+    }
     if len(stay) == n:
         yield type(config).from_dict(values)
         return
@@ -145,7 +150,9 @@ def _new_path(path: str, structure: Structure, plan: PruningPlan) -> str | None:
 
 def _candidates(trimmed: Any, structure: Structure, plan: PruningPlan, knobs: dict[str, Knob]) -> Iterator[Any]:
     """Configs that may describe the pruned model, the plainest first."""
-    new_index = {old: new for new, old in enumerate(i for i in range(len(structure.layer_paths)) if i not in plan.removed_layers)}
+    new_index = {
+        old: new for new, old in enumerate(i for i in range(len(structure.layer_paths)) if i not in plan.removed_layers)
+    }
     skips: dict[int, list[str]] = {}
     for layer, branch in sorted(plan.removed_branches):
         skips.setdefault(new_index[layer], []).append(branch)
@@ -288,7 +295,12 @@ def _note_attributes(
     paths = {path for owner in owners for path in (owner, owner.rpartition(".")[0])}
     for path in sorted(paths):
         module = model.get_submodule(path)
-        if type(module).__module__.startswith("torch.") or not any(module.children()) and path in owners and not _has_forward_sizes(module):
+        if (
+            type(module).__module__.startswith("torch.")
+            or not any(module.children())
+            and path in owners
+            and not _has_forward_sizes(module)
+        ):
             continue
         for name, value in vars(module).items():
             if type(value) is int and value in pairs and "layer" not in name:
@@ -302,7 +314,9 @@ def _has_forward_sizes(module: nn.Module) -> bool:
     return not isinstance(module, Conv1D)
 
 
-def _that_runs(config: Any, cls: type | None, modules: dict[str, Any], attributes: dict[str, dict[str, int]]) -> dict[str, Any]:
+def _that_runs(
+    config: Any, cls: type | None, modules: dict[str, Any], attributes: dict[str, dict[str, int]]
+) -> dict[str, Any]:
     """Add the attributes with which a forward pass of the resized model runs.
 
     Numbers alone do not tell what an attribute means. Tried are: all but sizes of one head; of these all but copies of the
@@ -310,7 +324,9 @@ def _that_runs(config: Any, cls: type | None, modules: dict[str, Any], attribute
     """
     hidden = getattr(config, "hidden_size", None)
     dense = build_empty(fresh_config(config), cls)
-    no_head = {p: {k: v for k, v in f.items() if "head_dim" not in k and "head_size" not in k} for p, f in attributes.items()}
+    no_head = {
+        p: {k: v for k, v in f.items() if "head_dim" not in k and "head_size" not in k} for p, f in attributes.items()
+    }
     no_hidden = {
         path: {k: v for k, v in found.items() if getattr(dense.get_submodule(path), k) != hidden}
         for path, found in no_head.items()

@@ -69,7 +69,9 @@ def _copy_buffers(model: nn.Module, pruned: nn.Module, structure: Structure, pla
             if dense is not None and dense.shape != buffer.shape and dense.dim() == buffer.dim() and _is_uniform(dense):
                 dense = dense.flatten()[:1].expand(buffer.shape)
             if dense is None or dense.shape != buffer.shape:
-                raise PlanError(f"buffer {name!r} depends on what is pruned; the model cannot be built from its config.")
+                raise PlanError(
+                    f"buffer {name!r} depends on what is pruned; the model cannot be built from its config."
+                )
             path, _, leaf = name.rpartition(".")
             pruned.get_submodule(path).register_buffer(leaf, dense.detach().clone(), persistent=False)
 

@@ -46,7 +46,11 @@ def slice_tensor(name: str, tensor: Tensor, structure: Structure, plan: PruningP
     for dim, layout in enumerate(structure.layouts[name]):
         if any(axis in plan.kept_indices for axis in lay.axes(layout)):
             sliced = sliced.index_select(dim, lay.indices(layout, plan.kept_indices).to(tensor.device))
-    return sliced if sliced.data_ptr() != tensor.data_ptr() or tensor.is_meta else sliced.clone(memory_format=torch.contiguous_format)
+    return (
+        sliced
+        if sliced.data_ptr() != tensor.data_ptr() or tensor.is_meta
+        else sliced.clone(memory_format=torch.contiguous_format)
+    )
 
 
 def check_tensor(name: str, tensor: Tensor, structure: Structure) -> None:

@@ -1,7 +1,7 @@
 """Check every causal LM type that transformers registers; write docs/architectures.md and docs/architectures.json.
 
-    python tests/benchmarks/architectures.py                  # all types, about 20 minutes on one core
-    python tests/benchmarks/architectures.py --only llama opt # some, printed; the documents stay as they are
+python tests/benchmarks/architectures.py                  # all types, about 20 minutes on one core
+python tests/benchmarks/architectures.py --only llama opt # some, printed; the documents stay as they are
 """
 
 from __future__ import annotations
@@ -173,10 +173,11 @@ def check_laws(result: dict[str, Any], model: Any, structure: Structure) -> None
         return
     double = model.double()
     errors: list[float] = []
-    for seed in SEEDS:
+    for seed, small in zip(SEEDS, pruned, strict=True):
         plan = random_plan(structure, seed, exact=True)
         if plan.kept_indices:
-            noted(laws, "masked", lambda plan=plan: errors.append(masked_is_sliced(double, structure, plan, ids)))
+            sliced = small.double() if plan == plans[seed] else None
+            noted(laws, "masked", lambda p=plan, s=sliced: errors.append(masked_is_sliced(double, structure, p, ids, s)))
     result["masked_error"] = max(errors, default=None)
     removal: dict[str, str] = {}
     for axis in ("layers", "layers.attention", "layers.mlp"):
@@ -247,9 +248,9 @@ def counted(model: Any, structure: Structure, plan: PruningPlan) -> Any:
     return small
 
 
-def masked_is_sliced(model: Any, structure: Structure, plan: PruningPlan, ids: torch.Tensor) -> float:
+def masked_is_sliced(model: Any, structure: Structure, plan: PruningPlan, ids: torch.Tensor, small: Any = None) -> float:
     """Logits of the dense model with units masked = logits of the sliced model, and unlike those of the dense one."""
-    small = counted(model, structure, plan)
+    small = small or counted(model, structure, plan)
     with Float64():
         with masked(model, structure, plan):
             of_masked = logits(model, ids)

@@ -48,7 +48,7 @@ def main(
     result = prune(dense, MagnitudeConfig(ratio, round_to=round_to))
     widths = {name: width for name, width in result.plan.widths.items() if name.startswith("layers.0.")}
     print(f"removed {result.plan.achieved['decoder']:.2%} of the decoder; layer 0: {widths}; {threads} threads")
-    print("batch  prompt  dense ms  pruned ms  measured  (quartiles)     predicted  measured/predicted")
+    print("batch  prompt  dense ms  pruned ms  measured (quartiles)    predicted  measured/predicted")
     for batch_size, prompt_len in SETTINGS:
         found = compare_prefill(
             dense, result.model, prompt_len=prompt_len, batch_size=batch_size, repeats=repeats, num_threads=threads
@@ -57,8 +57,8 @@ def main(
         low, _, high = quantiles([a / b for a, b in zip(found.a_s, found.b_s, strict=True)], n=4)
         dense_ms, pruned_ms = 1000 * median(found.a_s), 1000 * median(found.b_s)
         print(
-            f"{batch_size:5} {prompt_len:7} {dense_ms:9.1f} {pruned_ms:10.1f} {found.ratio:9.2f}  ({low:.2f}–{high:.2f})   "
-            f"{predicted:9.2f} {found.ratio / predicted:12.2f}"
+            f"{batch_size:5} {prompt_len:7} {dense_ms:9.1f} {pruned_ms:10.1f} {found.ratio:9.2f} ({low:.2f}–{high:.2f})"
+            f"{predicted:12.2f} {found.ratio / predicted:12.2f}"
         )
 
 

@@ -7,36 +7,66 @@ from typing import Any
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB, LAYERS = 48, 6, 3, 8, 40, 96, 4
 
 _NAMES = (
-    (HIDDEN, "hidden_size d_model n_embd dim emb_dim embedding_dim word_embed_proj_dim embed_dim input_embedding_size "
-    "output_embedding_size embedding_size n_ctx_dim attention_hidden_size lru_width hidden_size_global "
-    "cross_attention_hidden_size projector_output_dim ple_embed_dim backbone_hidden_size out_hidden_size"),
-    (HEADS, "num_attention_heads n_head n_heads encoder_attention_heads decoder_attention_heads attention_heads num_heads "
-    "num_encoder_attention_heads num_decoder_attention_heads linear_num_heads swa_num_attention_heads "
-    "linear_num_value_heads linear_num_key_heads lightning_nh"),
+    (
+        HIDDEN,
+        "hidden_size d_model n_embd dim emb_dim embedding_dim word_embed_proj_dim embed_dim input_embedding_size "
+        "output_embedding_size embedding_size n_ctx_dim attention_hidden_size lru_width hidden_size_global "
+        "cross_attention_hidden_size projector_output_dim ple_embed_dim backbone_hidden_size out_hidden_size",
+    ),
+    (
+        HEADS,
+        "num_attention_heads n_head n_heads encoder_attention_heads decoder_attention_heads attention_heads num_heads "
+        "num_encoder_attention_heads num_decoder_attention_heads linear_num_heads swa_num_attention_heads "
+        "linear_num_value_heads linear_num_key_heads lightning_nh",
+    ),
     (KV_HEADS, "num_key_value_heads num_kv_heads kv_n_heads swa_num_key_value_heads"),
-    (HEAD_DIM, "head_dim global_head_dim dim_head d_head swa_head_dim linear_head_dim linear_key_head_dim v_head_dim "
-    "linear_value_head_dim qk_nope_head_dim attention_head_size kv_channels index_head_dim attention_head_dim d_kv "
-    "mamba_d_head mamba_head_dim mamba_headdim query_pre_attn_scalar swa_v_head_dim"),
-    (MLP, "intermediate_size ffn_dim n_inner encoder_ffn_dim decoder_ffn_dim dff dim_ff d_ff d_inner ffn_hidden_size "
-    "feed_forward_size mlp_dim dense_intermediate_size intermediate_size_mlp feed_forward_proj_size"),
-    (24, "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size "
-    "shared_intermediate_size moe_shared_expert_intermediate_size"),
-    (LAYERS, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers num_blocks "
-    "num_encoder_layers num_layers_per_stack depth"),
+    (
+        HEAD_DIM,
+        "head_dim global_head_dim dim_head d_head swa_head_dim linear_head_dim linear_key_head_dim v_head_dim "
+        "linear_value_head_dim qk_nope_head_dim attention_head_size kv_channels index_head_dim attention_head_dim d_kv "
+        "mamba_d_head mamba_head_dim mamba_headdim query_pre_attn_scalar swa_v_head_dim",
+    ),
+    (
+        MLP,
+        "intermediate_size ffn_dim n_inner encoder_ffn_dim decoder_ffn_dim dff dim_ff d_ff d_inner ffn_hidden_size "
+        "feed_forward_size mlp_dim dense_intermediate_size intermediate_size_mlp feed_forward_proj_size",
+    ),
+    (
+        24,
+        "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size expert_ffn_hidden_size "
+        "shared_intermediate_size moe_shared_expert_intermediate_size",
+    ),
+    (
+        LAYERS,
+        "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers num_blocks "
+        "num_encoder_layers num_layers_per_stack depth",
+    ),
     (VOCAB, "vocab_size decoder_vocab_size vocab_size_per_layer_input audio_vocab_size unpadded_vocab_size"),
-    (64, "max_position_embeddings n_positions n_ctx max_target_positions max_source_positions max_seq_len context_length "
-    "model_max_length rel_extent position_bias_max_distance"),
-    (4, "num_experts num_local_experts n_routed_experts moe_num_experts rotary_dim qk_rope_head_dim d_rel "
-    "index_n_heads mamba_dt_rank time_step_rank hc_lowrank router_hidden_size hc_rank"),
+    (
+        64,
+        "max_position_embeddings n_positions n_ctx max_target_positions max_source_positions max_seq_len context_length "
+        "model_max_length rel_extent position_bias_max_distance",
+    ),
+    (
+        4,
+        "num_experts num_local_experts n_routed_experts moe_num_experts rotary_dim qk_rope_head_dim d_rel "
+        "index_n_heads mamba_dt_rank time_step_rank hc_lowrank router_hidden_size hc_rank",
+    ),
     (2, "num_experts_per_tok num_experts_per_token moe_topk moe_top_k moe_k top_k_experts num_experts_per_topk"),
     (16, "kv_lora_rank q_lora_rank o_lora_rank latent_size"),
     (12, "qk_head_dim mamba_n_heads mamba_num_heads"),
     (96, "mamba_d_ssm"),
-    (1, "n_group topk_group num_expert_group n_groups first_k_dense_replace num_dense_layers moe_layer_start_index "
-    "mamba_n_groups mamba_ngroups"),
+    (
+        1,
+        "n_group topk_group num_expert_group n_groups first_k_dense_replace num_dense_layers moe_layer_start_index "
+        "mamba_n_groups mamba_ngroups",
+    ),
     (6, "sliding_window sliding_window_size local_attention window_size attention_window_size index_topk"),
-    (8, "mamba_d_state ssm_state_size state_size mamba_chunk_size chunk_size hidden_size_per_layer_input laurel_rank "
-    "adapter_rank gated_norm_rank image_size_"),
+    (
+        8,
+        "mamba_d_state ssm_state_size state_size mamba_chunk_size chunk_size hidden_size_per_layer_input laurel_rank "
+        "adapter_rank gated_norm_rank image_size_",
+    ),
 )
 _SIZE = {name: value for value, names in _NAMES for name in names.split()}
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
@@ -67,8 +97,10 @@ _BRIDGES: dict[str, dict[str, Any]] = {
     "diffllama": {"num_key_value_heads": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 1, "intermediate_size": MLP},
+    "dots3_note": {"audio_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN}},
     "gemma4_assistant": {
-        "__default__": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
+        "__default__": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+        "text_config": {"num_kv_shared_layers": LAYERS},
     },
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
@@ -80,7 +112,12 @@ _BRIDGES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": _HYBRID, "attention_hidden_size": 96, "attention_head_dim": 16},
-    "zamba2": {"layers_block_type": _HYBRID, "n_mamba_heads": 12, "attention_hidden_size": 96, "attention_head_dim": 16},
+    "zamba2": {
+        "layers_block_type": _HYBRID,
+        "n_mamba_heads": 12,
+        "attention_hidden_size": 96,
+        "attention_head_dim": 16,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -1,0 +1,127 @@
+"""docs/architectures.md and docs/architectures.json from the results of architectures.py."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+LAWS = ("identity", "masked", "count", "reload", "tokens")
+
+_HEAD = """# Architectures
+
+Every causal LM type that transformers registers, checked on a small random model (hidden size 48, 4 layers) by
+[`tests/benchmarks/architectures.py`](../tests/benchmarks/architectures.py), which writes this page:
+
+    python tests/benchmarks/architectures.py                   # everything
+    python tests/benchmarks/architectures.py --only llama opt  # some; printed, nothing written
+
+transformers {transformers}, torch {torch}, Python {python}, one core, {minutes:.0f} minutes in all.
+
+| | model types |
+|---|---|
+| registered | {total} |
+| MLP and attention axes inferred and prunable | {inferred} |
+| of these, every law holds | {passed} |
+| only one kind of axis (state-space and linear-attention models) and every law holds | {one_kind} |
+| cannot be pruned, or a law is broken: the last column says what is in the way | {others} |
+
+Laws, on two random plans over all attention and MLP axes (weights and biases random, none zero):
+
+1. **identity**: a plan that keeps all units changes no bit of any tensor or logit;
+2. **masked**: the dense model with units masked has the logits of the sliced one: in float64, within 1e-9 of the largest
+   logit, while the plan changes the logits by more than 1e-6 of it. Axes that a norm mixes are left out (*inexact*: removing
+   differs from masking); for them the other laws hold. "–": there are only inexact axes;
+3. **count**: predicted parameters = actual ones;
+4. **reload**: `save_pretrained`, then `AutoModelForCausalLM.from_pretrained`: equal tensors, logits within 1e-5;
+5. **tokens**: the same 8 greedy tokens after reloading, with and without cache.
+
+*Widths* says how config.json holds them: attributes found by probing, or `surgery` where no attribute can (the layer is
+built, then resized by the loader). *Removal* tells whether a whole layer (L), only its attention (A) or only its MLP (M) was
+removed from the small model, with masked = sliced; it is not needed for passing.
+"""
+
+_COLUMNS = "| model type | attention | MLP | widths | identity | masked | count | reload | tokens | removal | remarks |"
+
+
+def write_page(results: list[dict[str, Any]], docs: Path, seconds: float) -> None:
+    """Write both files into `docs`."""
+    import torch
+    import transformers
+
+    both = [r for r in results if _prunable(r, "attention") and _prunable(r, "mlp")]
+    one = [r for r in results if r not in both and (_prunable(r, "attention") or _prunable(r, "mlp"))]
+    summary = {
+        "total": len(results),
+        "inferred": len(both),
+        "passed": sum(passes(r) for r in both),
+        "one_kind": sum(passes(r) for r in one),
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "minutes": seconds / 60,
+    }
+    summary["others"] = summary["total"] - summary["passed"] - summary["one_kind"]
+    lines = [_HEAD.format(**summary), _COLUMNS, "|" + "---|" * (_COLUMNS.count("|") - 1)]
+    lines += [_row(result) for result in sorted(results, key=lambda r: str(r["model_type"]))]
+    (docs / "architectures.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data = json.dumps({"summary": summary, "model_types": results}, indent=1, ensure_ascii=False)
+    (docs / "architectures.json").write_text(data + "\n", encoding="utf-8")
+
+
+def passes(result: dict[str, Any]) -> bool:
+    """Whether every law that applies holds."""
+    laws = result["laws"]
+    return "error" not in result and all(
+        laws.get(name, "missing" if name != "masked" else "ok") == "ok" for name in LAWS
+    )
+
+
+def _prunable(result: dict[str, Any], kind: str) -> int:
+    return int(result.get(kind, {}).get("prunable", 0))
+
+
+def _row(result: dict[str, Any]) -> str:
+    laws = [_law(result, name) for name in LAWS]
+    cells = [str(result["model_type"]), _axes(result, "attention"), _axes(result, "mlp"), _widths(result), *laws]
+    return "| " + " | ".join([*cells, _removal(result), _remarks(result)]) + " |"
+
+
+def _axes(result: dict[str, Any], kind: str) -> str:
+    found = result.get(kind)
+    if not found or not found["axes"]:
+        return "–"
+    names = ", ".join(f"`{name}`" for name in found["families"]) if found["families"] != [kind] else ""
+    count = f"{found['prunable']}" if found["prunable"] == found["axes"] else f"{found['prunable']} of {found['axes']}"
+    inexact = f", {found['inexact']} inexact" if found["inexact"] else ""
+    return f"{count}{inexact} {names}".strip()
+
+
+def _widths(result: dict[str, Any]) -> str:
+    knobs = [f"`{knob}`" for knob in dict.fromkeys(result.get("knobs", {}).values())]
+    return ", ".join([*knobs, *(["surgery"] if result.get("surgery") else [])]) or "–"
+
+
+def _law(result: dict[str, Any], name: str) -> str:
+    outcome = result["laws"].get(name)
+    return "–" if outcome is None else "✓" if outcome == "ok" else "✗"
+
+
+def _removal(result: dict[str, Any]) -> str:
+    names = {"layers": "L", "layers.attention": "A", "layers.mlp": "M"}
+    return (
+        " ".join(f"{short}{'✓' if result['removal'].get(name) == 'ok' else '✗'}" for name, short in names.items())
+        if result.get("removal")
+        else "–"
+    )
+
+
+def _remarks(result: dict[str, Any]) -> str:
+    remarks = [result["error"]] if "error" in result else []
+    remarks += [f"{name}: {outcome}" for name, outcome in result["laws"].items() if outcome != "ok"]
+    for kind in ("attention", "mlp"):
+        remarks += [f"{kind}: {why}" for why in result.get(kind, {}).get("blockers", [])]
+    if without_rule := result.get("without_rule"):
+        remarks.append("without rule: " + ", ".join(f"`{name}`" for name in without_rule))
+    return "; ".join(" ".join(remark.split())[:240].replace("|", "\\|") for remark in remarks)

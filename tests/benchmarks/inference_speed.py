@@ -1,0 +1,68 @@
+"""Wall time and memory of `infer_structure` on large Llamas, beside building the model on the meta device alone.
+
+    python tests/benchmarks/inference_speed.py
+
+No weights are allocated: a 70B model in 16 bits is 140 GB. Times are the best of three; one process, one thread.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+from transformers.utils import logging
+
+from hf_prune.structure.building import build_empty
+from hf_prune.structure.inference import infer_structure, traceable_config
+
+SIZES = {
+    "7B": {},
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+}
+REPEATS = 3
+
+
+def best_time_s(work: Callable[[], Any]) -> float:
+    """Seconds of the fastest of `REPEATS` runs."""
+    times = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def peak_mb() -> float:
+    """Peak resident memory of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    """Print the table."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    infer_structure(LlamaConfig(num_hidden_layers=1))  # imports and caches
+    print(f"{'model':6} {'parameters':>15} {'axes':>5} {'build, s':>9} {'infer, s':>9} {'peak memory +MB':>16}")
+    for name, values in SIZES.items():
+        config = LlamaConfig(**values)
+        before = peak_mb()
+        structure = infer_structure(config)
+        grown = peak_mb() - before
+        build = best_time_s(lambda config=config: build_empty(traceable_config(config)))
+        infer = best_time_s(lambda config=config: infer_structure(config))
+        parameters, axes = structure.num_parameters(), len(structure.axes)
+        print(f"{name:6} {parameters:15,} {axes:5} {build:9.2f} {infer:9.2f} {grown:16.0f}")
+
+
+if __name__ == "__main__":
+    main()
