@@ -102,7 +102,7 @@ def test_script_trains_goes_on_from_its_checkpoint_and_saves_a_loadable_folder(s
     data = tmp_path / "books.txt"
     data.write_text(f"{book}\n\n{book.replace('sheep', 'dogs')}\n\n{book.replace('hill', 'ship')}\n", encoding="utf-8")
 
-    def train(steps: int) -> dict:
+    def train(steps: int, seed: int) -> dict:
         script.main(
             data=data,
             output=tmp_path / "model",
@@ -119,13 +119,14 @@ def test_script_trains_goes_on_from_its_checkpoint_and_saves_a_loadable_folder(s
             num_layers=2,
             save_steps=1,
             threads=1,
+            seed=seed,
         )
         return json.loads((tmp_path / "model" / "train_log.json").read_text(encoding="utf-8"))
 
-    first = train(steps=2)
+    first = train(steps=2, seed=0)
     assert [step for step, _ in first["loss"]] == [1, 2]
-    second = train(steps=3)
-    assert second["loss"][:2] == first["loss"]
+    second = train(steps=3, seed=1)
+    assert second["loss"][:2] == first["loss"], "the second run started anew"
     assert (tmp_path / "work" / "checkpoint-3").is_dir()
 
     folder = tmp_path / "model"

@@ -42,10 +42,8 @@ class KnownValues:
             return result
         return None
 
-    def follow(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        """Repeat an operation on values if all its inputs have one; forget what it overwrites otherwise."""
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+    def follow(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Repeat an operation on values if all its `inputs` have one; forget what it overwrites otherwise."""
         known = all(self.get(tensor) is not None for tensor in inputs)
         random = torch.Tag.nondeterministic_seeded in func.tags
         if known and not random and sum(tensor.numel() for tensor in outputs) <= _MOST_ENTRIES:

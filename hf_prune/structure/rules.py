@@ -424,7 +424,7 @@ def _joined(call: Call, found: list[Term]) -> Term:
     atoms = [atom for term in found for atom in leaves(term)]
     if not call.origin.constant or len(set(atoms)) < len(atoms):
         return resolve(Cat(found))
-    # Different constants side by side (ALiBi slopes of the first 2**n heads, then of the others): no structure of weights.
+    # Different constants side by side (ALiBi slopes of 2**n heads, then of the others) say nothing of weights.
     whole = Atom(sum(term.size for term in found))
     for atom in atoms:
         whole.fixed = whole.fixed or atom.fixed

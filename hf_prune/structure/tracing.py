@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_prune.structure.known_values import KnownValues
 from hf_prune.structure.unify import Atom, Term, fix, instantiate
@@ -105,15 +104,14 @@ class Tracer(TorchDispatchMode):
 
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
-        if (decided := self.values.decide(name, args)) is not None:
-            out = decided
-        else:
-            out = func(*args, **kwargs)
-            self.values.follow(func, args, kwargs, out)
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        inputs = list(tensors((args, kwargs)))
+        decided = self.values.decide(name, args)
+        out = func(*args, **kwargs) if decided is None else decided
+        outputs = list(tensors(out))
         if not outputs:
             return out
+        if decided is None:
+            self.values.follow(func, args, kwargs, inputs, outputs)
         for tensor in inputs:
             self.lookup(tensor)
         known = [self.known[id(tensor)] for tensor in inputs]
@@ -144,6 +142,17 @@ class Tracer(TorchDispatchMode):
         for traced in known:
             for term in traced.terms:
                 fix(term, why)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dictionaries, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
 
 
 def outputs_of(value: Any) -> Any:

@@ -232,7 +232,7 @@ def _branches(structure: Structure, plan: PruningPlan) -> dict[str, Any]:
 
 
 def _surgery(config: Any, structure: Structure, plan: PruningPlan, cls: type | None, wanted: Shapes) -> dict[str, Any]:
-    """Shapes, attributes and selected inputs of the modules that the config builds too large, and all of earlier surgery."""
+    """Shapes, attributes and selected inputs of modules that the config builds too large, and all earlier surgery."""
     model = build_empty(fresh_config(config), cls)
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
     wrong = {name for name, shape in wanted.items() if found[name] != shape}
