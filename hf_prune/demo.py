@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.console import Console
 from rich.text import Text
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from hf_prune.allocation import allocate
 from hf_prune.checkpoint.saving import save_pruned
@@ -20,6 +20,7 @@ from hf_prune.errors import CheckpointError
 from hf_prune.evaluation.perplexity import inference, perplexity
 from hf_prune.evaluation.report import comparison_table, markdown_table, perplexity_picture, widths_picture
 from hf_prune.evaluation.speed import num_parameters
+from hf_prune.loading import load_model, load_tokenizer
 from hf_prune.methods import score
 from hf_prune.pipeline import base_model_of, calibration_data
 from hf_prune.printing import print_plan
@@ -55,8 +56,9 @@ def run_demo(output: Path, *, model_dir: Path = MODEL_DIR) -> None:
         raise CheckpointError(f"the demo model is not at {model_dir}; reinstall hf_prune.")
     start = time.perf_counter()
     console = Console(highlight=False)
-    dense = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    dense = load_model(str(model_dir), dtype="float32")
+    tokenizer = load_tokenizer(str(model_dir), required=True)
+    assert tokenizer is not None
     structure = infer_structure(dense)
     name = f"{type(dense).__name__}, {num_parameters(dense):,} parameters"
     console.print(Text(f"Pruning a small {name} without retraining it.", style="bold"))

@@ -431,6 +431,10 @@ def _remember_sizes(module: nn.Module, shape: Sequence[int]) -> None:
                 setattr(module, name, length)
     if hasattr(module, "normalized_shape"):
         module.normalized_shape = tuple(shape)  # type: ignore[assignment]
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        if module.groups > 1:  # whole groups go: a depthwise convolution has one per channel
+            module.groups = module.groups * shape[0] // module.out_channels
+        module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
 
 
 def _select_input(module: nn.Module, argument: str, selection: Mapping[str, Any]) -> None:

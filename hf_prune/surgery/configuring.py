@@ -319,20 +319,26 @@ def _that_runs(
 ) -> dict[str, Any]:
     """Add the attributes with which a forward pass of the resized model runs.
 
-    Numbers alone do not tell what an attribute means. Tried are: all but sizes of one head; of these all but copies of the
-    hidden size; all; none.
+    Numbers alone do not tell what an attribute means. Tried are: all but sizes of one head; of these all but those named
+    after the residual stream; all but those of its size; all; none.
     """
     hidden = getattr(config, "hidden_size", None)
     dense = build_empty(fresh_config(config), cls)
-    no_head = {
-        p: {k: v for k, v in f.items() if "head_dim" not in k and "head_size" not in k} for p, f in attributes.items()
-    }
-    no_hidden = {
-        path: {k: v for k, v in found.items() if getattr(dense.get_submodule(path), k) != hidden}
-        for path, found in no_head.items()
-    }
+
+    def without(words: tuple[str, ...], size: int | None = None) -> dict[str, dict[str, int]]:
+        return {
+            path: {
+                name: value
+                for name, value in found.items()
+                if not any(word in name for word in words) and getattr(dense.get_submodule(path), name) != size
+            }
+            for path, found in attributes.items()
+        }
+
+    one_head, stream = ("head_dim", "head_size"), ("hidden", "embed", "d_model")
+    variants = (without(one_head), without((*one_head, *stream)), without(one_head, hidden), attributes, {})
     reasons = []
-    for chosen in (no_head, no_hidden, attributes, {}):
+    for chosen in variants:
         result = {path: dict(record) for path, record in modules.items()}
         for path, found in chosen.items():
             if found:

@@ -313,6 +313,17 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 class Float64(TorchFunctionMode):
     """Norms and softmax that ask for float32 get float64, so that rounding does not hide an error."""
 
+    def __enter__(self) -> Float64:
+        """Tensors made from numbers are float64 too."""
+        torch.set_default_dtype(torch.float64)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """As before."""
+        super().__exit__(*error)
+        torch.set_default_dtype(torch.float32)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace the dtype in arguments."""
         swap = {torch.float32: torch.float64}
