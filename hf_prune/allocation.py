@@ -113,12 +113,13 @@ def allocate(
 
 
 def rounding(axis: Axis, config: PruningConfig) -> int:
-    """Number that pruned widths of `axis` are multiples of: `config.round_to` for MLP and hidden axes, else 1."""
+    """Number that pruned widths of `axis` are multiples of: `axis.multiple_of`, for MLP and hidden axes `round_to` too."""
     if axis.kind not in ("mlp", "hidden") or config.round_to is None:
-        return 1
+        return axis.multiple_of
     if config.round_to == "auto":
-        return next((multiple for multiple in (128, 64, 32, 16, 8) if 32 * multiple <= axis.num_units), 1)
-    return config.round_to
+        auto = next((multiple for multiple in (128, 64, 32, 16, 8) if 32 * multiple <= axis.num_units), 1)
+        return max(auto, axis.multiple_of)
+    return math.lcm(config.round_to, axis.multiple_of)
 
 
 def _ladders(scores: Mapping[str, Tensor], structure: Structure, config: PruningConfig) -> list[_Ladder]:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.layouts import Concat, Fixed, Product, Units
 
-
 NUM_UNITS = {"A": 3, "B": 4, "C": 5}
 
 

@@ -297,3 +297,14 @@ def test_equal_seeds_give_equal_bits_through_the_public_names():
     model = shared_model("qwen3")
     first, second = (hf_prune.prune(model, hf_prune.RandomConfig(0.4, seed=9)).model.state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pruned_experts_run_in_the_default_grouped_product(dtype):
+    """Its rows must be whole 16 bytes: an arbitrary width would crash."""
+    model = tiny_model("mixtral", dtype=dtype)
+    result = prune(model, MagnitudeConfig(0.3, axes=("mlp",)))
+    widths = {result.plan.widths[f"layers.{layer}.mlp"] for layer in range(len(result.structure.layer_paths))}
+    assert all(width % 8 == 0 for width in widths)
+    result.model.set_experts_implementation("grouped_mm")
+    assert result.model(input_ids=token_ids()).logits.isfinite().all()

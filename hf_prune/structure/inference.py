@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ from hf_prune.structure.unify import Atom, Cat, Prod, Term, factors, leaves, res
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+EXPERT_ALIGNMENT = 8
+"""Grouped matrix products want rows of whole 16 bytes: 8 entries of 2 bytes."""
 
 
 def infer_structure(source: PreTrainedConfig | PreTrainedModel | str) -> Structure:
@@ -251,7 +255,9 @@ class _Naming:
             blocker = "a constant of the model differs along it, and is not handed to the layer as an argument"
         if not blocker and atom.size < 2:
             blocker = "it has one unit"
-        return Axis(name, branch, entry.layer, atom.size, exact=not atom.mixed, blocker=blocker)
+        stacked = any(len(self.terms[parameter]) == 3 and dim > 0 for parameter, dim in entry.consumers)
+        multiple_of = math.gcd(atom.size, EXPERT_ALIGNMENT) if stacked else 1
+        return Axis(name, branch, entry.layer, atom.size, not atom.mixed, blocker, multiple_of)
 
     def _hidden(self, named: dict[int, Axis]) -> Axis | None:
         """The residual stream: the second dimension of the input embedding."""

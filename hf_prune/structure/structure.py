@@ -33,6 +33,9 @@ class Axis:
     """Removing units equals masking them (false where a norm mixes all units)."""
     blocker: str = ""
     """Why the axis cannot be pruned; empty if it can."""
+    multiple_of: int = 1
+    """Widths must be multiples of this to run: 8 where experts are multiplied as one grouped product, whose rows must be
+    aligned to 16 bytes."""
 
     @property
     def prunable(self) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import contextlib
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -295,11 +295,8 @@ def _note_attributes(
     paths = {path for owner in owners for path in (owner, owner.rpartition(".")[0])}
     for path in sorted(paths):
         module = model.get_submodule(path)
-        if (
-            type(module).__module__.startswith("torch.")
-            or not any(module.children())
-            and path in owners
-            and not _has_forward_sizes(module)
+        if type(module).__module__.startswith("torch.") or (
+            not any(module.children()) and path in owners and not _has_forward_sizes(module)
         ):
             continue
         for name, value in vars(module).items():

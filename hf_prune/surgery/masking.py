@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +47,7 @@ def masked(model: nn.Module, structure: Structure, plan: PruningPlan) -> Iterato
 
 
 def keep_mask(num_units: int, kept: tuple[int, ...]) -> Tensor:
-    """bool `[num_units]`, true for the units that stay."""
+    """Bool `[num_units]`, true for the units that stay."""
     mask = torch.zeros(num_units, dtype=torch.bool)
     mask[list(kept)] = True
     return mask

@@ -177,7 +177,9 @@ def check_laws(result: dict[str, Any], model: Any, structure: Structure) -> None
         plan = random_plan(structure, seed, exact=True)
         if plan.kept_indices:
             sliced = small.double() if plan == plans[seed] else None
-            noted(laws, "masked", lambda p=plan, s=sliced: errors.append(masked_is_sliced(double, structure, p, ids, s)))
+            noted(
+                laws, "masked", lambda p=plan, s=sliced: errors.append(masked_is_sliced(double, structure, p, ids, s))
+            )
     result["masked_error"] = max(errors, default=None)
     removal: dict[str, str] = {}
     for axis in ("layers", "layers.attention", "layers.mlp"):
@@ -248,7 +250,9 @@ def counted(model: Any, structure: Structure, plan: PruningPlan) -> Any:
     return small
 
 
-def masked_is_sliced(model: Any, structure: Structure, plan: PruningPlan, ids: torch.Tensor, small: Any = None) -> float:
+def masked_is_sliced(
+    model: Any, structure: Structure, plan: PruningPlan, ids: torch.Tensor, small: Any = None
+) -> float:
     """Logits of the dense model with units masked = logits of the sliced model, and unlike those of the dense one."""
     small = small or counted(model, structure, plan)
     with Float64():

@@ -81,6 +81,7 @@ _QWEN4 = {
     "indexer_budget": 4,
     "indexer_compress_ratio": 2,
     "ple_embed_dim": 48,
+    "hc_lowrank": 5,
 }
 _HYBRID = ["mamba", "hybrid", "mamba", "hybrid"]
 _BRIDGES: dict[str, dict[str, Any]] = {
