@@ -13,7 +13,7 @@ from hf_prune.checkpoint.autoload import install_on_import
 
 if TYPE_CHECKING:
     from hf_prune.allocation import allocate
-    from hf_prune.config import MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig
+    from hf_prune.config import LLMPrunerConfig, MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig
     from hf_prune.errors import HFPruneError
     from hf_prune.evaluation.perplexity import perplexity
     from hf_prune.modeling import PrunedModelForCausalLM
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "HFPruneError": "hf_prune.errors",
+    "LLMPrunerConfig": "hf_prune.config",
     "MagnitudeConfig": "hf_prune.config",
     "PrunedModelForCausalLM": "hf_prune.modeling",
     "PruningConfig": "hf_prune.config",
@@ -44,6 +45,7 @@ _WHERE = {
 
 __all__ = [
     "HFPruneError",
+    "LLMPrunerConfig",
     "MagnitudeConfig",
     "PrunedModelForCausalLM",
     "PruningConfig",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_prune.allocation import allocate
 from hf_prune.checkpoint.saving import save_pruned
-from hf_prune.config import MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig
+from hf_prune.config import LLMPrunerConfig, MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig
 from hf_prune.data import load_text
 from hf_prune.errors import CheckpointError
 from hf_prune.evaluation.perplexity import inference, perplexity
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MODEL_DIR = Path(__file__).with_name("demo_model")
 RATIOS = (0.2, 0.3, 0.5)
-SAVED = ("wanda, global", 0.2)
+SAVED = ("llm_pruner, global", 0.3)
 """Which of the pruned models is saved, reloaded and lets us read a text."""
 PROMPT = "The old man looked at the sea and"
 
@@ -117,6 +117,7 @@ def _runs() -> list[tuple[str, type[PruningConfig], dict[str, Any]]]:
         ("magnitude", MagnitudeConfig, {}),
         ("wanda", WandaConfig, calibration),
         ("wanda, global", WandaConfig, {"allocation": "global", **calibration}),
+        ("llm_pruner, global", LLMPrunerConfig, {"allocation": "global", **calibration}),
     ]
 
 

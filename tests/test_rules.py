@@ -188,6 +188,15 @@ def test_solve_of_triangular_systems_leaves_batch_and_columns_alone():
     assert found["out"] == "e , (c d)"
 
 
+def test_rows_of_a_system_of_equations_cannot_go():
+    def solve(x, w, out):
+        y = F.linear(x, w).transpose(1, 2)
+        return F.linear(torch.linalg.solve_triangular(y @ y.transpose(1, 2), y, upper=False).transpose(1, 2), out)
+
+    found, _ = traced(solve, w=(8, D), out=(D, 8))
+    assert found["w"] == "C , b"
+
+
 def test_experts_visited_one_by_one_are_all_seen():
     def experts(x, router, first, second):
         flat = x.reshape(-1, D)

@@ -1,10 +1,10 @@
-"""From the equations of one traced forward pass to named axes: the structure of any causal LM, from its config alone."""
+"""From the equations of one traced forward pass to named axes: the structure of any causal LM, from its config."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
-from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ from hf_prune.structure.tracing import ConstantInput, Tracer, trace
 from hf_prune.structure.unify import Atom, Cat, Prod, Term, factors, leaves, resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Container, Iterable
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
 EXPERT_ALIGNMENT = 8
@@ -118,7 +120,7 @@ class _Naming:
         self.layer_of = {name: next((i for p, i in prefix.items() if name.startswith(p)), None) for name in terms}
         self.consumed = {name: _atom_ids(found) for name, found in tracer.consumed.items()}
         self.produced = {name: _atom_ids(found) for name, found in tracer.produced.items()}
-        embedding = model.get_input_embeddings()
+        embedding: nn.Module | None = model.get_input_embeddings()  # type: ignore[operator]
         self.embedding = next(
             (n for n, p in model.named_parameters() if embedding is not None and p is embedding.weight), None
         )
@@ -157,7 +159,7 @@ class _Naming:
             without_rule=dict(tracer_rules(self.tracer)),
         )
 
-    # --- which atoms ---------------------------------------------------------------------------------------------------
+    # --- which atoms ------------------------------------------------------------------------------------------------
 
     def _layer_atoms(self) -> list[_Found]:
         """Atoms all of whose parameters lie in one decoder layer."""
@@ -183,13 +185,12 @@ class _Naming:
         """For each output projection the outermost axis along which attention is independent: KV groups, or heads."""
         chosen: dict[int, _Found] = {}
         for entry in here:
-            if (
-                entry.atom.heads
-                and all(self._leads(entry, name, dim) for name, dim in entry.places)
-                and entry.consumers
-            ):
-                if all(id(a) in self.local for n, d in entry.consumers for a in leaves(self.terms[n][d])):
-                    chosen[id(entry.atom)] = entry
+            if not entry.atom.heads or not entry.consumers:
+                continue
+            consumed = (atom for name, dim in entry.consumers for atom in leaves(self.terms[name][dim]))
+            leads = all(self._leads(entry, name, dim) for name, dim in entry.places)
+            if leads and all(id(atom) in self.local for atom in consumed):
+                chosen[id(entry.atom)] = entry
         return list(chosen.values())
 
     def _leads(self, entry: _Found, name: str, dim: int) -> bool:
@@ -243,10 +244,8 @@ class _Naming:
     def _root(self, entry: _Found) -> str:
         """Deepest module that holds all parameters of an axis."""
         modules = [name.split(".")[:-1] for name, _ in entry.places]
-        common = os.path.commonprefix(modules)
-        if len(set(map(tuple, modules))) == 1 and len(modules[0]) > len(self.layers[entry.layer].split(".")) + 1:
-            return ".".join(common)
-        return ".".join(common)
+        shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
+        return ".".join(parts[0] for parts in shared)
 
     def _axis(self, name: str, branch: Branch, entry: _Found) -> Axis:
         atom = entry.atom
@@ -273,7 +272,7 @@ class _Naming:
         return axis
 
     def _selected_inputs(self, name: str, entry: _Found) -> tuple[SelectedInput, ...]:
-        """The arguments that hand a varying constant to the layer's attention (or MLP), one per constant; () if any is missing."""
+        """The arguments that hand varying constants to the layer's attention (or MLP); () if one is not handed on."""
         root = self._root(entry)
         result = []
         origins = {id(atom): atom for origin in entry.atom.origins for atom in leaves(origin)}
@@ -286,7 +285,7 @@ class _Naming:
                 result.append(use)
         return tuple(result)
 
-    # --- where parameters belong -----------------------------------------------------------------------------------------
+    # --- where parameters belong ------------------------------------------------------------------------------------
 
     def _owners(
         self, found: dict[str, tuple[_Found, Axis]]

@@ -1,7 +1,7 @@
 """Values of small tensors that follow from no weight: token ids, positions, masks.
 
 A traced forward pass has no values. Some models need a few: they compare lengths, or visit one expert after another.
-Where a value depends on weights (which tokens an expert gets) every entry is taken to be true, so that all paths are seen.
+Where a value depends on weights (which tokens an expert gets) every entry is taken to be true: all paths are seen.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ class Concat:
         return "[" + " + ".join(map(str, self.parts)) + "]"
 
 
-Layout = Union[Fixed, Units, Product, Concat]
+Layout = Fixed | Units | Product | Concat
 
 
 def axes(layout: Layout) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What each ATen operation says about the dimensions of its inputs and outputs: one short rule per family of operations."""
+"""What each ATen operation says about the dimensions of its inputs and outputs: a short rule per family."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def filled_like(call: Call) -> None:
     call.give(list(traced.terms))
 
 
-# --- element by element ------------------------------------------------------------------------------------------------
+# --- element by element ---------------------------------------------------------------------------------------------
 
 
 def broadcast(call: Call) -> None:
@@ -214,7 +214,7 @@ def cumulative(call: Call) -> None:
     call.give(list(traced.terms))
 
 
-# --- views -------------------------------------------------------------------------------------------------------------
+# --- views ----------------------------------------------------------------------------------------------------------
 
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy")
@@ -462,7 +462,7 @@ def pad(call: Call) -> None:
     call.give(terms)
 
 
-# --- looking up --------------------------------------------------------------------------------------------------------
+# --- looking up -----------------------------------------------------------------------------------------------------
 
 
 @rule("embedding")
@@ -582,7 +582,7 @@ def order(call: Call) -> None:
         call.give(terms, position)
 
 
-# --- sums over a dimension ---------------------------------------------------------------------------------------------
+# --- sums over a dimension ------------------------------------------------------------------------------------------
 
 
 def _role(roles: dict[str, list[Term]], traced: Traced, terms: list[Term]) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hf_prune.structure import layouts as lay
-from hf_prune.structure.layouts import Layout, Widths
+
+if TYPE_CHECKING:
+    from hf_prune.structure.layouts import Layout, Widths
 
 Kind = Literal["attention", "mlp", "hidden", "layer"]
 Branch = Literal["attention", "mlp"]
@@ -20,8 +22,8 @@ class Axis:
     """Units that several parameter dimensions share.
 
     Per-layer axes are named `layers.{i}.attention` (units: KV groups; query heads where there is one KV head) and
-    `layers.{i}.mlp` (`layers.{i}.mlp.{name}` where a layer has several). The others are `hidden`, `layers` (units: whole
-    decoder layers), `layers.attention` and `layers.mlp` (units: the attention, or the MLP, of each decoder layer).
+    `layers.{i}.mlp` (`layers.{i}.mlp.{name}` where a layer has several). The others are `hidden`, `layers` (units:
+    whole decoder layers), `layers.attention` and `layers.mlp` (units: the attention, or the MLP, of each layer).
     """
 
     name: str
@@ -34,8 +36,8 @@ class Axis:
     blocker: str = ""
     """Why the axis cannot be pruned; empty if it can."""
     multiple_of: int = 1
-    """Widths must be multiples of this to run: 8 where experts are multiplied as one grouped product, whose rows must be
-    aligned to 16 bytes."""
+    """Widths must be multiples of this to run: 8 where experts are multiplied as one grouped product, whose rows must
+    be aligned to 16 bytes."""
 
     @property
     def prunable(self) -> bool:
@@ -75,7 +77,8 @@ class BranchModule:
 class SelectedInput:
     """A constant handed to a module that carries an axis (ALiBi slopes): sliced on entry.
 
-    Dimension `dim` of argument `name`, seen as row-major product of `sizes` (-1: any), carries the axis as factor `factor`.
+    Dimension `dim` of argument `name`, seen as row-major product of `sizes` (-1: any), carries the axis as its factor
+    number `factor`.
     """
 
     module_path: str

@@ -8,10 +8,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_prune.structure.known_values import KnownValues
 from hf_prune.structure.unify import Atom, Term, fix, instantiate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 BATCH_SIZE, SEQ_LEN = 2, 11
 
@@ -55,11 +57,11 @@ class ConstantInput:
     terms: tuple[Term, ...]
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collects the equations of one forward pass."""
 
     def __init__(self, fake: FakeTensorMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.values = KnownValues(fake)
         self.known: dict[int, Traced] = {}
         self.alive: list[Tensor] = []  # ids stay unique while their tensors live
@@ -156,7 +158,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def outputs_of(value: Any) -> Any:
-    """The nesting of what a module returned: "zeros" for a tensor, `None`, or a list of these; "other" for anything else."""
+    """The nesting of what a module returned: "zeros" for a tensor, `None`, a list of these; "other" for the rest."""
     if isinstance(value, Tensor):
         return "zeros"
     if value is None:

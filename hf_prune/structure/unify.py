@@ -1,6 +1,6 @@
 """Unification of dimensions: what a type checker does for types, done for the dimensions of tensors.
 
-Every dimension starts as an unknown `Atom` of its size. Equations from operations bind atoms to each other, or to products
+Every dimension starts as an unknown `Atom` of its size. Equations from operations bind atoms to each other, to products
 (`view` splits a dimension row-major) and concatenations (`split`, `cat`) of smaller ones. What cannot be reconciled is
 *fixed*: never pruned, never wrong.
 """
@@ -8,8 +8,10 @@ Every dimension starts as an unknown `Atom` of its size. Equations from operatio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Union
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 
 class Conflict(Exception):  # noqa: N818  (a signal between rules, never seen by users)
@@ -22,7 +24,7 @@ class Atom:
     __slots__ = ("bound", "fixed", "heads", "mixed", "origins", "size")
 
     def __init__(self, size: int) -> None:
-        self.size = size
+        self.size: int = size
         self.bound: Term | None = None
         self.fixed = ""
         """Why its entries cannot be removed."""
@@ -41,7 +43,7 @@ class Prod:
 
     def __init__(self, factors: Sequence[Term]) -> None:
         self.factors = tuple(factors)
-        self.size = math.prod(factor.size for factor in factors)
+        self.size: int = math.prod(factor.size for factor in factors)
 
 
 class Cat:
@@ -51,10 +53,10 @@ class Cat:
 
     def __init__(self, parts: Sequence[Term]) -> None:
         self.parts = tuple(parts)
-        self.size = sum(part.size for part in parts)
+        self.size: int = sum(part.size for part in parts)
 
 
-Term = Union[Atom, Prod, Cat]
+Term = Atom | Prod | Cat
 
 
 def factors(term: Term) -> list[Term]:
@@ -85,7 +87,7 @@ def parts(term: Term) -> list[Term]:
 
 
 def resolve(term: Term) -> Term:
-    """The simplest form of `term`: an unbound atom, a product of several factors or a concatenation of several parts."""
+    """The simplest form of `term`: an unbound atom, a product of several factors or a concatenation of parts."""
     found = factors(term)
     return found[0] if len(found) == 1 else Prod(found)
 
@@ -214,9 +216,9 @@ def split_product(term: Term, n: int) -> tuple[Term, Term]:
 def _split_factor(factor: Term, n: int) -> tuple[Term, Term]:
     inner = factor.size // n
     if isinstance(factor, Atom):
-        head, tail = Atom(n), Atom(inner)
-        bind(factor, Prod((head, tail)))
-        return head, tail
+        made = Atom(n), Atom(inner)
+        bind(factor, Prod(made))
+        return made
     assert isinstance(factor, Cat)
     if any(part.size % inner for part in factor.parts):
         raise Conflict("a split across concatenated parts")
@@ -241,9 +243,9 @@ def split_concat(term: Term, n: int) -> tuple[Term, Term]:
         return resolve(Cat(lead)), resolve(Cat(found))
     term = resolve(found[0])
     if isinstance(term, Atom):
-        first, rest = Atom(n), Atom(term.size - n)
-        bind(term, Cat((first, rest)))
-        return first, rest
+        made = Atom(n), Atom(term.size - n)
+        bind(term, Cat(made))
+        return made
     assert isinstance(term, Prod)
     inner = term.size // term.factors[0].size
     if n % inner:
@@ -256,8 +258,8 @@ def split_concat(term: Term, n: int) -> tuple[Term, Term]:
 def instantiate(term: Term, varying: bool, fresh: dict[tuple[int, ...], Atom]) -> Term:
     """Copy `term` with fresh atoms, as a polymorphic type is instantiated.
 
-    A constant (rotary angles, ALiBi slopes, a mask) meets the weights of every layer; without a copy per use it would tie
-    the layers' axes together. `origins` of the fresh atoms remember the constants whose values differ along them.
+    A constant (rotary angles, ALiBi slopes, a mask) meets the weights of every layer; without a copy per use it would
+    tie the layers' axes together. `origins` of the fresh atoms remember the constants whose values differ along them.
     How a constant was put together (ALiBi slopes of six heads: four and two) says nothing about the weights it meets.
     """
     copies: list[Term] = []

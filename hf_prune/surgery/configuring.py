@@ -1,14 +1,11 @@
-"""The config of a pruned model: per-layer widths in transformers' own `per_layer_config`, the rest in `pruning_config`."""
+"""The config of a pruned model: widths in transformers' own `per_layer_config`, the rest in `pruning_config`."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import itertools
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-
-from torch import nn
 
 from hf_prune.checkpoint.loud import make_loud
 from hf_prune.errors import StructureError
@@ -20,6 +17,10 @@ from hf_prune.surgery.expressing import Knob, family, find_knobs, shapes, with_l
 from hf_prune.surgery.slicing import pruned_name, renumber
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
@@ -30,7 +31,8 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
     """The config that describes the model pruned by `plan`.
 
     Uniform widths become global values: a plain config that needs nothing of ours. Otherwise per-layer values, and for
-    what no attribute can say `pruning_config["surgery"]`. The result is checked: a model built from it has the planned shapes.
+    what no attribute can say `pruning_config["surgery"]`. The result is checked: a model built from it has the
+    planned shapes.
 
     Args:
         config: config of the dense model; not changed.
@@ -95,14 +97,14 @@ def _record(plan: PruningPlan) -> dict[str, Any]:
     }
 
 
-# --- candidates --------------------------------------------------------------------------------------------------------
+# --- candidates -----------------------------------------------------------------------------------------------------
 
 
 def _without_layers(config: Any, structure: Structure, plan: PruningPlan) -> Iterator[Any]:
     """Copies of `config` without the layers that go, one for each attribute that may hold their number.
 
-    Every list with one entry per layer loses those of the layers that go. `pruning_config` is the one of this plan, with
-    the surgery of an earlier pruning.
+    Every list with one entry per layer loses those of the layers that go. `pruning_config` is the one of this plan,
+    with the surgery of an earlier pruning.
     """
     values = fresh_config(config).to_dict()
     n = len(structure.layer_paths)
@@ -214,7 +216,7 @@ def _hidden_values(config: Any, structure: Structure, plan: PruningPlan) -> Iter
     yield {}
 
 
-# --- what no attribute can say -----------------------------------------------------------------------------------------
+# --- what no attribute can say --------------------------------------------------------------------------------------
 
 
 def _branches(structure: Structure, plan: PruningPlan) -> dict[str, Any]:
@@ -316,8 +318,8 @@ def _that_runs(
 ) -> dict[str, Any]:
     """Add the attributes with which a forward pass of the resized model runs.
 
-    Numbers alone do not tell what an attribute means. Tried are: all but sizes of one head; of these all but those named
-    after the residual stream; all but those of its size; all; none.
+    Numbers alone do not tell what an attribute means. Tried are: all but sizes of one head; of these all but those
+    named after the residual stream; all but those of its size; all; none.
     """
     hidden = getattr(config, "hidden_size", None)
     dense = build_empty(fresh_config(config), cls)
@@ -333,6 +335,7 @@ def _that_runs(
         }
 
     one_head, stream = ("head_dim", "head_size"), ("hidden", "embed", "d_model")
+    variants: tuple[dict[str, dict[str, int]], ...]
     variants = (without(one_head), without((*one_head, *stream)), without(one_head, hidden), attributes, {})
     reasons = []
     for chosen in variants:

@@ -1,14 +1,13 @@
-"""How widths are written down in a config: which attributes hold them is found by probing, never listed per architecture.
+"""How widths are written down in a config: which attributes hold them is found by probing, not listed.
 
 An attribute holds an axis's width if a model built with that attribute changed has exactly the shapes that slicing
-gives. What no attribute can say (head counts where `head_dim` is `hidden_size // num_heads`) becomes `surgery`: the layer
-is built at its dense size and resized.
+gives. What no attribute can say (head counts where `head_dim` is `hidden_size // num_heads`) becomes `surgery`: the
+layer is built at its dense size and resized.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,8 @@ from hf_prune.errors import StructureError
 from hf_prune.structure.building import build_empty, fresh_config
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from hf_prune.structure.structure import Axis, Structure
 
 _FLAG = "allow_global_per_layer_attribute_access"
@@ -26,7 +27,8 @@ _MOST_PROBES = 24
 class Knob:
     """Config attributes that hold the width of an axis, in every layer that has it.
 
-    `factors` maps each attribute to its value per unit: `num_attention_heads` is 4 per unit with 4 queries per KV group.
+    `factors` maps each attribute to its value per unit: `num_attention_heads` is 4 per unit with 4 queries per KV
+    group.
     """
 
     factors: tuple[tuple[str, int], ...]

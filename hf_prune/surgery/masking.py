@@ -1,14 +1,14 @@
 """Mask units of a dense model: the same result as slicing, without changing a weight.
 
-A unit is masked where it is consumed: the input of `o_proj` or `down_proj` is multiplied by zero at its entries. Between
-producer and consumer an axis passes only element-wise operations and attention, so nothing else sees the difference.
+A unit is masked where it is consumed: the input of `o_proj` or `down_proj` is multiplied by zero at its entries.
+Between producer and consumer an axis passes only element-wise operations and attention, so nothing else sees the
+difference.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +19,15 @@ from hf_prune.errors import PlanError
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Member, Structure
 
 
 @contextlib.contextmanager
 def masked(model: nn.Module, structure: Structure, plan: PruningPlan) -> Iterator[nn.Module]:
-    """Within this context the dense `model` computes what the model pruned by `plan` computes; afterwards it is as before.
+    """In this context the dense `model` computes what the model pruned by `plan` does; afterwards it is as before.
 
     Raises:
         PlanError: the plan prunes the hidden axis, which cannot be masked exactly (norms see every channel).
@@ -67,7 +69,7 @@ def mask_axis(model: nn.Module, structure: Structure, axis: str, mask: Tensor) -
 
 
 def input_dim(module: nn.Module) -> int | None:
-    """Which dimension of a module's weight its input's last dimension meets; `None` where hooks cannot reach the input."""
+    """Which dimension of a module's weight its input's last one meets; `None` where hooks cannot reach the input."""
     if isinstance(module, nn.Linear):
         return 1
     return 0 if isinstance(module, Conv1D) else None
@@ -84,7 +86,7 @@ def _mask_member(model: nn.Module, member: Member, entries: Tensor) -> Iterator[
         finally:
             handle.remove()
         return
-    # Experts and convolutions use their weights inside one forward: zero columns of the weight do the same as zero inputs.
+    # Experts and convolutions use their weights inside one forward: zero columns of the weight do the same.
     original = module._parameters[name]
     assert original is not None
     shape = [1] * original.dim()

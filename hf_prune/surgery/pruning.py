@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from hf_prune.errors import PlanError
 from hf_prune.structure.building import build_empty, fresh_config
 from hf_prune.surgery.configuring import pruned_config
 from hf_prune.surgery.slicing import check_tensor, pruned_name, renumber, slice_state_dict
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from hf_prune.plan import PruningPlan

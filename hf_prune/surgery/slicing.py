@@ -1,8 +1,7 @@
-"""Slice named tensors: a pure function of a state dict, a structure and a plan, so that it can stream a checkpoint too."""
+"""Slice named tensors: a pure function of a state dict, a structure and a plan; it can stream a checkpoint too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +11,8 @@ from hf_prune.errors import PlanError
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
@@ -25,7 +26,8 @@ def slice_state_dict(state_dict: Mapping[str, Tensor], structure: Structure, pla
         plan: kept units per axis, removed layers and branches.
 
     Returns:
-        Tensors of the pruned model by their new names (later layers move up when layers go). Tied names share one tensor.
+        Tensors of the pruned model by their new names (later layers move up when layers go). Tied names share one
+        tensor.
 
     Raises:
         PlanError: a tensor is not part of the structure, or has another shape than it.

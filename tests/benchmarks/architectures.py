@@ -15,10 +15,9 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from small_configs import small_config
@@ -31,10 +30,14 @@ from hf_prune.config import RandomConfig
 from hf_prune.errors import HFPruneError
 from hf_prune.plan import PruningPlan, prunable_units
 from hf_prune.structure.inference import infer_structure
-from hf_prune.structure.structure import Structure
 from hf_prune.surgery.expressing import family, find_knobs
 from hf_prune.surgery.masking import masked
 from hf_prune.surgery.pruning import apply_plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hf_prune.structure.structure import Structure
 
 DOCS = Path(__file__).parents[2] / "docs"
 TIME_CAP_S = 120
@@ -44,7 +47,7 @@ LAWS = ("identity", "masked", "count", "reload", "tokens")
 NUM_NEW_TOKENS = 8
 
 
-class Broken(Exception):
+class BrokenLawError(Exception):
     """A law that does not hold, and the numbers that show it."""
 
 
@@ -152,7 +155,7 @@ def describe(result: dict[str, Any], model: Any, structure: Structure) -> None:
     result["knobs"] = {name: str(knob) for name, knob in knobs.items()}
 
 
-# --- laws --------------------------------------------------------------------------------------------------------------
+# --- laws -----------------------------------------------------------------------------------------------------------
 
 
 def check_laws(result: dict[str, Any], model: Any, structure: Structure) -> None:
@@ -236,9 +239,9 @@ def identity(model: Any, structure: Structure, ids: torch.Tensor) -> None:
     same = apply_plan(model, structure, plan_of(structure, {}))
     before, after = model.state_dict(), same.state_dict()
     if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
-        raise Broken("a plan that keeps all units changed a tensor")
+        raise BrokenLawError("a plan that keeps all units changed a tensor")
     if not torch.equal(logits(model, ids), logits(same, ids)):
-        raise Broken("a plan that keeps all units changed the logits")
+        raise BrokenLawError("a plan that keeps all units changed the logits")
 
 
 def counted(model: Any, structure: Structure, plan: PruningPlan) -> Any:
@@ -246,7 +249,7 @@ def counted(model: Any, structure: Structure, plan: PruningPlan) -> Any:
     small = apply_plan(model, structure, plan)
     actual, predicted = sum(p.numel() for p in small.parameters()), plan.num_parameters(structure)
     if actual != predicted:
-        raise Broken(f"{actual:,} parameters, predicted {predicted:,}")
+        raise BrokenLawError(f"{actual:,} parameters, predicted {predicted:,}")
     return small
 
 
@@ -263,9 +266,9 @@ def masked_is_sliced(
     error = (of_masked - of_sliced).abs().max().item() / scale
     change = (of_dense - of_sliced).abs().max().item() / scale
     if not error <= TOLERANCE:
-        raise Broken(f"masked and sliced logits differ by {error:.1e} of the largest")
+        raise BrokenLawError(f"masked and sliced logits differ by {error:.1e} of the largest")
     if not change > 1e3 * TOLERANCE:
-        raise Broken(f"the plan changes the logits by {change:.1e} of the largest: this shows nothing")
+        raise BrokenLawError(f"the plan changes the logits by {change:.1e} of the largest: this shows nothing")
     return error
 
 
@@ -280,14 +283,14 @@ def reloaded(small: Any, ids: torch.Tensor, laws: dict[str, str]) -> None:
         ).eval()
     again.generation_config.eos_token_id = None
     if type(again) is not type(small):
-        raise Broken(f"loaded as {type(again).__name__}")
+        raise BrokenLawError(f"loaded as {type(again).__name__}")
     before, after = small.state_dict(), again.state_dict()
     if before.keys() != after.keys() or not all(torch.equal(before[name], after[name]) for name in before):
-        raise Broken("tensors differ after loading")
+        raise BrokenLawError("tensors differ after loading")
     expected = logits(small, ids)
     # Not bit for bit: where the loaded weights lie in memory decides how matrix products are vectorised.
     if not (error := (expected - logits(again, ids)).abs().max().item()) <= 1e-5 * expected.abs().max().item():
-        raise Broken(f"logits differ by {error:.1e} after loading")
+        raise BrokenLawError(f"logits differ by {error:.1e} after loading")
     noted(laws, "tokens", lambda: same_tokens(small, again, ids))
 
 
@@ -295,7 +298,7 @@ def same_tokens(small: Any, again: Any, ids: torch.Tensor) -> None:
     """Greedy tokens before saving and after loading, with and without cache."""
     for use_cache in (True, False):
         if not torch.equal(greedy(small, ids, use_cache), greedy(again, ids, use_cache)):
-            raise Broken(f"greedy tokens differ after loading with use_cache={use_cache}")
+            raise BrokenLawError(f"greedy tokens differ after loading with use_cache={use_cache}")
 
 
 def greedy(model: Any, ids: torch.Tensor, use_cache: bool) -> torch.Tensor:

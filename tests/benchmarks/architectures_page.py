@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 LAWS = ("identity", "masked", "count", "reload", "tokens")
 
@@ -30,16 +32,16 @@ transformers {transformers}, torch {torch}, Python {python}, one core, {minutes:
 Laws, on two random plans over all attention and MLP axes (weights and biases random, none zero):
 
 1. **identity**: a plan that keeps all units changes no bit of any tensor or logit;
-2. **masked**: the dense model with units masked has the logits of the sliced one: in float64, within 1e-9 of the largest
-   logit, while the plan changes the logits by more than 1e-6 of it. Axes that a norm mixes are left out (*inexact*: removing
-   differs from masking); for them the other laws hold. "–": there are only inexact axes;
+2. **masked**: the dense model with units masked has the logits of the sliced one: in float64, within 1e-9 of the
+   largest logit, while the plan changes the logits by more than 1e-6 of it. Axes that a norm mixes are left out
+   (*inexact*: removing differs from masking); for them the other laws hold. "–": there are only inexact axes;
 3. **count**: predicted parameters = actual ones;
 4. **reload**: `save_pretrained`, then `AutoModelForCausalLM.from_pretrained`: equal tensors, logits within 1e-5;
 5. **tokens**: the same 8 greedy tokens after reloading, with and without cache.
 
-*Widths* says how config.json holds them: attributes found by probing, or `surgery` where no attribute can (the layer is
-built, then resized by the loader). *Removal* tells whether a whole layer (L), only its attention (A) or only its MLP (M) was
-removed from the small model, with masked = sliced; it is not needed for passing.
+*Widths* says how config.json holds them: attributes found by probing, or `surgery` where no attribute can (the layer
+is built, then resized by the loader). *Removal* tells whether a whole layer (L), only its attention (A) or only its
+MLP (M) was removed from the small model, with masked = sliced; it is not needed for passing.
 """
 
 _COLUMNS = "| model type | attention | MLP | widths | identity | masked | count | reload | tokens | removal | remarks |"

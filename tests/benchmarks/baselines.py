@@ -36,13 +36,13 @@ RESULTS = ROOT / "docs" / "baselines.json"
 
 RATIOS = (0.2, 0.3, 0.5, 0.7)
 ALLOCATIONS = ("uniform", "global")
-SEEDS = {"wanda": (0,), "magnitude": (0,), "random": (0, 1, 2)}
+SEEDS = {"llm_pruner": (0,), "wanda": (0,), "magnitude": (0,), "random": (0, 1, 2)}
 Cell = tuple[str, str, float, int]
 CELLS: list[Cell] = [
     (method, allocation, ratio, seed)
+    for ratio in RATIOS
     for method, seeds in SEEDS.items()
     for seed in seeds
-    for ratio in RATIOS
     for allocation in ALLOCATIONS
 ]
 NOVELS_CHARS = 400_000  # about 100,000 tokens
@@ -148,7 +148,7 @@ def run(jobs: int) -> None:
 def table(results: dict[str, Any], corpus: str) -> str:
     """One line per method and allocation, one column per ratio."""
     lines = [{"method": "dense", "allocation": "", "0 %": f"{results['dense'][corpus]['perplexity']:.2f}"}]
-    for method in ("random", "magnitude", "wanda"):
+    for method in ("random", "magnitude", "wanda", "llm_pruner"):
         for allocation in ALLOCATIONS:
             line = {"method": method, "allocation": allocation, "0 %": ""}
             for ratio in RATIOS:

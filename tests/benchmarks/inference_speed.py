@@ -2,16 +2,15 @@
 
     python tests/benchmarks/inference_speed.py
 
-No weights are allocated: a 70B model in 16 bits is 140 GB. Times are the best of three, on one thread; processor time is
-what counts on a machine with other work.
+No weights are allocated: a 70B model in 16 bits is 140 GB. Times are the best of three, on one thread; processor time
+is what counts on a machine with other work.
 """
 
 from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LlamaConfig
@@ -19,6 +18,9 @@ from transformers.utils import logging
 
 from hf_prune.structure.building import build_empty
 from hf_prune.structure.inference import infer_structure, traceable_config
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SIZES = {
     "7B": {},

@@ -1,4 +1,4 @@
-"""A small config of every causal LM type that transformers registers: the default config, shrunk attribute by attribute."""
+"""A small config of every causal LM type of transformers: the default config, shrunk attribute by attribute."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ _NAMES = (
     (VOCAB, "vocab_size decoder_vocab_size vocab_size_per_layer_input audio_vocab_size unpadded_vocab_size"),
     (
         64,
-        "max_position_embeddings n_positions n_ctx max_target_positions max_source_positions max_seq_len context_length "
-        "model_max_length rel_extent position_bias_max_distance",
+        "max_position_embeddings n_positions n_ctx max_target_positions max_source_positions max_seq_len "
+        "context_length model_max_length rel_extent position_bias_max_distance",
     ),
     (
         4,
@@ -143,7 +143,7 @@ def merge(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def shrink(values: dict[str, Any]) -> dict[str, Any]:
-    """All sizes in `values` reduced, nested configs too; of lists with one entry per layer, entries of every kind stay."""
+    """All sizes in `values` reduced, nested configs too; lists with one entry per layer keep entries of every kind."""
     result = {}
     count = next((values[name] for name in _LAYER_COUNTS if isinstance(values.get(name), int)), None)
     per_layer = {name: value for name, value in values.items() if isinstance(value, list) and len(value) == count}
