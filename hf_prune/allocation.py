@@ -113,7 +113,7 @@ def allocate(
 
 
 def rounding(axis: Axis, config: PruningConfig) -> int:
-    """Number that pruned widths of `axis` are multiples of: `axis.multiple_of`, for MLP and hidden axes `round_to` too."""
+    """Number that pruned widths of `axis` are multiples of: `multiple_of`; for MLP and hidden axes `round_to` too."""
     if axis.kind not in ("mlp", "hidden") or config.round_to is None:
         return axis.multiple_of
     if config.round_to == "auto":

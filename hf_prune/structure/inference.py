@@ -24,7 +24,7 @@ from hf_prune.structure.structure import (
     SelectedInput,
     Structure,
 )
-from hf_prune.structure.tracing import ConstantInput, Tracer, trace
+from hf_prune.structure.tracing import ConstantInput, TraceError, Tracer, trace
 from hf_prune.structure.unify import Atom, Cat, Prod, Term, factors, leaves, resolve
 
 if TYPE_CHECKING:
@@ -52,17 +52,13 @@ def infer_structure(source: PreTrainedConfig | PreTrainedModel | str) -> Structu
     model = build_empty(traceable_config(config), cls)
     try:
         tracer, terms = trace(model)
-    except Exception as error:
+    except TraceError as error:
+        why = "Operations whose result shape depends on values cannot be inferred; the" if error.needs_values else "The"
         raise StructureError(
-            f"{config.model_type}: the forward pass cannot be traced without weights: {_short(error)}. "
-            "Operations whose result shape depends on values cannot be inferred; the model cannot be pruned."
+            f"{config.model_type}: the forward pass cannot be traced without weights: {error}. "
+            f"{why} model cannot be pruned."
         ) from error
     return _Naming(model, tracer, terms, find_layers(model, tracer.outputs)).structure(config.model_type)
-
-
-def _short(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:300]
 
 
 def _config_and_class(source: Any) -> tuple[Any, type | None]:
@@ -144,12 +140,13 @@ class _Naming:
         if hidden is not None:
             axes["hidden"] = hidden
         axes.update(self._layer_axes(branch_modules))
+        axes.update(self._shared_attention(axes))
         frozen = {name: tuple(_freeze(term, named) for term in terms) for name, terms in self.terms.items()}
         return Structure(
             model_type=model_type,
             axes=axes,
             layouts=frozen,
-            members=self._members(frozen, named),
+            members=dict.fromkeys(axes, ()) | self._members(frozen, named),
             layer_paths=self.layers,
             owners=owners,
             aliases=self.aliases,
@@ -192,6 +189,21 @@ class _Naming:
             if leads and all(id(atom) in self.local for atom in consumed):
                 chosen[id(entry.atom)] = entry
         return list(chosen.values())
+
+    def _shared_attention(self, axes: dict[str, Axis]) -> dict[str, Axis]:
+        """Attention axes that cannot be pruned because other layers share their heads (a table of position biases)."""
+        result = {}
+        for layer in range(len(self.layers)):
+            if any(axis.layer == layer and axis.kind == "attention" for axis in axes.values()):
+                continue
+            consumed = [term for name in self.consumed if self.layer_of[name] == layer for term in self.terms[name]]
+            heads = next((atom for term in consumed for atom in leaves(term) if atom.heads), None)
+            if heads is not None and id(heads) not in self.local:
+                outside = [name for name in self.terms if self.layer_of[name] != layer]
+                other = next((name for name in outside if heads in _all(self.terms[name])), "another layer")
+                name, blocker = f"layers.{layer}.attention", f"its heads are shared with {other}"
+                result[name] = Axis(name, "attention", layer, heads.size, blocker=blocker)
+        return result
 
     def _leads(self, entry: _Found, name: str, dim: int) -> bool:
         """Whether `entry` is the outermost axis of heads of one dimension of a parameter."""
@@ -366,7 +378,11 @@ def _aliases(model: nn.Module) -> dict[str, str]:
 
 
 def _atom_ids(terms: list[Term]) -> set[int]:
-    return {id(atom) for term in terms for atom in leaves(term)}
+    return {id(atom) for atom in _all(terms)}
+
+
+def _all(terms: list[Term]) -> list[Atom]:
+    return [atom for term in terms for atom in leaves(term)]
 
 
 def _child(path: str, parent: str) -> str:

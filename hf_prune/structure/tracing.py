@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_prune.structure.known_values import KnownValues
@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BATCH_SIZE, SEQ_LEN = 2, 11
+
+
+class TraceError(Exception):
+    """A forward pass that cannot be traced: what was raised, and in which module."""
+
+    def __init__(self, error: Exception, where: str) -> None:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        super().__init__(f"{type(error).__name__}: {lines[0] if lines else 'no message'} (in {where})"[:300])
+        self.needs_values = isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
 
 
 class Origin:
@@ -204,6 +213,9 @@ def trace(model: nn.Module) -> tuple[Tracer, dict[str, list[Term]]]:
 
     Returns:
         The tracer with all equations, and the layouts of every tensor of the state dict by name.
+
+    Raises:
+        TraceError: the forward pass does not run without values.
     """
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # what fails is raised, and reported
     names = model.state_dict(keep_vars=True)
@@ -217,7 +229,10 @@ def trace(model: nn.Module) -> tuple[Tracer, dict[str, list[Term]]]:
             terms[name] = traced.terms
         with torch.no_grad(), _module_hooks(tracer, model), tracer:
             input_ids = torch.ones((BATCH_SIZE, SEQ_LEN), dtype=torch.int64)
-            model(input_ids=input_ids, use_cache=False)
+            try:
+                model(input_ids=input_ids, use_cache=False)
+            except Exception as error:  # whatever a model's own code raises
+                raise TraceError(error, tracer.where) from error
     return tracer, terms
 
 

@@ -12,7 +12,7 @@ from hf_prune.errors import StructureError
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.building import build_empty, fresh_config
 from hf_prune.structure.layouts import Concat, Layout, Product, Units
-from hf_prune.structure.tracing import trace
+from hf_prune.structure.tracing import TraceError, trace
 from hf_prune.surgery.expressing import Knob, family, find_knobs, shapes, with_layer_values
 from hf_prune.surgery.slicing import pruned_name, renumber
 
@@ -348,8 +348,8 @@ def _that_runs(
         trial.pruning_config["surgery"] = {**trial.pruning_config.get("surgery", {}), "modules": result}
         try:
             trace(build_empty(_eager(trial), cls))
-        except Exception as error:
-            reasons.append(f"{type(error).__name__}: {error}")
+        except (StructureError, TraceError) as error:
+            reasons.append(str(error))
             continue
         return result
     raise StructureError(f"{config.model_type}: the resized layers do not run: {reasons[0]}")
