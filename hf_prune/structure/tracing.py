@@ -1,6 +1,6 @@
 """Trace one forward pass without memory and write down, as equations between dimensions, what every operation says.
 
-A `TorchDispatchMode` sees each ATen operation of a model run on fake tensors; `rules.py` has one rule per operation.
+A `TorchDispatchMode` sees each ATen operation of a model run on fake tensors; `rules` has one rule per operation.
 """
 
 from __future__ import annotations

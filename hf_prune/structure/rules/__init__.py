@@ -1,0 +1,32 @@
+"""What each ATen operation says about the dimensions of its inputs and outputs: a short rule per family."""
+
+from __future__ import annotations
+
+from hf_prune.structure.rules import indexing, sums, views  # noqa: F401  (importing them fills the table)
+from hf_prune.structure.rules.call import RULES, Call
+from hf_prune.structure.rules.elementwise import UNIFORM_FACTORIES, broadcast, factory
+from hf_prune.structure.unify import Conflict
+
+__all__ = ["RULES", "UNIFORM_FACTORIES", "Call", "apply"]
+
+
+def apply(call: Call, pointwise: bool) -> None:
+    """Apply the rule of an operation; an operation without one fixes all it touches."""
+    found = RULES.get(call.name)
+    if found is None and pointwise:
+        found = broadcast
+    if found is None and not call.inputs:
+        found = factory
+    try:
+        if found is None:
+            raise NotImplementedError
+        found(call)
+    except Conflict:  # the rule knows the operation, but the layouts do not fit
+        call.tracer.fix_all(list(call.view.values()), call.why)
+    except (NotImplementedError, IndexError):
+        call.tracer.without_rule.setdefault(call.name, call.tracer.where)
+        call.tracer.fix_all(list(call.view.values()), f"no rule for operation {call.name!r} (in {call.tracer.where})")
+    for tensor in call.outputs:
+        if id(tensor) not in call.tracer.known:
+            call.tracer.fresh(tensor, call.origin)
+        assert len(call.tracer.known[id(tensor)].terms) == tensor.dim(), call.name

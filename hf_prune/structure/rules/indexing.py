@@ -1,0 +1,136 @@
+"""Operations that look entries up by index, or order them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from hf_prune.structure.rules.call import ONE, Call, note_role, rule
+from hf_prune.structure.rules.views import run
+from hf_prune.structure.tracing import Traced
+from hf_prune.structure.unify import (
+    Atom,
+    Term,
+    fix,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@rule("embedding")
+def embedding(call: Call) -> None:
+    """Rows of a table: its first dimension is the vocabulary."""
+    weight, ids = call.args[0], call.args[1]
+    table = call[weight]
+    fix(table.terms[0], "a vocabulary: looked up by index")
+    note_role(call.tracer.produced, table, [table.terms[1]])
+    call.give([*call[ids].terms, table.terms[1]])
+
+
+@rule("nonzero")
+def nonzero(call: Call) -> None:
+    """Places of true entries, one per row."""
+    call.give(
+        [Atom(call.outputs[0].shape[0]), ONE if call.outputs[0].shape[1] == 1 else call.fixed(call.inputs[0].dim())]
+    )
+
+
+@rule("index_select", "index", "_unsafe_index")
+def index(call: Call) -> None:
+    """Entries by index: the indexed dimensions are fixed, the others stay."""
+    source = call.args[0]
+    traced = call[source]
+    if call.name.startswith("index_select"):
+        dim = call.args[1] % source.dim()
+        indexed: dict[int, Tensor] = {dim: call.args[2]}
+    else:
+        indexed = {d: i for d, i in enumerate(call.args[1]) if i is not None}
+    if any(i.dtype.is_floating_point or i.dtype.itemsize == 1 for i in indexed.values()):
+        raise NotImplementedError
+    if len(indexed) == 1 and (picked := _constant_run(*indexed.items())) is not None:
+        d, start, end = picked
+        call.give(
+            [run(call, t, start % t.size, (end - 1) % t.size + 1) if i == d else t for i, t in enumerate(traced.terms)]
+        )
+        return
+    for d in indexed:
+        call.fix(traced.terms[d])
+    rank = max(i.dim() for i in indexed.values())
+    found: list[Term] = []
+    for back in range(rank, 0, -1):
+        terms = [call[i].terms[-back] for i in indexed.values() if i.dim() >= back and i.shape[-back] != 1]
+        for other in terms[1:]:
+            call.unify(terms[0], other)
+        found.append(terms[0] if terms else ONE)
+    dims = sorted(indexed)
+    adjacent = dims == list(range(dims[0], dims[-1] + 1))
+    kept: list[Term] = []
+    for d in range(source.dim()):
+        if d == (dims[0] if adjacent else 0):
+            kept.extend(found)
+        if d not in indexed:
+            kept.append(traced.terms[d])
+    call.give(kept, like=Traced([], call.origin, traced.parameter))
+
+
+def _constant_run(item: tuple[int, Tensor]) -> tuple[int, int, int] | None:
+    """Dimension, start and end if the index is a known list of successive entries (`x[..., [-2], :]`)."""
+    dim, ids = item
+    known = getattr(ids, "constant", None)
+    if known is None or known.dim() != 1 or known.numel() == 0:
+        return None
+    with unset_fake_temporarily():
+        values = known.tolist()
+    return (dim, values[0], values[-1] + 1) if values == list(range(values[0], values[-1] + 1)) else None
+
+
+@rule(
+    "gather",
+    "scatter",
+    "scatter_add",
+    "index_add",
+    "index_copy",
+    "scatter_reduce",
+    "index_put",
+    "_index_put_impl",
+    "index_fill",
+)
+def scatter(call: Call) -> None:
+    """Entries moved along one dimension by index; the other dimensions agree where they have one size."""
+    source = call.args[0]
+    traced = call[source]
+    if "index_put" in call.name:
+        dims = [d for d, i in enumerate(call.args[1]) if i is not None]
+        values = call.args[2]
+    else:
+        dims, values = [call.args[1] % source.dim()], call.inputs[-1]
+    for d in dims:
+        call.fix(traced.terms[d])
+    tensors = [values] if "index_put" in call.name else call.inputs[1:]
+    for other in tensors:
+        for back in range(1, min(source.dim(), other.dim()) + 1):
+            if source.dim() - back not in dims and other.shape[-back] == source.shape[-back] != 1:
+                call.unify(traced.terms[-back], call[other].terms[-back])
+    if call.name.startswith("gather"):
+        index_ = call[call.args[2]]
+        call.give([index_.terms[d] if d in dims else t for d, t in enumerate(traced.terms)])
+    else:
+        call.give(list(traced.terms))
+
+
+@rule("topk", "sort", "argsort", "kthvalue", "mode", "msort")
+def order(call: Call) -> None:
+    """Order the entries of one dimension: it is fixed."""
+    source = call.inputs[0]
+    traced = call[source]
+    dim = call.kwargs.get("dim", call.arg(2 if call.name.startswith("topk") else 1, -1))
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        dim = -1
+    call.fix(traced.terms[dim])
+    for position, output in enumerate(call.outputs):
+        terms = list(traced.terms)
+        if output.shape[dim] != source.shape[dim]:
+            terms[dim] = call.fixed(output.shape[dim])
+        call.give(terms, position)
