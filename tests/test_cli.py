@@ -266,10 +266,19 @@ def test_demo_compares_saves_reloads_and_draws(tmp_path, capsys):
     output = tmp_path / "output"
     run_demo(output, model_dir=tiny.write_demo_model(tmp_path / "model"))
     printed = capsys.readouterr().out
-    for word in ("random", "magnitude", "wanda, global", "same logits", "dense: ", "pruned: ", "widths.png"):
+    for word in (
+        "random",
+        "magnitude",
+        "wanda, global",
+        "llm_pruner, global",
+        "same logits",
+        "dense: ",
+        "pruned: ",
+        "widths.png",
+    ):
         assert word in printed
     table = (output / "results.md").read_text()
-    assert table.count("\n") == 2 + 1 + 4 * 3
+    assert table.count("\n") == 2 + 1 + 5 * 3
     config = json.loads((output / "pruned" / "config.json").read_text())
     assert config["per_layer_config"]
     assert AutoModelForCausalLM.from_pretrained(output / "pruned").num_parameters() > 0
