@@ -280,7 +280,7 @@ def test_demo_compares_saves_reloads_and_draws(tmp_path, capsys):
     table = (output / "results.md").read_text()
     assert table.count("\n") == 2 + 1 + 5 * 3
     config = json.loads((output / "pruned" / "config.json").read_text())
-    assert config["per_layer_config"]
+    assert config["pruning_config"]["method"] == "llm_pruner"
     assert AutoModelForCausalLM.from_pretrained(output / "pruned").num_parameters() > 0
     for name in ("widths.png", "perplexity.png"):
         assert (output / name).stat().st_size > 1000
