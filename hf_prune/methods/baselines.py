@@ -12,10 +12,9 @@ from hf_prune.config import MagnitudeConfig, PruningConfig, selected_axes
 from hf_prune.errors import CalibrationError, StructureError
 from hf_prune.methods.calibration import Batch, input_norms
 from hf_prune.structure import layouts as lay
-from hf_prune.structure.layouts import Fixed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable
 
     from hf_prune.structure.structure import Axis, Member, Structure
 
@@ -66,7 +65,7 @@ def magnitude_scores(
             total = torch.zeros(axis.num_units)
             if axis.kind == "layer":
                 for unit in range(axis.num_units):
-                    for name in _branch_parameters(structure, axis, unit):
+                    for name in structure.parameters_of_layer(axis.name, unit):
                         total[unit] += powers(parameters[name]).sum().cpu()
             else:
                 members = structure.members[axis.name]
@@ -124,7 +123,9 @@ def wanda_scores(
                     if axis.kind == "layer":
                         total[unit] += metric.sum().cpu()
                     else:
-                        total += _reduce_one_dim(metric, structure, member, axis.name).cpu()
+                        total += lay.reduce_dim(
+                            metric, structure.layouts[member.parameter][member.dim], member.dim, axis.name
+                        ).cpu()
             scores[axis.name] = total
     return scores
 
@@ -138,13 +139,6 @@ def _metric(weight: Tensor, dim: int, norms: Tensor | None) -> Tensor:
     if norms.dim() == 2:
         shape[0] = weight.shape[0]
     return weight.float().abs() * norms.to(weight.device).reshape(shape)
-
-
-def _reduce_one_dim(values: Tensor, structure: Structure, member: Member, axis_name: str) -> Tensor:
-    """`layouts.reduce` that looks at the member's dimension only."""
-    own = structure.layouts[member.parameter][member.dim]
-    line: Sequence[lay.Layout] = [own if d == member.dim else Fixed(n) for d, n in enumerate(values.shape)]
-    return lay.reduce(values, line, axis_name)
 
 
 def _consumers(structure: Structure, parameters: dict[str, nn.Parameter]) -> dict[str, Member]:
@@ -161,20 +155,10 @@ def _consumers_of(structure: Structure, axis: Axis, everything: dict[str, Member
     """Consumers of each unit of a layer axis; of any other axis one list for all units."""
     if axis.kind == "layer":
         return [
-            [everything[name] for name in _branch_parameters(structure, axis, unit) if name in everything]
+            [everything[name] for name in structure.parameters_of_layer(axis.name, unit) if name in everything]
             for unit in range(axis.num_units)
         ]
     members = [m for m in structure.members[axis.name] if m.role == "consumer" and m.parameter in everything]
     if not members:
         raise StructureError(f"{axis.name}: no operation consumes this axis, so 'wanda' cannot score it; protect it.")
     return [members]
-
-
-def _branch_parameters(structure: Structure, axis: Axis, layer: int) -> Iterator[str]:
-    """Parameters that go when unit `layer` of a layer axis goes."""
-    branch = {"layers": None, "layers.attention": "attention", "layers.mlp": "mlp"}[axis.name]
-    for name, owner in structure.owners.items():
-        if name in structure.aliases or name in structure.buffers:
-            continue
-        if owner.layer == layer and branch in (None, owner.branch):
-            yield name

@@ -20,7 +20,6 @@ from hf_prune.config import PruningConfig, selected_axes
 from hf_prune.errors import StructureError
 from hf_prune.methods.gradients import backward, differentiable, loss_scale, my_share, sum_over_processes
 from hf_prune.structure import layouts as lay
-from hf_prune.structure.layouts import Fixed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -158,8 +157,7 @@ class _MaskGradients:
         product = self.weights[name].detach().float() * gradient.float()
         for member, axis in self.weight_axes[name]:
             own = self.structure.layouts[name][member.dim]
-            line = [own if d == member.dim else Fixed(n) for d, n in enumerate(product.shape)]
-            self._add(axis, lay.reduce(product, line, axis)[None])
+            self._add(axis, lay.reduce_dim(product, own, member.dim, axis)[None])
 
     def _add(self, axis: str, v: Tensor) -> None:
         found = self.derivatives.get(axis)

@@ -163,12 +163,10 @@ class _Importance:
 
 
 def group(structure: Structure, axis: Axis) -> list[str]:
-    """Parameters of the coupled groups of `axis`, in the order of the model; tied ones once."""
+    """Parameters of the coupled groups of `axis`; tied ones once."""
     if axis.kind == "layer":
-        branch = {"layers": None, "layers.attention": "attention", "layers.mlp": "mlp"}[axis.name]
-        names = [name for name, owner in structure.owners.items() if branch in (None, owner.branch)]
-    else:
-        names = list(dict.fromkeys(member.parameter for member in structure.members[axis.name]))
+        return [name for unit in range(axis.num_units) for name in structure.parameters_of_layer(axis.name, unit)]
+    names = dict.fromkeys(member.parameter for member in structure.members[axis.name])
     return [name for name in names if name not in structure.aliases and name not in structure.buffers]
 
 

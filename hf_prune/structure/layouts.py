@@ -154,3 +154,8 @@ def reduce(values: Tensor, layouts: Sequence[Layout], axis: str) -> Tensor:
     if total is None:
         raise KeyError(f"no dimension carries axis {axis!r}")
     return total
+
+
+def reduce_dim(values: Tensor, layout: Layout, dim: int, axis: str) -> Tensor:
+    """`reduce`, looking only at dimension `dim` of `values`, which is laid out as `layout`."""
+    return reduce(values, [layout if d == dim else Fixed(n) for d, n in enumerate(values.shape)], axis)

@@ -123,6 +123,18 @@ class Structure:
         """The axes of one kind, in layer order."""
         return [axis for axis in self.axes.values() if axis.kind == kind]
 
+    def parameters_of_layer(self, axis: str, layer: int) -> list[str]:
+        """Parameters that go with unit `layer` of an axis of layers: the layer's or a branch's; tied ones once."""
+        branch = {"layers": None, "layers.attention": "attention", "layers.mlp": "mlp"}[axis]
+        return [
+            name
+            for name, owner in self.owners.items()
+            if owner.layer == layer
+            and branch in (None, owner.branch)
+            and name not in self.aliases
+            and name not in self.buffers
+        ]
+
     def num_parameters(self, widths: Widths | None = None, budget: Literal["decoder", "model"] = "model") -> int:
         """Exact parameter count at `widths` (default: dense); tied parameters count once.
 
