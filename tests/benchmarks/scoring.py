@@ -3,7 +3,7 @@
     python tests/benchmarks/scoring.py time                  # ratios, interleaved in one run
     python tests/benchmarks/scoring.py memory                # 1.1B-shaped random Llama in bfloat16
 
-The baseline of the time is what any gradient needs: forward and backward with gradients for all scored parameters, kept.
+The baseline of the time is what any gradient needs: forward and backward, gradients of all scored parameters kept.
 Memory is the peak resident size above what the process held before scoring, weights included.
 """
 
