@@ -1,4 +1,4 @@
-"""Bad input (DESIGN.md section 6) at the public entry points: the right error, all said, nothing changed."""
+"""Bad input (docs/design.md) at the public entry points: the right error, all said, nothing changed."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import hf_prune
 PACKAGE = Path(hf_prune.__file__).parent
 HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "lm_eval", "numpy", "rich", "typer")
 
-# DESIGN.md section 2: a stage imports from earlier stages and from itself. The first prefix that fits counts.
+# docs/design.md: a stage imports from earlier stages and from itself. The first prefix that fits counts.
 STAGES = {
     "checkpoint.per_layer": 0,  # the leaves: nothing of ours but errors; surgery and structure build with them
     "checkpoint.loud": 0,

@@ -1,4 +1,4 @@
-"""The laws of DESIGN.md section 5, over twelve families and random plans."""
+"""The laws of docs/design.md, over twelve families and random plans."""
 
 from __future__ import annotations
 

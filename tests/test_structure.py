@@ -16,7 +16,7 @@ from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.structure import Owner
 from hf_prune.surgery.expressing import find_knobs
 
-# Layer 1 of each family, from the table in DESIGN.md section 1. A = layers.1.attention, M = layers.1.mlp, D = hidden.
+# Layer 1 of each family, written by hand. A = layers.1.attention, M = layers.1.mlp, D = hidden.
 _DENSE = {"gate_proj": ("M", "D"), "up_proj": ("M", "D"), "down_proj": ("D", "M")}
 
 
