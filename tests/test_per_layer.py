@@ -344,7 +344,10 @@ def test_nothing_is_wrapped_twice():
     assert before == after
 
 
-def test_steps_aside_where_transformers_builds_the_layers(monkeypatch):
+@pytest.mark.parametrize("layers_wrapped_before", [False, True])
+def test_steps_aside_where_transformers_builds_the_layers(monkeypatch, layers_wrapped_before):
+    if layers_wrapped_before:
+        assert len(_zero_branches(_built(Qwen2Config))) == 2
     native = "transformers.integrations.heterogeneity."
     for name in ("modeling_utils", "supported_models"):
         module = types.ModuleType(native + name)

@@ -85,15 +85,20 @@ def _builds_layers(model: Any) -> bool:
     """Whether the layers of `model` are ours to build: its config is heterogeneous and transformers does not do it."""
     if not _is_heterogeneous(model.config):
         return False
-    if importlib.util.find_spec(f"{_NATIVE}.modeling_utils") is None:
-        return True
     # transformers' own half knows a family only if it has a spec for it.
     if getattr(model, "_heterogeneous_modeling_spec", None) is not None:
         return False
+    return not _transformers_builds(model.config.model_type)
+
+
+def _transformers_builds(model_type: str) -> bool:
+    """Whether transformers itself builds the layers of this family."""
+    if importlib.util.find_spec(f"{_NATIVE}.modeling_utils") is None:
+        return False
     if importlib.util.find_spec(f"{_NATIVE}.supported_models") is None:
-        return True
+        return False
     supported = importlib.import_module(f"{_NATIVE}.supported_models")
-    return model.config.model_type not in getattr(supported, "MODEL_TYPE_TO_SPEC_FACTORY", {})
+    return model_type in getattr(supported, "MODEL_TYPE_TO_SPEC_FACTORY", {})
 
 
 def _patch_layer_classes(model: Any) -> None:
@@ -133,7 +138,7 @@ def _patch_layer_class(cls: Any) -> None:
     def build(layer: Any, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(layer, *args, **kwargs)
         config = bound.arguments["config"]
-        if not _is_heterogeneous(config):
+        if not _is_heterogeneous(config) or _transformers_builds(config.model_type):
             original(layer, *args, **kwargs)
             return
         layer_idx = bound.arguments.get(index_name)
