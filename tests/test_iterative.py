@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from models import shared_model, shared_structure, token_ids
+from models import shared_model, shared_structure, tiny_model, token_ids
 
 from hf_prune import LLMPrunerConfig, MagnitudeConfig, RandomConfig, prune
 from hf_prune.errors import ConfigError
@@ -25,7 +25,7 @@ def test_steps_do_not_matter_where_scores_do_not_change(name):
 
 
 def test_gradients_are_taken_anew_on_the_pruned_model():
-    model = shared_model("llama").float()
+    model = tiny_model("llama").float()
     batches = [{"input_ids": token_ids()}]
     config = LLMPrunerConfig(0.5, criterion="first_order", allocation="uniform")
     once, twice = (prune(model, dataclasses.replace(config, num_steps=n), calibration=batches) for n in (1, 2))
