@@ -153,7 +153,7 @@ class _Naming:
             buffers=frozenset(self.buffers & set(self.terms)),
             branch_modules=branch_modules,
             selected_inputs={n: s for n, (f, _) in found.items() if (s := self._selected_inputs(n, f))},
-            without_rule=dict(tracer_rules(self.tracer)),
+            without_rule=dict(sorted(self.tracer.without_rule.items())),
         )
 
     # --- which atoms ------------------------------------------------------------------------------------------------
@@ -361,11 +361,6 @@ class _Naming:
                         role = "producer"
                     members[axis].append(Member(name, dim, role))
         return {name: tuple(found) for name, found in members.items()}
-
-
-def tracer_rules(tracer: Tracer) -> Iterable[tuple[str, str]]:
-    """Operations without a rule and where they ran."""
-    return sorted(tracer.without_rule.items())
 
 
 def _aliases(model: nn.Module) -> dict[str, str]:
