@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import inspect
 import json
+import textwrap
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 
-from hf_prune.config import CONFIGS, PruningConfig, field_help, parse_layers
+from hf_prune.config import CONFIGS, PruningConfig
 from hf_prune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -101,3 +103,33 @@ def _choices(hint: Any) -> str | None:
         for part in (get_args(kind) if get_origin(kind) is Literal else (shown.get(kind, ""),))
     ]
     return "|".join(parts) if len(parts) > 1 and all(parts) else None
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Read layer numbers from ranges, both ends included: `"4-6,9"` → `(4, 5, 6, 9)`.
+
+    Raises:
+        ConfigError: something else than numbers and rising ranges, separated by commas.
+    """
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = [first.strip(), last.strip() if dash else first.strip()]
+        if not all(end.isascii() and end.isdigit() for end in ends) or int(ends[0]) > int(ends[1]):
+            raise ConfigError(f'layers: found {part!r} in {text!r}, expected numbers and ranges such as "4-29,31".')
+        layers.update(range(int(ends[0]), int(ends[1]) + 1))
+    return tuple(sorted(layers))
+
+
+def field_help(config_class: type[PruningConfig]) -> dict[str, str]:
+    """The docstring under each field of `config_class`, on one line: the command line shows them as help."""
+    found: dict[str, str] = {}
+    for base in reversed(config_class.__mro__[:-1]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(definition, ast.ClassDef)
+        for statement, following in zip(definition.body, definition.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                text = following.value if isinstance(following, ast.Expr) else None
+                if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                    found[statement.target.id] = " ".join(text.value.split())
+    return found

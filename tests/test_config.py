@@ -13,10 +13,9 @@ from hf_prune.config import (
     PruningConfig,
     RandomConfig,
     WandaConfig,
-    field_help,
-    parse_layers,
     selected_axes,
 )
+from hf_prune.config_flags import field_help, parse_layers
 from hf_prune.errors import ConfigError, StructureError
 
 KINDS = ("mlp", "attention", "hidden", "layer", "layer_attention", "layer_mlp")

@@ -1,0 +1,33 @@
+"""What is asked of a pruning run: `PruningConfig`, and one subclass per method."""
+
+from __future__ import annotations
+
+from hf_prune.config.base import Allocation, AxisKind, Budget, PruningConfig
+from hf_prune.config.methods import LLMPrunerConfig, MagnitudeConfig, RandomConfig, WandaConfig
+from hf_prune.config.selection import LAYER_AXES, axes_of_kind, is_protected, layer_unit_names, selected_axes
+
+CONFIGS: dict[str, type[PruningConfig]] = {
+    "custom": PruningConfig,
+    "random": RandomConfig,
+    "magnitude": MagnitudeConfig,
+    "wanda": WandaConfig,
+    "llm_pruner": LLMPrunerConfig,
+}
+"""Method → its configuration class."""
+
+__all__ = [
+    "CONFIGS",
+    "LAYER_AXES",
+    "Allocation",
+    "AxisKind",
+    "Budget",
+    "LLMPrunerConfig",
+    "MagnitudeConfig",
+    "PruningConfig",
+    "RandomConfig",
+    "WandaConfig",
+    "axes_of_kind",
+    "is_protected",
+    "layer_unit_names",
+    "selected_axes",
+]

@@ -1,0 +1,107 @@
+"""The configuration of each method without learning: `PruningConfig` and what the method adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hf_prune.config.base import Allocation, PruningConfig
+from hf_prune.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RandomConfig(PruningConfig):
+    """Random scores, drawn from `seed`: the baseline that every method has to beat."""
+
+    method: str = "random"
+    """Name of the method that scores the units; fixed by the class."""
+
+
+@dataclass(frozen=True)
+class MagnitudeConfig(PruningConfig):
+    """Norm of all weights of a group."""
+
+    method: str = "magnitude"
+    """Name of the method that scores the units; fixed by the class."""
+    norm: Literal["l1", "l2"] = "l2"
+    """Norm over the whole group: sum of absolute values (`l1`) or root of the sum of squares (`l2`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("norm", ("l1", "l2"))
+
+
+@dataclass(frozen=True)
+class WandaConfig(PruningConfig):
+    """Weight times input norm, summed over each unit (Wanda, arXiv 2306.11695, eq. 1, by structures). Calibrated."""
+
+    method: str = "wanda"
+    """Name of the method that scores the units; fixed by the class."""
+
+
+@dataclass(frozen=True)
+class LLMPrunerConfig(PruningConfig):
+    """Gradient importance of coupled groups (LLM-Pruner, arXiv 2305.11627). Calibrated.
+
+    The defaults are our recommended preset; `preset` gives the paper's.
+    """
+
+    method: str = "llm_pruner"
+    """Name of the method that scores the units; fixed by the class."""
+    allocation: Allocation = "global"
+    """`uniform`: the same fraction from every axis; `global`: scores per parameter removed compete across axes."""
+    criterion: Literal["vector", "first_order", "second_order", "mixed", "fisher"] = "fisher"
+    """Importance of a unit: the paper's `vector` |Σ w·g|, `first_order` Σ|w·g|, `second_order` Σ w²·F, `mixed`
+    Σ|w·g − ½·w²·F|, or our `fisher`: Fisher information of the unit's mask, from activations alone."""
+    aggregation: Literal["sum", "mean", "max", "product", "last", "first"] = "sum"
+    """How the scores of a group's matrices become one: `last` is the consumer (`down_proj`, `o_proj`) alone, `first`
+    the first matrix. Not used by `fisher`, which has one score per unit."""
+    normalisation: Literal["mean", "sum"] = "mean"
+    """F is the `mean` (the released code) or the `sum` (the paper, eq. 5) of squared sample gradients; matters to
+    `mixed` only, whose two terms it weighs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_choice("criterion", ("vector", "first_order", "second_order", "mixed", "fisher"))
+        self._check_choice("aggregation", ("sum", "mean", "max", "product", "last", "first"))
+        self._check_choice("normalisation", ("mean", "sum"))
+
+    @classmethod
+    def preset(cls, name: str, pruning_ratio: float, num_hidden_layers: int) -> LLMPrunerConfig:
+        """A named setting.
+
+        Args:
+            name: `paper_block`: Element¹ on KV groups and MLP channels, the same ratio of units in every layer but the
+                first 4 and last 2; `paper_channel`: Element¹ on the hidden axis; `paper_vector`, `paper_second_order`:
+                `paper_block` with those criteria. 10 samples of 64 tokens, seed 42, as in the released runs.
+                `recommended`: Fisher information of the unit masks, global, 128 samples of 256 tokens.
+            pruning_ratio: of units for the paper's presets (0.25 gives its "20 %"), of decoder parameters for ours.
+            num_hidden_layers: decoder layers of the model; the paper's presets need more than 6.
+
+        Raises:
+            ConfigError: an unknown name, or too few layers.
+        """
+        if name == "recommended":
+            return cls(pruning_ratio)
+        criteria = {
+            "paper_block": "first_order",
+            "paper_channel": "first_order",
+            "paper_vector": "vector",
+            "paper_second_order": "second_order",
+        }
+        if name not in criteria:
+            raise ConfigError(f"preset: found {name!r}, expected 'recommended' or one of {tuple(criteria)}.")
+        if num_hidden_layers <= 6:
+            raise ConfigError(f"preset {name!r} protects 6 layers; found a model with {num_hidden_layers}.")
+        channel = name == "paper_channel"
+        return cls(
+            pruning_ratio,
+            budget="units",
+            allocation="uniform",
+            axes=("hidden",) if channel else ("mlp", "attention"),
+            layers=None if channel else tuple(range(4, num_hidden_layers - 2)),
+            criterion=criteria[name],  # type: ignore[arg-type]
+            num_samples=10,
+            seq_len=64,
+            seed=42,
+        )
