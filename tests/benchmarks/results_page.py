@@ -1,0 +1,82 @@
+"""The tables of docs/results.md and README.md, from docs/results.json."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from results_rows import RATIOS, README_SECTION, SECTIONS, Section
+
+from hf_prune.evaluation import markdown_table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CORPORA = {"wikitext2": "WikiText-2 test", "novels": "novels (first 400,000 characters; part of the training data)"}
+Results = dict[str, Any]
+
+
+def write_pages(results: Results, root: Path) -> None:
+    """Write docs/results.md, and the short table between the markers of README.md."""
+    short = "\n".join([table(results, README_SECTION, "wikitext2"), achieved_line(results)])
+    readme = root / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split("<!-- results -->", 1)
+    _, after = rest.split("<!-- /results -->", 1)
+    readme.write_text(f"{before}<!-- results -->\n{short}\n<!-- /results -->{after}", encoding="utf-8")
+
+    facts = [f"- {name}: {value}" for name, value in results.items() if isinstance(value, str)]
+    parts = ["# Results", "Made by `tests/benchmarks/results.py`; the numbers are in `docs/results.json`."]
+    parts += ["\n".join(facts), "Columns: fraction of decoder parameters removed. Nothing was retrained unless said."]
+    for section in SECTIONS:
+        parts += [f"## {section.title}", *([section.note] if section.note else [])]
+        for corpus, title in CORPORA.items():
+            parts += [f"Perplexity on {title}:", table(results, section, corpus).rstrip()]
+    if "rank_correlation" in results:
+        parts += rank_correlation(results)
+    parts += ["## Asked and achieved", achieved_line(results)]
+    (root / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def table(results: Results, section: Section, corpus: str) -> str:
+    """One line per row of the section, one column per ratio."""
+    columns = [f"{100 * ratio:.0f} %" for ratio in RATIOS]
+    dense = f"{results['dense'][corpus]['perplexity']:.2f}"
+    lines = [{"": f"dense: {dense}", **dict.fromkeys(columns, "")}]
+    for row in section.rows:
+        cells = [_cell(_found(results, row.cells(ratio), corpus)) for ratio in RATIOS]
+        lines.append({"": row.label, **dict(zip(columns, cells, strict=True))})
+    for label, values in section.published.items() if corpus == "wikitext2" else ():
+        cells = ["–" if value is None else f"{value:.4g}" for value in (*values, *[None] * (4 - len(values)))]
+        lines.append({"": f"*{label}*", **dict(zip(columns, cells, strict=True))})
+    return markdown_table(lines)
+
+
+def _found(results: Results, cells: list[dict[str, Any]], corpus: str) -> list[float]:
+    return [row[corpus]["perplexity"] for cell in cells for row in results["rows"] if row["config"] == cell]
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "–"
+    mean = f"{fmean(values):,.4g}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):,.4g}–{max(values):,.4g})"
+
+
+def achieved_line(results: Results) -> str:
+    """The largest difference between the asked and the achieved ratio."""
+    rows = [row for row in results["rows"] if row["config"].get("budget", "decoder") == "decoder"]
+    differences = [abs(row["achieved"]["decoder"] - row["config"]["pruning_ratio"]) for row in rows]
+    worst = max(d / row["config"]["pruning_ratio"] for d, row in zip(differences, rows, strict=True))
+    return (
+        f"Over these {len(rows)} runs the achieved ratio differs from the asked one by at most "
+        f"{100 * max(differences):.3f} percentage points ({100 * worst:.2f} % of it)."
+    )
+
+
+def rank_correlation(results: Results) -> list[str]:
+    """Spearman correlation between the criteria, mean over the axes of each kind."""
+    parts = ["## Rank correlation between LLM-Pruner's criteria", "Spearman, mean over the layers, 128 × 256 tokens."]
+    for kind, rows in results["rank_correlation"].items():
+        lines = [{kind: name, **{other: f"{value:.2f}" for other, value in row.items()}} for name, row in rows.items()]
+        parts.append(markdown_table(lines).rstrip())
+    return parts

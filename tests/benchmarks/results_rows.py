@@ -1,0 +1,94 @@
+"""What docs/results.md compares: sections of rows; a row is a configuration, measured at several ratios and seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+RATIOS = (0.2, 0.3, 0.5, 0.7)
+CALIBRATION = {"num_samples": 128, "seq_len": 256}
+SHORT = {"num_samples": 10, "seq_len": 64}
+"""What the released LLM-Pruner calibrates with."""
+
+
+CRITERIA_NAMES = ("vector", "first_order", "second_order", "mixed", "fisher")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table. `config` has the fields of a `PruningConfig` that matter, without ratio and seed."""
+
+    label: str
+    config: dict[str, Any]
+    seeds: tuple[int, ...] = (0,)
+    ratios: tuple[float, ...] = RATIOS
+
+    def cells(self, ratio: float) -> list[dict[str, Any]]:
+        """Complete configurations, one per seed; none if the row is not measured at this ratio."""
+        if ratio not in self.ratios:
+            return []
+        return [{"pruning_ratio": ratio, "seed": seed, **CALIBRATION, **self.config} for seed in self.seeds]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table per text."""
+
+    title: str
+    rows: tuple[Row, ...]
+    note: str = ""
+    published: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    """Other people's code on the same model and test text (WikiText-2 only): label → perplexity at 20, 30, 50 %."""
+
+
+def _llm_pruner(label: str, criterion: str, allocation: str, **more: Any) -> Row:
+    ratios = more.pop("ratios", RATIOS)
+    config = {"method": "llm_pruner", "criterion": criterion, "allocation": allocation, **more}
+    return Row(label, config, ratios=ratios)
+
+
+BASELINES = Section(
+    "All methods, no repair, nothing retrained",
+    (
+        Row("random, uniform", {"method": "random", "allocation": "uniform"}, seeds=(0, 1, 2)),
+        Row("magnitude, uniform", {"method": "magnitude", "allocation": "uniform"}),
+        Row("magnitude, global", {"method": "magnitude", "allocation": "global"}),
+        Row("Wanda-type, uniform", {"method": "wanda", "allocation": "uniform"}),
+        Row("Wanda-type, global", {"method": "wanda", "allocation": "global"}),
+        _llm_pruner("LLM-Pruner (Fisher), uniform", "fisher", "uniform"),
+        _llm_pruner("LLM-Pruner (Fisher), global", "fisher", "global"),
+    ),
+    note="random: mean of the seeds 0, 1, 2 (smallest–largest). Magnitude with global allocation is worse than random.",
+)
+
+CRITERIA = Section(
+    "LLM-Pruner: every criterion",
+    (
+        *(
+            _llm_pruner(f"{criterion}, {allocation}", criterion, allocation)
+            for allocation in ("uniform", "global")
+            for criterion in CRITERIA_NAMES
+        ),
+        *(
+            _llm_pruner(f"{criterion}, {allocation}, 10 × 64 tokens", criterion, allocation, **SHORT, ratios=RATIOS[:3])
+            for criterion, allocation in (
+                ("vector", "uniform"),
+                ("first_order", "uniform"),
+                ("second_order", "uniform"),
+                ("first_order", "global"),
+            )
+        ),
+    ),
+    note="Uniform is the released code's local ranking. 128 × 256 calibration tokens unless said.",
+    published={
+        "released code: vector, local, 10 × 64 tokens": (43.16, 55.34, 169.0),
+        "released code: first order, local, 10 × 64 tokens": (42.10, 62.56, 165.8),
+        "the same with its head folding corrected": (None, 52.53, 165.3),
+        "released code: second order, local, 10 × 64 tokens": (42.09, 62.53, 155.6),
+        "released code: first order, global, 10 × 64 tokens": (41.95, 43.41, 59.24),
+        "released code: first order, global": (41.91, 43.14, 56.40),
+    },
+)
+
+SECTIONS = (BASELINES, CRITERIA)
+README_SECTION = BASELINES
