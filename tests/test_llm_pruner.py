@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from models import tiny_model
 
 from hf_prune.allocation import allocate
@@ -14,6 +15,7 @@ from hf_prune.config import LLMPrunerConfig
 from hf_prune.errors import CalibrationError, ConfigError, ScoreError
 from hf_prune.methods import score
 from hf_prune.structure.inference import infer_structure
+from hf_prune.surgery.pruning import apply_plan
 
 CRITERIA = ("vector", "first_order", "second_order", "mixed")
 AGGREGATIONS = ("sum", "mean", "max", "product", "last", "first")
@@ -279,6 +281,55 @@ def test_gradient_checkpointing_gives_the_same_scores(criterion):
     again = score(model, structure, config, batches)
     for axis in plain:
         torch.testing.assert_close(plain[axis], again[axis], rtol=1e-5, atol=1e-9)
+
+
+def dispatched(tmp_path, *offloaded):
+    """The tiny llama under accelerate's hooks, some of its modules on disk."""
+    model = tiny_model("llama")
+    names = [f"model.layers.{layer}" for layer in range(3)] + ["model.embed_tokens", "model.norm", "lm_head"]
+    names.append("model.rotary_emb")
+    places = {name: "disk" if name in offloaded else "cpu" for name in names}
+    return dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+
+
+@pytest.mark.parametrize("criterion", [*CRITERIA, "fisher"])
+def test_device_map_gives_the_same_scores(criterion, tmp_path):
+    config = LLMPrunerConfig(0.5, criterion=criterion)
+    plain = tiny_model("llama")
+    structure = infer_structure(plain)
+    offloaded = ("model.layers.1", "model.layers.2") if criterion == "fisher" else ()
+    found = score(dispatched(tmp_path, *offloaded), structure, config, samples())
+    expected = score(plain, structure, config, samples())
+    for axis in expected:
+        assert torch.equal(found[axis], expected[axis])
+
+
+def test_offloaded_weights_have_no_gradient_to_take(tmp_path):
+    model = dispatched(tmp_path, "model.layers.1")
+    with pytest.raises(ScoreError, match=r"layers\.1\..* is offloaded.*fisher"):
+        score(model, infer_structure(tiny_model("llama")), LLMPrunerConfig(0.5, criterion="vector"), samples())
+
+
+@pytest.mark.parametrize("criterion", ["first_order", "fisher"])
+@pytest.mark.parametrize(
+    "axes", [("mlp", "attention", "hidden"), ("mlp", "attention", "layer"), ("mlp", "layer_attention", "layer_mlp")]
+)
+def test_modes_mix_in_one_plan(axes, criterion):
+    """Block, channel and layer mode compete for one budget, and the model that results runs."""
+    model = tiny_model("llama")
+    structure, batches = infer_structure(model), samples()
+    config = LLMPrunerConfig(0.45, axes=axes, criterion=criterion, budget="model")
+    plan = allocate(score(model, structure, config, batches), structure, config)
+    dearest = max(
+        structure.num_parameters() - structure.num_parameters({name: axis.num_units - 1})
+        for name, axis in structure.axes.items()
+        if axis.layer is not None or name == "hidden"
+    )
+    layer = sum(structure.numel(name) for name in structure.parameters_of_layer("layers", 0))
+    assert abs(plan.achieved["model"] - 0.45) * structure.num_parameters() <= max(dearest, layer)
+    pruned = apply_plan(model, structure, plan)
+    assert sum(p.numel() for p in pruned.parameters()) == plan.num_parameters(structure)
+    assert pruned(**batches[0]).logits.isfinite().all()
 
 
 def test_bad_input():

@@ -106,7 +106,16 @@ def differentiable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 
     Gradient checkpointing, if the caller enabled it on the model, stays on although its layers only use it in training
     mode: the flag is set on the layers themselves, not on what they contain (dropout).
+
+    Raises:
+        ScoreError: one of `parameters` is offloaded: hooks on it would see nothing.
     """
+    offloaded = next((name for name, parameter in parameters.items() if parameter.is_meta), None)
+    if offloaded is not None:
+        raise ScoreError(
+            f"{offloaded} is offloaded, so its gradient cannot be taken; expected it on a device. Use criterion "
+            "'fisher', which reads activations only, or a device_map without offloading."
+        )
     wanted = {id(parameter) for parameter in parameters.values()}
     needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
     grads = {parameter: parameter.grad for parameter in needed if parameter.grad is not None}
