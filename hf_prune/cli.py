@@ -135,11 +135,19 @@ def evaluate(
     text: Annotated[str, typer.Option(help="Text to measure perplexity on: a file, or a Hub dataset.")],
     window: Annotated[int, typer.Option(help="Tokens of each window, 2 or more; windows do not overlap.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="Zero-shot accuracy too: an lm-eval task, a .jsonl file of questions, or a directory of them.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many questions of each task.")] = None,
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Measure a model, dense or pruned: perplexity, parameters, bytes, tokens per second."""
+    """Measure a model, dense or pruned: perplexity, parameters, bytes, tokens per second, zero-shot accuracy."""
     from hf_prune import evaluation, printing
     from hf_prune.data import load_text
     from hf_prune.loading import load_model, load_tokenizer
@@ -163,6 +171,10 @@ def evaluate(
         "device": speed.device,
         "num_threads": speed.num_threads,
     }
+    for report in evaluation.zero_shot(loaded, tokenizer, tasks, limit=limit, batch_size=batch_size) if tasks else ():
+        values[f"{report.task} accuracy"] = report.accuracy
+        if report.accuracy_norm is not None:
+            values[f"{report.task} accuracy_norm"] = report.accuracy_norm
     _print_json(values) if as_json else printing.print_values(values)
 
 

@@ -10,11 +10,13 @@ from hf_prune.evaluation.speed import (
     num_bytes,
     num_parameters,
 )
+from hf_prune.evaluation.zero_shot import ZeroShotReport, zero_shot
 
 __all__ = [
     "PerplexityReport",
     "PrefillComparison",
     "SpeedReport",
+    "ZeroShotReport",
     "compare_prefill",
     "comparison_table",
     "markdown_table",
@@ -24,4 +26,5 @@ __all__ = [
     "perplexity",
     "perplexity_picture",
     "widths_picture",
+    "zero_shot",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import statistics
 import time
 from dataclasses import dataclass
@@ -91,28 +92,9 @@ def measure_speed(
         HFPruneError: the model gives no key-value cache.
     """
     _check_positive(prompt_len=prompt_len, new_tokens=new_tokens, batch_size=batch_size, repeats=repeats)
-    prompt = _random_prompt(model, batch_size, prompt_len)
-    arguments = _last_logits_only(model)
-    prefill_s, decode_s = [], []
-    with inference(model):
-        for repeat in range(repeats + 1):
-            start = _now(prompt.device)
-            output = model(input_ids=prompt, use_cache=True, **arguments)
-            middle = _now(prompt.device)
-            for _ in range(new_tokens):
-                cache = getattr(output, "past_key_values", None)
-                if cache is None:
-                    raise HFPruneError(
-                        f"{type(model).__name__} returned no past_key_values: decoding is measured with a key-value "
-                        "cache; use compare_prefill for this model"
-                    )
-                token = output.logits[:, -1:].argmax(dim=-1).to(prompt.device)
-                output = model(input_ids=token, past_key_values=cache, use_cache=True)
-            end = _now(prompt.device)
-            if repeat > 0:
-                prefill_s.append(middle - start)
-                decode_s.append(end - middle)
-    prefill, decode = statistics.median(prefill_s), statistics.median(decode_s)
+    times = [time_request(model, prompt_len, new_tokens, batch_size) for _ in range(repeats + 1)][1:]
+    prefill = statistics.median(seconds for seconds, _ in times)
+    decode = statistics.median(sum(seconds) for _, seconds in times)
     return SpeedReport(
         prefill_tokens_per_s=batch_size * prompt_len / prefill,
         decode_tokens_per_s=batch_size * new_tokens / decode,
@@ -122,9 +104,34 @@ def measure_speed(
         new_tokens=new_tokens,
         batch_size=batch_size,
         repeats=repeats,
-        device=str(prompt.device),
+        device=str(input_device(model)),
         num_threads=torch.get_num_threads(),
     )
+
+
+def time_request(model: nn.Module, prompt_len: int, new_tokens: int, batch_size: int) -> tuple[float, list[float]]:
+    """Seconds of one prefill, and of each pass of the greedy decoding after it; random tokens, as in `measure_speed`.
+
+    The clock is read when the device has done its work, after each token too: as `generate` looks at each token.
+    """
+    prompt = _random_prompt(model, batch_size, prompt_len)
+    arguments = _last_logits_only(model)
+    with inference(model):
+        clock = [_now(prompt.device)]
+        output = model(input_ids=prompt, use_cache=True, **arguments)
+        clock.append(_now(prompt.device))
+        for _ in range(new_tokens):
+            cache = getattr(output, "past_key_values", None)
+            if cache is None:
+                raise HFPruneError(
+                    f"{type(model).__name__} returned no past_key_values: decoding is measured with a key-value "
+                    "cache; use compare_prefill for this model"
+                )
+            token = output.logits[:, -1:].argmax(dim=-1).to(prompt.device)
+            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            clock.append(_now(prompt.device))
+    prefill, *tokens = (after - before for before, after in itertools.pairwise(clock))
+    return prefill, tokens
 
 
 def compare_prefill(
