@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import textwrap
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -16,11 +17,16 @@ from hf_prune.config import CONFIGS, PruningConfig
 from hf_prune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
+    from collections.abc import Mapping, Sequence
 
 _METHODS = tuple(name for name in CONFIGS if name != "custom")
-_METAVARS = {"method": "|".join(_METHODS), "axes": "KIND,KIND", "layers": "4-29,31", "protect": "PATTERN"}
+_METAVARS = {
+    "method": "|".join(_METHODS),
+    "allocation": "NAME|JSON|FILE.json",
+    "axes": "KIND,KIND",
+    "layers": "4-29,31",
+    "protect": "PATTERN",
+}
 
 
 def config_flags() -> list[inspect.Parameter]:
@@ -48,21 +54,46 @@ def _flag(name: str, config_class: type[PruningConfig], methods: list[str]) -> i
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def read_config(path: Path | None, flags: Mapping[str, Any]) -> PruningConfig:
-    """The configuration in the JSON file at `path`, overridden by the `flags` that were given.
+def read_config(path: Path | None, flags: Mapping[str, Any], preset: PruningConfig | None = None) -> PruningConfig:
+    """The configuration of `preset`, overridden by the JSON file at `path`, and that by the `flags` that were given.
 
     Raises:
         ConfigError: the file is not readable JSON, no method is named, or a value is refused.
     """
-    values = _read_fields(path) if path is not None else {}
+    values = preset.to_dict() if preset is not None else {}
+    values |= _read_fields(path) if path is not None else {}
     values |= {name: _value(name, value) for name, value in flags.items() if value not in (None, [])}
     if "method" not in values:
         raise ConfigError(f"no method was given: pass --method, one of {_METHODS}, or a --config that names one.")
     return PruningConfig.from_dict(values)
 
 
+def read_sweep(
+    methods: str, ratios: str, allocations: Sequence[str], repairs: str, flags: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of `sweep` in the flags of its command.
+
+    Raises:
+        ConfigError: a ratio that is no number, or a value that cannot be read.
+    """
+    try:
+        numbers = [float(ratio) for ratio in ratios.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"ratios: found {ratios!r}, expected numbers such as 0.2,0.3,0.5.") from error
+    names = [part for text in allocations for part in ([text] if "{" in text else text.split(","))]
+    return {
+        "methods": [name.strip() for name in methods.split(",")],
+        "ratios": numbers,
+        "allocations": [parse_allocation(name.strip()) for name in names],
+        "repairs": [name.strip() for name in repairs.split(",") if name.strip()],
+        "settings": {name: _value(name, value) for name, value in flags.items() if value not in (None, [])},
+    }
+
+
 def _value(name: str, value: Any) -> Any:
     """What a field takes, from what its flag gives."""
+    if name == "allocation":
+        return parse_allocation(value)
     if name == "layers":
         return parse_layers(value)
     if name == "axes":
@@ -103,6 +134,22 @@ def _choices(hint: Any) -> str | None:
         for part in (get_args(kind) if get_origin(kind) is Literal else (shown.get(kind, ""),))
     ]
     return "|".join(parts) if len(parts) > 1 and all(parts) else None
+
+
+def parse_allocation(text: str) -> Any:
+    """Read an allocation: a name, a JSON object of weights, or the name of a `.json` file that holds one.
+
+    Raises:
+        ConfigError: JSON that cannot be read.
+    """
+    if not text.lstrip().startswith("{") and not text.endswith(".json"):
+        return text
+    try:
+        return json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f'allocation: {text!r} is not readable JSON ({error}), expected {{"mlp": 2, "attention": 1}}.'
+        ) from error
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

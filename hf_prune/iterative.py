@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, get_args
 
 from hf_prune.allocation import allocate
-from hf_prune.config import LAYER_AXES, PruningConfig, is_protected, layer_unit_names
+from hf_prune.config import LAYER_AXES, AxisKind, PruningConfig, is_protected, layer_unit_names, selected_axes
 from hf_prune.errors import ConfigError
 from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from hf_prune.structure.structure import Structure
+    from hf_prune.latency import LatencyTable
+    from hf_prune.methods.calibration import Batch
+    from hf_prune.structure.structure import Axis, Structure
 
 Scores = dict[str, "Tensor"]
 
@@ -29,6 +32,9 @@ def plan_in_steps(
     config: PruningConfig,
     score: Callable[[PreTrainedModel, Structure, PruningConfig], Scores],
     base_model_name_or_path: str | None,
+    *,
+    batches: Sequence[Batch] | None = None,
+    latency: LatencyTable | None = None,
 ) -> PruningPlan:
     """A plan for the dense `model`, found in `config.num_steps` equal steps (LLM-Pruner's linear schedule).
 
@@ -38,13 +44,18 @@ def plan_in_steps(
         config: the final ratio; step k of n removes k/n of it.
         score: scores of the selected axes of the model it is given.
         base_model_name_or_path: recorded in the plan.
+        batches: calibration batches, for allocation `search`.
+        latency: table of the dense model, for the budget `latency`.
 
     Raises:
-        ConfigError: several steps asked for axes whose removed units leave nothing to score next time.
+        ConfigError: several steps asked for axes whose removed units leave nothing to score next time, or for the
+            budget `latency`, whose table holds for the dense model only.
         BudgetError: a step is too small to remove anything.
     """
     if config.num_steps > 1 and {"layer_attention", "layer_mlp"} & set(config.axes):
         raise ConfigError("num_steps above 1 does not go with 'layer_attention' or 'layer_mlp'; use one step for them.")
+    if config.num_steps > 1 and config.budget == "latency":
+        raise ConfigError("num_steps above 1 does not go with budget 'latency'; use one step, or another budget.")
     done: PruningPlan | None = None
     for step in range(1, config.num_steps + 1):
         current = model if done is None else apply_plan(model, structure, done)
@@ -54,8 +65,16 @@ def plan_in_steps(
         if asked <= 0:
             continue
         own = _for_current(config, structure, now, done, asked)
-        plan = allocate(score(current, now, own), now, own, base_model_name_or_path=base_model_name_or_path)
-        done = compose(structure, config, done, plan)
+        plan = allocate(
+            score(current, now, own),
+            now,
+            own,
+            model=current,
+            batches=batches,
+            latency=latency if config.num_steps == 1 else None,
+            base_model_name_or_path=base_model_name_or_path,
+        )
+        done = plan if config.num_steps == 1 else compose(structure, config, done, plan)
     assert done is not None
     return done
 
@@ -119,4 +138,22 @@ def _for_current(
         if is_protected(config, *layer_unit_names(structure, "layers", old))
     )
     protect += tuple(name for name in ("hidden",) if is_protected(config, name))
-    return dataclasses.replace(config, pruning_ratio=asked, num_steps=1, layers=layers, protect=protect)
+    own = dataclasses.replace(config, pruning_ratio=asked, num_steps=1, layers=layers, protect=protect)
+    if not isinstance(config.allocation, tuple):
+        return own
+    return dataclasses.replace(own, allocation=_mapping_for_current(config.allocation, selected_axes(now, own), stay))
+
+
+def _mapping_for_current(
+    mapping: tuple[tuple[str, float], ...], axes: list[Axis], stay: list[int]
+) -> tuple[tuple[str, float], ...]:
+    """A mapping with the names that axes have now in place of patterns; patterns that fit nothing any more go."""
+    found: dict[str, float] = {}
+    for pattern, weight in mapping:
+        if pattern in get_args(AxisKind):
+            found.setdefault(pattern, weight)
+            continue
+        for axis in axes:
+            if fnmatchcase(_dense_name(axis.name, stay), pattern):
+                found.setdefault(axis.name, weight)
+    return tuple(found.items())

@@ -46,7 +46,8 @@ class PruningPlan:
     config: PruningConfig
     """What was asked."""
     achieved: dict[str, float]
-    """Fraction removed, 0 to 1: of `decoder` parameters, of all `model` parameters, of the selected axes' `units`."""
+    """Fraction removed, 0 to 1: of `decoder` parameters, of all `model` parameters, of the selected axes' `units`; of
+    the predicted `latency` where that is known."""
 
     def __post_init__(self) -> None:
         for name, num_units in self.num_units.items():
@@ -56,7 +57,8 @@ class PruningPlan:
             self._check_kept(name, kept)
         for name in self.kept_indices.keys() & self.vanished_axes:
             raise PlanError(f"{name}: the plan keeps units of it and also removes the layer or branch that holds it.")
-        if set(self.achieved) != set(_MEANINGS) or not all(_is_fraction(value) for value in self.achieved.values()):
+        known = set(self.achieved) - {"latency"} == set(_MEANINGS)
+        if not known or not all(_is_fraction(value) for value in self.achieved.values()):
             raise PlanError(f"achieved: found {self.achieved!r}, expected fractions from 0 to 1 for {_MEANINGS}.")
 
     def _check_kept(self, name: str, kept: tuple[int, ...]) -> None:
@@ -260,9 +262,9 @@ def describe(plan: PruningPlan, structure: Structure) -> list[tuple[str, str]]:
     """Rows `(what, value)` for printing: asked and achieved ratios, parameters, then the widths of each layer."""
     config, widths = plan.config, plan.widths
     before, after = structure.num_parameters(), plan.num_parameters(structure)
-    achieved = ", ".join(f"{100 * plan.achieved[meaning]:.2f} % of {meaning}" for meaning in _MEANINGS)
+    achieved = ", ".join(f"{100 * plan.achieved[meaning]:.2f} % of {meaning}" for meaning in plan.achieved)
     rows = [
-        ("asked", f"{100 * config.pruning_ratio:.2f} % of {config.budget} ({config.method}, {config.allocation})"),
+        ("asked", f"{100 * config.pruning_ratio:.2f} % of {config.budget} ({config.method}, {config.allocation_name})"),
         ("achieved", achieved),
         ("parameters", f"{before:,} → {after:,}"),
     ]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from hf_prune.evaluation.report import Row
     from hf_prune.inspection import FamilyReport, InspectionReport, Verification
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
@@ -78,9 +79,9 @@ def print_plan(plan: PruningPlan, structure: Structure) -> None:
     """Asked and achieved ratios, parameters, and the widths of the layers."""
     config = plan.config
     before, after = structure.num_parameters(), plan.num_parameters(structure)
-    achieved = ", ".join(f"{100 * plan.achieved[name]:.2f} % of {name}" for name in ("decoder", "model", "units"))
+    achieved = ", ".join(f"{100 * value:.2f} % of {name}" for name, value in plan.achieved.items())
     rows = [
-        ("asked", f"{100 * config.pruning_ratio:.2f} % of {config.budget} ({config.method}, {config.allocation})"),
+        ("asked", f"{100 * config.pruning_ratio:.2f} % of {config.budget} ({config.method}, {config.allocation_name})"),
         ("achieved", achieved),
         ("parameters", f"{before:,} → {after:,}"),
     ]
@@ -100,6 +101,16 @@ def print_outcome(*, output: Path | None, plugin: bool, prune_s: float, save_s: 
         ("seconds", f"{prune_s:.1f} to prune" + ("" if output is None else f", {save_s:.1f} to save")),
     ]
     _print(_grid(rows))
+
+
+def print_rows(rows: Sequence[Row], output: Path) -> None:
+    """The table of a sweep, and where it is."""
+    from hf_prune.evaluation.report import comparison_table
+
+    _print(comparison_table([{name: value for name, value in row.items() if name != "note"} for row in rows]))
+    for row in rows:
+        _print(f"{row['method']}, {row['allocation']}: {row['note']}" if row.get("note") else "")
+    _print(f"written to {output}")
 
 
 def widths_table(plan: PruningPlan, num_layers: int) -> Table:

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import logging
 
 import pytest
@@ -9,7 +10,8 @@ from structures import llama
 
 from hf_prune.allocation import allocate, rounding
 from hf_prune.config import PruningConfig, selected_axes
-from hf_prune.errors import BudgetError, ScoreError, StructureError
+from hf_prune.errors import BudgetError, ConfigError, ScoreError, StructureError
+from hf_prune.latency import LatencyTable
 from hf_prune.plan import PruningPlan, prunable_units
 from hf_prune.structure import layouts as lay
 
@@ -40,10 +42,14 @@ def cases(draw):
     num_layers = len(structure.layer_paths)
     axes = draw(st.lists(st.sampled_from(KINDS), min_size=1, unique=True))
     assume(num_layers > 1 or not any(kind.startswith("layer") for kind in axes))
+    weights = st.floats(0.1, 3)
+    mapping = {kind: draw(weights) for kind in draw(st.lists(st.sampled_from(axes), min_size=1, unique=True))}
+    mapping = draw(st.sampled_from([mapping, {"*": 1.0}, mapping | {"*": draw(weights)}]))
     settings_ = {
         "axes": tuple(axes),
-        "budget": draw(st.sampled_from(["decoder", "model", "units"])),
-        "allocation": draw(st.sampled_from(["uniform", "global"])),
+        "budget": draw(st.sampled_from(["decoder", "model", "units", *(["latency"] if "hidden" not in axes else [])])),
+        "allocation": draw(st.sampled_from(["uniform", "uniform", "global", "global", "spectral", mapping, mapping])),
+        "standardise": draw(st.sampled_from(["none", "sum", "mean", "zscore"])),
         "round_to": draw(st.sampled_from([None, None, 3, 8, "auto"])),
         "min_units": draw(st.integers(1, 3)),
         "layers": draw(st.none() | st.sets(st.integers(0, num_layers - 1), min_size=1).map(tuple)),
@@ -55,10 +61,45 @@ def cases(draw):
 
 def try_allocate(case, ratio):
     structure, scores, settings_ = case
+    num_layers = len(structure.layer_paths)
+    extra = {"exponents": {layer: 2 + layer % 3 for layer in range(num_layers)}}
+    if settings_["budget"] == "latency":
+        extra["latency"] = latency_table(structure)
     try:
-        return allocate(scores, structure, PruningConfig(ratio, **settings_))
+        return allocate(scores, structure, PruningConfig(ratio, **settings_), **extra)
     except BudgetError:
         return None
+    except ConfigError as error:
+        if "fits none of the axes" in str(error):  # the mapping names what protect or layers keep whole
+            return None
+        raise
+
+
+def latency_table(structure, seed=0):
+    """A made-up table: convex in the widths, layers alike."""
+    axes = {}
+    for axis in structure.axes.values():
+        if axis.layer == 0:
+            n, suffix = axis.num_units, axis.name.split(".", 2)[2]
+            widths = sorted({1, (n + 1) // 2, n - 1} - {0, n})
+            axes[suffix] = tuple((w, 0.01 * (n - w), 0.002 * (n - w) ** 1.5) for w in widths)
+    saved = {name: (0.01 * rows[0][0] + rows[0][1], 0.002 + rows[0][2]) for name, rows in axes.items()}
+    layer = tuple(0.003 + sum(saved[name][i] for name in saved) for i in range(2))
+    num_layers = len(structure.layer_paths)
+    return LatencyTable(
+        model_type=structure.model_type,
+        num_units={name: axis.num_units for name, axis in structure.axes.items() if axis.layer is not None},
+        dense=tuple(0.5 + num_layers * value for value in layer),
+        family_of=(0,) * num_layers,
+        whole=({**saved, "layer": layer},),
+        axes=(axes,),
+        batch_size=1,
+        prompt_len=8,
+        new_tokens=4,
+        device="cpu",
+        dtype="float32",
+        num_threads=1,
+    )
 
 
 def kept_sets(plan):
@@ -92,6 +133,13 @@ def test_law_7_budget_is_met_within_one_step_per_axis(case, ratio):
     selected = selected_axes(structure, plan.config)
     steps = {axis.name: rounding(axis, plan.config) for axis in selected}
     widths = plan.widths
+    if settings_["budget"] == "latency":
+        table = latency_table(structure)
+        one_each = sum(steps[axis.name] * dearest_unit(table, axis) for axis in selected)
+        dense = table.predict({}).total_s
+        assert plan.achieved["latency"] == pytest.approx(1 - table.predict_plan(plan).total_s / dense)
+        assert abs(plan.achieved["latency"] - ratio) * dense <= one_each * (1 + 1e-9)
+        return
     if settings_["budget"] == "units" and settings_["allocation"] == "uniform":
         for axis in selected:
             if axis.name in plan.kept_indices and not axis.name.startswith("layers.attention"):
@@ -106,6 +154,14 @@ def test_law_7_budget_is_met_within_one_step_per_axis(case, ratio):
         total = structure.num_parameters(budget=budget)
         tolerance = sum(steps[axis.name] * unit_cost(structure, axis, budget) for axis in selected)
     assert abs(plan.achieved[budget] - ratio) * total <= tolerance * (1 + 1e-9)
+
+
+def dearest_unit(table, axis):
+    dense = table.predict({}).total_s
+    if axis.kind == "layer":
+        return max(table.seconds_per_unit(axis.name, axis.num_units))
+    at = [dense - table.predict({axis.name: width}).total_s for width in range(axis.num_units + 1)]
+    return max(before - after for before, after in itertools.pairwise(at))
 
 
 def units_inside(structure, axis, selected):

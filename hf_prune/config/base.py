@@ -11,8 +11,13 @@ from typing import Any, Literal, get_args
 
 from hf_prune.errors import ConfigError
 
-Budget = Literal["decoder", "model", "units"]
-Allocation = Literal["uniform", "global"]
+Budget = Literal["decoder", "model", "units", "latency"]
+AllocationName = Literal["uniform", "global", "spectral", "search"]
+Allocation = AllocationName | Mapping[str, float] | tuple[tuple[str, float], ...]
+Standardise = Literal["none", "sum", "mean", "zscore"]
+Repair = Literal["none", "least_squares", "data_free"]
+Selection = Literal["scores", "obs"]
+RepairTarget = Literal["own", "asymmetric", "residual"]
 AxisKind = Literal["mlp", "attention", "hidden", "layer", "layer_attention", "layer_mlp"]
 
 
@@ -33,12 +38,26 @@ class PruningConfig:
     """Name of the method that scores the units; fixed by the class."""
     budget: Budget = "decoder"
     """What the ratio is a fraction of: `decoder` (attention and MLP parameters of all decoder layers), `model` (all
-    parameters) or `units` (units of each touched axis)."""
+    parameters), `units` (units of each touched axis) or `latency` (predicted seconds of a request: prompt and new
+    tokens)."""
     axes: tuple[AxisKind, ...] = ("mlp", "attention")
     """Kinds of axes to prune: `mlp` channels, `attention` KV groups, `hidden` channels, whole decoder layers
     (`layer`), or only their attention or MLP (`layer_attention`, `layer_mlp`)."""
     allocation: Allocation = "uniform"
-    """`uniform`: the same fraction from every axis; `global`: scores per parameter removed compete across axes."""
+    """`uniform`: the same fraction from every axis; `global`: scores per parameter removed compete across axes;
+    `spectral`: layers with heavier eigenvalue tails keep more; `search`: widths that change the output least; or a
+    JSON object of weights, `{"mlp": 2, "layers.*.attention": 1}`: the fraction of a kind as a whole, or of each axis
+    that a pattern matches, relative to each other."""
+    standardise: Standardise = "none"
+    """How scores of different axes are made comparable where they compete: not at all, score per parameter (`none`);
+    share of the axis's total score, per parameter (`sum`); score over the mean (`mean`), or deviations from the mean
+    (`zscore`), of its axis."""
+    spectral_epsilon: float = 0.3
+    """Spread of `spectral`: layers lose 1 − ε to 1 + ε of the mean fraction; 0 or more, below 1."""
+    search_evaluations: int = 200
+    """Plans that `search` tries, 1 or more: forward passes over its calibration windows."""
+    search_samples: int = 16
+    """Calibration windows on which `search` compares plans, 1 or more."""
     round_to: int | Literal["auto"] | None = None
     """Pruned MLP and hidden widths become multiples of this; `auto` picks the largest of 128, 64, 32, 16, 8 that is
     at most 1/32 of the axis. Attention groups and layers go one by one whatever this says."""
@@ -56,18 +75,36 @@ class PruningConfig:
     """Tokens of each calibration window, 1 or more."""
     num_steps: int = 1
     """Prune in so many equal steps, scores recomputed on the pruned model before each."""
+    selection: Selection = "scores"
+    """Which units stay on an axis of a given width: the best `scores`, or the ones that repair can least do without
+    (`obs`, by calibration data; the scores then decide only the widths)."""
+    repair: Repair = "none"
+    """`least_squares`: refit the weights that read pruned units (`o_proj`, `down_proj`, experts) to the dense model on
+    the calibration data, in closed form; `data_free`: on noise in place of hidden states, which is worth less."""
+    repair_target: RepairTarget = "residual"
+    """What repaired weights are fitted to: the dense layer on the pruned model's hidden states (`own`), on the dense
+    model's (`asymmetric`), or that and what the residual stream lacks so far (`residual`)."""
+    repair_ridge: float = 1e-2
+    """Pull towards the weights before repair, 0 or more: a fraction of the mean squared norm of their inputs."""
 
     def __post_init__(self) -> None:
         for name in ("axes", "layers", "protect"):  # lists, as JSON gives them, become tuples
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.allocation, (Mapping, list)):
+            object.__setattr__(self, "allocation", _pairs(self.allocation))
         own_method = type(self).__dataclass_fields__["method"].default
         self._check(self.method == own_method, "method", f"{own_method!r} (the method of {type(self).__name__})")
         ratio = self.pruning_ratio
         number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
         self._check(number and math.isfinite(ratio) and 0 < ratio < 1, "pruning_ratio", "a number above 0 and below 1")
         self._check_choice("budget", get_args(Budget))
-        self._check_choice("allocation", get_args(Allocation))
+        if isinstance(self.allocation, tuple):
+            self._check(_are_weights(self.allocation), "allocation", "patterns of axes, each with a weight from 0")
+        else:
+            self._check_choice("allocation", get_args(AllocationName))
+        self._check_choice("standardise", get_args(Standardise))
+        self._check(_is_number(self.spectral_epsilon, 0, 1), "spectral_epsilon", "a number from 0 and below 1")
         kinds = get_args(AxisKind)
         known = _is_tuple_of(self.axes, str) and len(self.axes) > 0 and all(kind in kinds for kind in self.axes)
         self._check(known and len(set(self.axes)) == len(self.axes), "axes", f"one or more different kinds of {kinds}")
@@ -75,6 +112,16 @@ class PruningConfig:
             self._check_int("round_to", 1, 'or "auto" or None')
         for name, lowest in (("min_units", 1), ("seed", 0), ("num_samples", 1), ("seq_len", 1), ("num_steps", 1)):
             self._check_int(name, lowest)
+        self._check_choice("selection", get_args(Selection))
+        self._check_choice("repair", get_args(Repair))
+        self._check_choice("repair_target", get_args(RepairTarget))
+        self._check(_is_number(self.repair_ridge, 0), "repair_ridge", "a number from 0")
+        if self.repair == "data_free":
+            self._check("hidden" not in self.axes, "repair", "'least_squares' with hidden channels")
+        if self.repair == "least_squares" and "hidden" in self.axes:
+            self._check(self.repair_target != "own", "repair_target", "'asymmetric' or 'residual' with hidden channels")
+        for name in ("search_evaluations", "search_samples"):
+            self._check_int(name, 1)
         if self.layers is not None:
             valid = _is_tuple_of(self.layers, int) and len(self.layers) > 0 and min(self.layers) >= 0
             self._check(valid and len(set(self.layers)) == len(self.layers), "layers", "different layer numbers from 0")
@@ -92,9 +139,16 @@ class PruningConfig:
         value = getattr(self, name)
         self._check(type(value) is int and value >= lowest, name, f"a whole number from {lowest} {otherwise}".strip())
 
+    @property
+    def allocation_name(self) -> str:
+        """The allocation in one word: `mapping` where it is one."""
+        return self.allocation if isinstance(self.allocation, str) else "mapping"
+
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; `method` says which class reads them back."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if isinstance(self.allocation, tuple):
+            values["allocation"] = dict(self.allocation)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     def to_json(self) -> str:
@@ -137,3 +191,21 @@ class PruningConfig:
 
 def _is_tuple_of(value: object, kind: type) -> bool:
     return isinstance(value, tuple) and all(type(item) is kind for item in value)
+
+
+def _is_number(value: object, lowest: float, below: float = math.inf) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value) and lowest <= value < below  # type: ignore[arg-type, operator]
+
+
+def _pairs(weights: Mapping[str, float] | list[Any]) -> tuple[Any, ...]:
+    """A mapping as pairs, which do not change; whatever else is in a list is left to the check."""
+    items = list(weights.items()) if isinstance(weights, Mapping) else weights
+    return tuple(tuple(item) if isinstance(item, (list, tuple)) else item for item in items)
+
+
+def _are_weights(pairs: tuple[Any, ...]) -> bool:
+    known = all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and pair[0] for pair in pairs)
+    if not known or len({name for name, _ in pairs}) != len(pairs):
+        return False
+    return all(_is_number(weight, 0) for _, weight in pairs) and any(weight > 0 for _, weight in pairs)

@@ -70,25 +70,31 @@ def measure_latency(
     _check_numbers(num_widths=(num_widths, 2), repeats=(repeats, 1))
     request = (prompt_len, new_tokens, batch_size)
     families = _families(structure)
-    whole: list[dict[str, Pair]] = [{} for _ in families]
-    axes: list[dict[str, dict[int, Pair]]] = [{} for _ in families]
-    (dense,) = _timed([model], request, repeats)
     samples = [_Sample.of(model, structure, layers) for layers in families]
     work = [(family, trial) for family, sample in enumerate(samples) for trial in sample.trials(num_widths)]
+    fractions, seconds = [], list[list[Pair]]([[] for _ in families])
     for family, trial in tqdm(work, desc="latency", unit="width", leave=False, disable=not progress):
-        reference = samples[family].model
-        smaller = apply_plan(reference, samples[family].structure, _plan(samples[family].structure, trial.kept))
-        before, after = _timed([reference, smaller], request, repeats)
-        saved = ((before[0] - after[0]) / trial.num_layers, (before[1] - after[1]) / trial.num_layers)
+        sample = samples[family]
+        smaller = apply_plan(sample.model, sample.structure, _plan(sample.structure, trial.kept))
+        reference, fraction = compare_requests(sample.model, smaller, *request, repeats=repeats)
+        seconds[family].append(reference)
+        fractions.append(fraction)
+    whole: list[dict[str, Pair]] = [{} for _ in families]
+    axes: list[dict[str, dict[int, Pair]]] = [{} for _ in families]
+    for (family, trial), fraction in zip(work, fractions, strict=True):
+        dense = _typical(seconds[family])  # over all trials, as the machine may have been slower during some
+        saved = tuple(t * (1 - part) / trial.num_layers for t, part in zip(dense, fraction, strict=True))
         if trial.width is None:
-            whole[family][trial.name] = saved
+            whole[family][trial.name] = (saved[0], saved[1])
         else:
-            axes[family].setdefault(trial.name, {})[trial.width] = saved
+            axes[family].setdefault(trial.name, {})[trial.width] = (saved[0], saved[1])
+    alone = seconds[0] if samples[0].model is model else []
+    alone = alone or [compare_requests(model, model, *request, repeats=repeats)[0]]
     own = next(model.parameters())
     return LatencyTable(
         model_type=structure.model_type,
         num_units={name: axis.num_units for name, axis in structure.axes.items() if axis.layer is not None},
-        dense=dense,
+        dense=_typical(alone),
         family_of=tuple(
             next(family for family, layers in enumerate(families) if layer in layers)
             for layer in range(len(structure.layer_paths))
@@ -184,21 +190,30 @@ def _plan(structure: Structure, kept: Kept) -> PruningPlan:
     return PruningPlan(structure.model_type, None, prunable_units(structure), kept, PruningConfig(0.5), none)
 
 
-def _timed(models: Sequence[PreTrainedModel], request: tuple[int, int, int], repeats: int) -> list[Pair]:
-    """Time the models in turns. Prefill: the fastest of the rounds, as whatever else runs only adds to it; decoding:
-    the median token of all rounds, times their number."""
-    prefill: list[list[float]] = [[] for _ in models]
-    tokens: list[list[float]] = [[] for _ in models]
+def compare_requests(
+    model: PreTrainedModel, other: PreTrainedModel, prompt_len: int, new_tokens: int, batch_size: int, *, repeats: int
+) -> tuple[Pair, Pair]:
+    """Seconds of a request to `model`, and which fraction of them `other` takes, for prefill and decoding.
+
+    Both are timed in turns. Prefill: the fastest rounds, as whatever else the machine does only adds to them. Decoding:
+    the median token of each round; the fraction is the median over the rounds. A warm-up round is not counted.
+    """
+    prefill: tuple[list[float], list[float]] = ([], [])
+    token: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats + 1):
-        for i, model in enumerate(models):
-            first, rest = time_request(model, *request)
+        for i, each in enumerate((model, other)):
+            first, rest = time_request(each, prompt_len, new_tokens, batch_size, each=True)
             if repeat > 0:
                 prefill[i].append(first)
-                tokens[i] += rest
-    return [
-        (min(first), statistics.median(rest) * request[1] if rest else 0.0)
-        for first, rest in zip(prefill, tokens, strict=True)
-    ]
+                token[i].append(statistics.median(rest) if rest else 0.0)
+    parts = [after / before if before else 1.0 for before, after in zip(*token, strict=True)]
+    reference = min(prefill[0]), statistics.median(token[0]) * new_tokens
+    return reference, (min(prefill[1]) / reference[0], statistics.median(parts))
+
+
+def _typical(times: Sequence[Pair]) -> Pair:
+    """The fastest prefill, the median decoding."""
+    return min(prefill for prefill, _ in times), statistics.median(decode for _, decode in times)
 
 
 def _check_numbers(**numbers: tuple[int, int]) -> None:

@@ -142,24 +142,46 @@ def perplexity_picture(
     lines, dense = _lines(rows, x, y)
     figure = _new_figure(path, width=7.2, height=4.4)
     ax = figure.subplots()
-    ax.set_yscale("log")
-    for i, (method, points) in enumerate(lines.items()):
-        ax.plot(
-            *zip(*sorted(points), strict=True),
-            color=_COLORS[i % len(_COLORS)],
-            marker=_MARKERS[i % len(_MARKERS)],
-            markersize=5.5,
-            linewidth=1.8,
-            label=method,
-        )
-    if dense is not None:
-        ax.axhline(dense, color=_MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"dense ({dense:.2f})")
+    _draw_lines(ax, lines, dense, y)
     ax.set_xlabel("removed", color=_MUTED, fontsize=9)
-    ax.set_ylabel(f"{y.replace('_', ' ')} (log scale)", color=_MUTED, fontsize=9)
     ax.set_xlim(left=0)
     _format_axes(ax, log_y=True)
     ax.legend(edgecolor="none", framealpha=0.9, fontsize=9, labelcolor=_INK)
     ax.set_title(title, color=_INK, fontsize=12, weight="bold", loc="left")
+    _save(figure, path)
+
+
+def tradeoff_picture(
+    rows: Sequence[Row], path: str | Path, *, y: str = "perplexity", title: str = "What pruning costs and gains"
+) -> None:
+    """Draw perplexity against decoder parameters removed and against latency, one line per method, side by side.
+
+    Args:
+        rows: results with the columns `method`, `decoder_ratio`, `latency_ms` and `y`; those with ratio 0 are dense.
+        path: where to write, `.png`, `.svg` or `.pdf`; folders are made.
+        y: column of the perplexity, above 0.
+        title: above the picture.
+
+    Raises:
+        ConfigError: no row with these columns, or an unknown file type.
+        HFPruneError: matplotlib is not installed.
+    """
+    lines, dense = _lines(rows, "decoder_ratio", y)
+    figure = _new_figure(path, width=12.0, height=4.6)
+    left, right = figure.subplots(1, 2, sharey=True)
+    _draw_lines(left, lines, dense, y)
+    _draw_lines(right, _lines([row for row in rows if row.get("decoder_ratio")], "latency_ms", y)[0], dense, y)
+    for row in rows:
+        if row.get("decoder_ratio") == 0 and isinstance(row.get("latency_ms"), int | float):
+            right.plot([row["latency_ms"]], [row[y]], color=_MUTED, marker="*", markersize=11, linestyle="none")
+    for ax, label in ((left, "decoder parameters removed"), (right, "milliseconds of a request, as measured")):
+        ax.set_xlabel(label, color=_MUTED, fontsize=9)
+        ax.set_xlim(left=0)
+        _format_axes(ax, log_y=True)
+    right.xaxis.set_major_formatter(_plain_number)
+    right.set_ylabel("")
+    left.legend(edgecolor="none", framealpha=0.9, fontsize=8, labelcolor=_INK)
+    figure.suptitle(title, color=_INK, fontsize=12, weight="bold")
     _save(figure, path)
 
 
@@ -240,6 +262,23 @@ def _lines(rows: Sequence[Row], x: str, y: str) -> tuple[dict[str, list[tuple[fl
     if not lines and dense is None:
         raise ConfigError(f"no row has 'method', a number '{x}' and a finite '{y}' above 0: nothing to draw")
     return lines, dense
+
+
+def _draw_lines(ax: Axes, lines: Mapping[str, list[tuple[float, float]]], dense: float | None, y: str) -> None:
+    """One line per method on a logarithmic scale, the dense model dashed."""
+    ax.set_yscale("log")
+    for i, (method, points) in enumerate(lines.items()):
+        ax.plot(
+            *zip(*sorted(points), strict=True),
+            color=_COLORS[i % len(_COLORS)],
+            marker=_MARKERS[i % len(_MARKERS)],
+            markersize=5.5,
+            linewidth=1.8,
+            label=method,
+        )
+    if dense is not None:
+        ax.axhline(dense, color=_MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"dense ({dense:.2f})")
+    ax.set_ylabel(f"{y.replace('_', ' ')} (log scale)", color=_MUTED, fontsize=9)
 
 
 def _new_figure(path: str | Path, *, width: float, height: float) -> Figure:

@@ -109,10 +109,12 @@ def measure_speed(
     )
 
 
-def time_request(model: nn.Module, prompt_len: int, new_tokens: int, batch_size: int) -> tuple[float, list[float]]:
-    """Seconds of one prefill, and of each pass of the greedy decoding after it; random tokens, as in `measure_speed`.
+def time_request(
+    model: nn.Module, prompt_len: int, new_tokens: int, batch_size: int, *, each: bool = False
+) -> tuple[float, list[float]]:
+    """Seconds of one prefill, and of the greedy decoding after it; random tokens, as in `measure_speed`.
 
-    The clock is read when the device has done its work, after each token too: as `generate` looks at each token.
+    Decoding is one number, or one for `each` pass: the clock is then read when the device has done each token's work.
     """
     prompt = _random_prompt(model, batch_size, prompt_len)
     arguments = _last_logits_only(model)
@@ -129,6 +131,9 @@ def time_request(model: nn.Module, prompt_len: int, new_tokens: int, batch_size:
                 )
             token = output.logits[:, -1:].argmax(dim=-1).to(prompt.device)
             output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            if each:
+                clock.append(_now(prompt.device))
+        if not each:
             clock.append(_now(prompt.device))
     prefill, *tokens = (after - before for before, after in itertools.pairwise(clock))
     return prefill, tokens

@@ -1,0 +1,134 @@
+"""Budgets: what a ratio is a fraction of, what each unit costs in it, and how much some steps remove."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from hf_prune.allocation.ladders import state_after
+from hf_prune.errors import BudgetError, ConfigError, StructureError
+from hf_prune.plan import count_parameters, vanishes
+from hf_prune.structure import layouts as lay
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hf_prune.allocation.ladders import Floats, Ladder
+    from hf_prune.config import PruningConfig
+    from hf_prune.latency import LatencyTable
+    from hf_prune.structure.structure import Axis, Structure
+
+
+@dataclass(frozen=True)
+class Spending:
+    """A budget: parameters, units of the selected axes, or nanoseconds of a request."""
+
+    base: float
+    """All there is in the dense model."""
+    removed: Callable[[list[int]], float]
+    """What is gone after so many steps of each ladder; exact, also where axes multiply."""
+    one_step_each: float
+    """What one step on every axis that may lose units removes from the dense model, at most."""
+
+
+def spending_of(
+    ladders: list[Ladder], structure: Structure, config: PruningConfig, latency: LatencyTable | None
+) -> Spending:
+    """How `config.budget` counts what these ladders remove.
+
+    Raises:
+        StructureError: the model has nothing that the budget counts.
+    """
+
+    def remaining(taken: list[int]) -> float:
+        state = state_after(ladders, taken, structure)
+        if config.budget == "units":
+            return sum(state.widths[ladder.axis.name] for ladder in ladders)
+        if config.budget == "latency":
+            assert latency is not None
+            return 1e9 * latency.predict(state.widths, state.layers, state.branches).total_s
+        return count_parameters(structure, state.widths, state.layers, state.branches, config.budget)
+
+    base = remaining([0] * len(ladders))
+    if base <= 0:
+        raise StructureError(
+            f"this {structure.model_type} model has no {config.budget} parameters to count; use budget 'model'."
+        )
+    return Spending(base, lambda taken: base - remaining(taken), _one_step_each(ladders, config))
+
+
+def unit_costs(
+    structure: Structure, axes: list[Axis], config: PruningConfig, latency: LatencyTable | None
+) -> dict[str, Floats]:
+    """What goes with each unit of an otherwise dense model `[num_units]`: parameters, or nanoseconds.
+
+    Raises:
+        ConfigError: `budget="latency"` without a table, or for the hidden axis.
+        PlanError: the table was measured on another model.
+    """
+    if config.budget != "latency":
+        return _parameters(structure, axes, "decoder" if config.budget == "decoder" else "model")
+    if latency is None:
+        raise ConfigError("budget 'latency' needs a table of measured latencies: pass one from `measure_latency`.")
+    if any(axis.kind == "hidden" for axis in axes):
+        raise ConfigError("budget 'latency' cannot price the hidden axis: use another budget, or other axes.")
+    latency.check(structure)
+    return {axis.name: 1e9 * latency.seconds_per_unit(axis.name, axis.num_units) for axis in axes}
+
+
+def _parameters(structure: Structure, axes: list[Axis], budget: Literal["decoder", "model"]) -> dict[str, Floats]:
+    carriers: dict[str, list[str]] = {axis.name: [] for axis in axes}
+    owned = {name: np.zeros(axis.num_units) for name, axis in structure.axes.items() if axis.kind == "layer"}
+    for name in structure.counted(budget):
+        for axis_name in {axis_name for layout in structure.layouts[name] for axis_name in lay.axes(layout)}:
+            if axis_name in carriers:
+                carriers[axis_name].append(name)
+        owner = structure.owners.get(name)
+        for axis_name in ("layers", f"layers.{owner.branch}") if owner else ():
+            if owner and axis_name in owned:
+                owned[axis_name][owner.layer] += structure.numel(name)
+    costs = {}
+    for axis in axes:
+        one_less = {axis.name: axis.num_units - 1}
+        each = sum(structure.numel(name) - structure.numel(name, one_less) for name in carriers[axis.name])
+        costs[axis.name] = owned.get(axis.name, np.full(axis.num_units, float(each)))
+    return costs
+
+
+def _one_step_each(ladders: list[Ladder], config: PruningConfig) -> float:
+    movable = [ladder for ladder in ladders if len(ladder.ends)]
+    if config.budget != "units":
+        return sum(ladder.step * ladder.unit_cost for ladder in movable)
+    return sum(ladder.step + _units_inside(ladder, ladders) for ladder in movable)
+
+
+def _units_inside(layer_ladder: Ladder, ladders: list[Ladder]) -> int:
+    """Units of other axes that go with one unit of a layer axis, at most."""
+    if layer_ladder.axis.kind != "layer":
+        return 0
+    branch = layer_ladder.axis.name.partition(".")[2]
+    inside = 0
+    for unit in layer_ladder.order.tolist():
+        layers = frozenset[int]() if branch else frozenset({unit})
+        going = [x.axis.num_units for x in ladders if vanishes(x.axis.name, layers, frozenset({(unit, branch)}))]
+        inside = max(inside, sum(going))
+    return inside + (0 if branch else sum(ladder.axis.kind == "layer" for ladder in ladders) - 1)
+
+
+def nothing_goes(config: PruningConfig, reason: str) -> BudgetError:
+    """The error for a ratio so small that nothing would go."""
+    return BudgetError(
+        f"pruning_ratio={config.pruning_ratio} of {config.budget} would remove nothing: {reason}. "
+        "Ask for a larger ratio or more axes, or relax round_to, min_units, layers or protect."
+    )
+
+
+def out_of_reach(config: PruningConfig, reachable: str) -> BudgetError:
+    """The error for a ratio that the limits do not allow."""
+    return BudgetError(
+        f"pruning_ratio={config.pruning_ratio} of {config.budget} is out of reach: axes={config.axes}, "
+        f"round_to={config.round_to}, min_units={config.min_units}, layers={config.layers} and "
+        f"protect={config.protect} let go {reachable}. Ask for less, for more axes, or relax these limits."
+    )

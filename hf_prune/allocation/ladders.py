@@ -1,0 +1,172 @@
+"""Ladders: in which steps each axis loses its units, what a step costs, and what stays after some steps."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from hf_prune.config import PruningConfig, is_protected, layer_unit_names
+from hf_prune.plan import vanishes
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from hf_prune.structure.structure import Axis, Structure
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """How one axis loses units: `order[: ends[k]]` are gone after step `k`."""
+
+    axis: Axis
+    order: Ints
+    """Units that may go, lowest score first."""
+    ends: Ints
+    scores: Floats
+    """Score of each step, summed over its units `[steps]`."""
+    costs: Floats
+    """Cost of each step in the dense model, in what the budget counts `[steps]`."""
+    mean: float
+    """Mean score of all units of the axis."""
+    deviation: float
+    """Standard deviation of the scores of all units of the axis."""
+    step: int
+    """Units of a full step."""
+    unit_cost: float
+    """Cost of the dearest unit."""
+    total_cost: float
+    """Cost of all units of the axis."""
+
+    def removed(self, num_steps: int) -> Ints:
+        """Units that are gone after so many steps."""
+        return self.order[: self.ends[num_steps - 1] if num_steps else 0]
+
+    def without_steps(self) -> Ladder:
+        """The ladder of an axis that stays whole."""
+        none = np.zeros(0)
+        return replace(self, ends=np.zeros(0, np.int64), scores=none, costs=none)
+
+
+@dataclass(frozen=True)
+class State:
+    """A point on the way down: kept units of axes that lose some, and what that leaves."""
+
+    kept: dict[str, tuple[int, ...]]
+    widths: dict[str, int]
+    layers: frozenset[int]
+    branches: frozenset[tuple[int, str]]
+
+
+def rounding(axis: Axis, config: PruningConfig) -> int:
+    """Number that pruned widths of `axis` are multiples of: `multiple_of`; for MLP and hidden axes `round_to` too."""
+    if axis.kind not in ("mlp", "hidden") or config.round_to is None:
+        return axis.multiple_of
+    if config.round_to == "auto":
+        auto = next((multiple for multiple in (128, 64, 32, 16, 8) if 32 * multiple <= axis.num_units), 1)
+        return max(auto, axis.multiple_of)
+    return math.lcm(config.round_to, axis.multiple_of)
+
+
+def make_ladders(
+    scores: Mapping[str, Tensor], costs: Mapping[str, Floats], structure: Structure, config: PruningConfig
+) -> list[Ladder]:
+    """One ladder per axis of `scores`; `costs` are those of each unit `[num_units]`.
+
+    A whole layer may go only where its branches may, so that floors hold for what is left.
+    """
+    axes = [structure.axes[name] for name in scores]
+    found: dict[str, Ladder] = {}
+    must_stay: set[int] = set()
+    for axis in sorted(axes, key=lambda axis: axis.name == "layers"):
+        movable = np.ones(axis.num_units, dtype=bool)
+        if axis.kind == "layer":
+            movable[[unit for unit in range(axis.num_units) if not _may_go(structure, axis, unit, config)]] = False
+        if axis.name == "layers":
+            movable[list(must_stay)] = False
+        ladder = _ladder(axis, scores[axis.name].double().numpy(), costs[axis.name], movable, config)
+        if axis.kind == "layer":
+            must_stay |= set(range(axis.num_units)) - set(ladder.removed(len(ladder.ends)).tolist())
+        found[axis.name] = ladder
+    return [found[axis.name] for axis in axes]
+
+
+def _ladder(axis: Axis, scores: Floats, costs: Floats, movable: npt.NDArray[np.bool_], config: PruningConfig) -> Ladder:
+    multiple = rounding(axis, config)
+    order = np.argsort(scores, kind="stable").astype(np.int64)
+    order = order[movable[order]]
+    floor = math.ceil(config.min_units / multiple) * multiple
+    most = min(len(order), axis.num_units - floor)
+    first = axis.num_units % multiple or multiple
+    ends = np.arange(first, most + 1, multiple, dtype=np.int64)
+    starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+    return Ladder(
+        axis=axis,
+        order=order,
+        ends=ends,
+        scores=_sums(scores[order], starts, ends),
+        costs=_sums(costs[order], starts, ends),
+        mean=float(scores.mean()),
+        deviation=float(scores.std()),
+        step=multiple,
+        unit_cost=float(costs.max()),
+        total_cost=float(costs.sum()),
+    )
+
+
+def _sums(values: Floats, starts: Ints, ends: Ints) -> Floats:
+    total = np.concatenate([np.zeros(1), np.cumsum(values)])
+    sums: Floats = total[ends] - total[starts]
+    return sums
+
+
+def _may_go(structure: Structure, axis: Axis, layer: int, config: PruningConfig) -> bool:
+    """Whether this unit of a layer axis may be removed."""
+    if config.layers is not None and layer not in config.layers:
+        return False
+    # Cache length and mask size are read from the first layer's cache: it must have attention.
+    if layer == 0 and axis.name == "layers.attention":
+        return False
+    return not is_protected(config, *layer_unit_names(structure, axis.name, layer))
+
+
+def state_after(ladders: list[Ladder], taken: list[int], structure: Structure, *, indices: bool = False) -> State:
+    """What stays after these steps; kept indices only for layer axes unless `indices` asks for all."""
+    kept: dict[str, tuple[int, ...]] = {}
+    widths = dict(structure.widths)
+    gone: dict[str, frozenset[int]] = {}
+    for ladder, steps in zip(ladders, taken, strict=True):
+        removed = ladder.removed(steps)
+        widths[ladder.axis.name] -= len(removed)
+        if ladder.axis.kind == "layer":
+            gone[ladder.axis.name] = frozenset(removed.tolist())
+        if len(removed) and (indices or ladder.axis.kind == "layer"):
+            stays = np.ones(ladder.axis.num_units, dtype=bool)
+            stays[removed] = False
+            kept[ladder.axis.name] = tuple(np.flatnonzero(stays).tolist())
+    layers = gone.get("layers", frozenset())
+    branches = frozenset(
+        (layer, branch)
+        for branch in ("attention", "mlp")
+        for layer in gone.get(f"layers.{branch}", frozenset()) - layers
+    )
+    for name in widths if layers or branches else ():
+        if vanishes(name, layers, branches):
+            widths[name] = 0
+            kept.pop(name, None)
+    for branch in ("attention", "mlp") if layers else ():
+        name = f"layers.{branch}"
+        if name in kept:
+            kept[name] = tuple(layer for layer in kept[name] if layer not in layers)
+            widths[name] = len(kept[name])
+        elif name in widths:
+            widths[name] -= len(layers)
+    return State(kept, widths, layers, branches)

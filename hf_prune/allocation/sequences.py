@@ -1,0 +1,189 @@
+"""Sequences: in which order the steps of all axes are taken, and where the sequence may be cut to meet a budget.
+
+A sequence depends on scores and limits but not on the ratio, and a plan is a prefix of it. So for fixed scores kept
+sets are nested as the ratio grows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+
+from hf_prune.allocation.budgets import Spending, nothing_goes, out_of_reach
+from hf_prune.config import AxisKind, PruningConfig, axes_of_kind
+from hf_prune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from hf_prune.allocation.ladders import Floats, Ints, Ladder
+    from hf_prune.structure.structure import Structure
+
+SPLIT_ABOVE = 0.01
+"""Uniform allocation takes a step in all layers at once unless that removes more than this fraction of the budget."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one axis loses, relative to the others."""
+
+    weight: float
+    """Weight of the fraction removed, 0 or more; 0: the axis stays whole."""
+    pool: str | None = None
+    """Axes of the same pool lose this fraction together: their units compete by score."""
+
+
+def by_score(ladders: list[Ladder], standardise: str) -> tuple[Ints, Ints]:
+    """Sequence by score per cost, lower first, and where it may be cut: anywhere."""
+    order = np.argsort(np.concatenate(step_values(ladders, standardise)), kind="stable")
+    return order, np.arange(1, len(order) + 1)
+
+
+def step_values(ladders: list[Ladder], standardise: str) -> list[Floats]:
+    """What each step is worth where axes compete, never falling along a ladder.
+
+    `none`: score per cost; `sum`: share of the axis's total score, per cost. `mean` and `zscore` compare units with
+    the others of their axis, whatever they cost: the cost then matters to the budget only.
+    """
+    values = []
+    for ladder in ladders:
+        num_units = np.diff(ladder.ends, prepend=0)
+        if standardise == "zscore":
+            value = (ladder.scores / num_units - ladder.mean) / (ladder.deviation or 1.0)
+        elif standardise == "mean":
+            value = ladder.scores / num_units / (abs(ladder.mean) or 1.0)
+        else:
+            total = abs(ladder.mean) * ladder.axis.num_units if standardise == "sum" else 1.0
+            value = ladder.scores / (total or 1.0) / np.maximum(ladder.costs, 1)
+        values.append(np.maximum.accumulate(value))
+    return values
+
+
+def by_fraction(
+    ladders: list[Ladder], shares: Sequence[Share], spending: Spending, config: PruningConfig
+) -> tuple[Ints, Ints]:
+    """Sequence by fraction removed over weight, and where it may be cut.
+
+    Equal steps of axes of one kind, size and weight are taken at once, unless they are dear; then by score.
+    """
+    labels: dict[tuple[str, int], int] = {}
+    groups, positions = [], []
+    pools = _pool_positions(ladders, shares, config)
+    for i, (ladder, share) in enumerate(zip(ladders, shares, strict=True)):
+        kind = ladder.axis.kind if ladder.axis.layer is not None else ladder.axis.name
+        label = (kind, ladder.axis.num_units) if share.pool is None else (f"pool {share.pool}", 0)
+        groups.append(labels.setdefault(label, len(labels)))
+        # A step is due once the fraction covers it whole: of 4 KV groups none goes at 20 %, finer axes make up for it.
+        fraction = pools[i] if share.pool is not None else ladder.ends / ladder.axis.num_units
+        positions.append(fraction / share.weight if share.weight else fraction)
+    group = np.repeat(groups, [len(ladder.ends) for ladder in ladders])
+    position = np.concatenate(positions)
+    score = np.concatenate([ladder.scores for ladder in ladders])
+    cost = np.concatenate([ladder.costs for ladder in ladders])
+    order = np.lexsort((score, group, position))  # stable, so ties keep the order of the axes
+    position, group, cost = position[order], group[order], cost[order]
+    last = np.append((np.diff(position) != 0) | (np.diff(group) != 0), True)
+    first = np.flatnonzero(np.append(True, last[:-1]))
+    group_cost = np.add.reduceat(cost, first)
+    dear = np.repeat(group_cost > SPLIT_ABOVE * spending.base, np.diff(np.append(first, len(order))))
+    return order, np.flatnonzero(last | dear) + 1
+
+
+def _pool_positions(ladders: list[Ladder], shares: Sequence[Share], config: PruningConfig) -> dict[int, Floats]:
+    """For each ladder in a pool: which fraction of the pool (of its units, or of its cost) is gone after each step."""
+    found: dict[int, Floats] = {}
+    for pool in dict.fromkeys(share.pool for share in shares if share.pool is not None):
+        members = [i for i, share in enumerate(shares) if share.pool == pool]
+        inside = [ladders[i] for i in members]
+        by_units = config.budget == "units"
+        sizes = [np.diff(x.ends, prepend=0).astype(np.float64) if by_units else x.costs for x in inside]
+        total = sum(ladder.axis.num_units if by_units else ladder.total_cost for ladder in inside)
+        order = np.argsort(np.concatenate(step_values(inside, config.standardise)), kind="stable")
+        position = np.empty(len(order))
+        position[order] = np.cumsum(np.concatenate(sizes)[order]) / max(total, np.finfo(np.float64).tiny)
+        found.update(zip(members, np.split(position, np.cumsum([len(x.ends) for x in inside])[:-1]), strict=True))
+    return found
+
+
+def shares_of_mapping(ladders: list[Ladder], structure: Structure, config: PruningConfig) -> list[Share]:
+    """What each axis loses under an explicit mapping; axes that no entry names stay whole.
+
+    The first entry that fits counts. A kind of axes (`mlp`, `attention`, ...) is one pool; a pattern gives its weight
+    to each axis that it matches.
+
+    Raises:
+        ConfigError: an entry fits no axis that may lose units.
+    """
+    assert isinstance(config.allocation, tuple)
+    kinds: dict[str, set[str]] = {
+        kind: {axis.name for axis in axes_of_kind(structure, kind)} for kind in get_args(AxisKind)
+    }
+
+    def fits(pattern: str, name: str) -> bool:
+        return name in kinds[pattern] if pattern in kinds else fnmatchcase(name, pattern)
+
+    shares = []
+    for ladder in ladders:
+        share = Share(0.0)
+        for pattern, weight in config.allocation:
+            if fits(pattern, ladder.axis.name):
+                share = Share(weight, pattern if pattern in kinds else None)
+                break
+        shares.append(share)
+    for pattern, _ in config.allocation:
+        if not any(fits(pattern, ladder.axis.name) for ladder in ladders):
+            names = ", ".join([ladder.axis.name for ladder in ladders][:8])
+            raise ConfigError(f"allocation: {pattern!r} fits none of the axes that may lose units: {names}, ...")
+    return shares
+
+
+def nearest_prefix(
+    ladders: list[Ladder], sequence: tuple[Ints, Ints], spending: Spending, config: PruningConfig
+) -> list[int]:
+    """Steps that each ladder takes in the prefix nearest to the asked ratio.
+
+    Raises:
+        BudgetError: the ratio is out of reach, or so small that nothing would go.
+    """
+    order, cuts = sequence
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
+    ranks = np.split(rank, np.cumsum([len(ladder.ends) for ladder in ladders])[:-1])
+
+    def taken(cut: int) -> list[int]:
+        return [int(np.searchsorted(own, cuts[cut])) for own in ranks] if cut >= 0 else [0] * len(ladders)
+
+    def removed(cut: int) -> float:
+        return spending.removed(taken(cut))
+
+    target = config.pruning_ratio * spending.base
+    most = removed(len(cuts) - 1)
+    if target - most > spending.one_step_each / 2:
+        raise out_of_reach(config, f"at most {most / spending.base:.4f} of {config.budget}")
+    best = _nearest(removed, len(cuts), target)
+    if best < 0:
+        raise nothing_goes(config, f"the smallest step removes {removed(0) / spending.base:.4f} of {config.budget}")
+    return taken(best)
+
+
+def _nearest(removed: Callable[[int], float], num_cuts: int, target: float) -> int:
+    """The cut nearest to `target`, the earlier one of two; -1 if removing nothing is nearest."""
+    low, high = -1, num_cuts - 1  # removed(low) < target; the first cut that reaches it is in (low, high]
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if removed(middle) >= target else (middle, high)
+    return high if abs(removed(high) - target) < abs(removed(low) - target) else low
+
+
+def units_of_axis(ladder: Ladder, config: PruningConfig) -> int:
+    """Steps that bring one axis nearest to `n - round(n · (1 - ratio))` removed units, the papers' meaning."""
+    total = ladder.axis.num_units
+    target = total - round(total * (1 - config.pruning_ratio))
+    reached = np.append(0, ladder.ends)
+    steps = int(np.abs(reached - target).argmin())
+    if target - reached[steps] > ladder.step:
+        raise out_of_reach(config, f"{int(reached[-1])} of {total} units of {ladder.axis.name}")
+    return steps
