@@ -8,16 +8,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import CalibrationError
+from hf_prune.evaluation.latency import measure_latency
 from hf_prune.iterative import plan_in_steps
-from hf_prune.methods import METHODS, score
+from hf_prune.methods import METHODS, check_scores, score
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
+from hf_prune.surgery.repair import repair_, select_repairable
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_prune.config import PruningConfig
+    from hf_prune.latency import LatencyTable
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
@@ -47,6 +50,8 @@ def prune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: Calibration | None = None,
     batch_size: int = 8,
+    latency: LatencyTable | None = None,
+    scores: Mapping[str, Tensor] | None = None,
 ) -> PruningResult:
     """Prune a causal LM in memory. `model` itself is not changed.
 
@@ -56,6 +61,8 @@ def prune(
         tokenizer: needed if `calibration` is text.
         calibration: for methods that need data: a text file, a Hub dataset, or batches with `input_ids` `[B, T]`.
         batch_size: windows per forward pass while scoring; does not change the result beyond rounding.
+        latency: table of `measure_latency`, for the budget `latency` (default: measured where the model is).
+        scores: scores of this model, if they are known (`PruningResult.scores` of a run at another ratio).
 
     Returns:
         The pruned model with its plan, structure and scores.
@@ -65,17 +72,54 @@ def prune(
     """
     structure = infer_structure(model)
     batches = calibration_data(config, tokenizer, calibration, batch_size)
-    scores: dict[str, Tensor] = {}
+    if config.budget == "latency" and latency is None:
+        latency = measure_latency(model, structure)
+    plan, found = decide(model, structure, config, batches, latency=latency, scores=scores)
+    pruned = carry_out(model, structure, plan, config, batches)
+    logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
+    return PruningResult(pruned, plan, structure, found)
+
+
+def decide(
+    model: PreTrainedModel,
+    structure: Structure,
+    config: PruningConfig,
+    batches: Sequence[Mapping[str, Any]] | None,
+    *,
+    latency: LatencyTable | None = None,
+    scores: Mapping[str, Tensor] | None = None,
+) -> tuple[PruningPlan, dict[str, Tensor]]:
+    """The first half of `prune`: which units stay, and the scores of the dense model. See there."""
+    known = {} if scores is None else check_scores(scores, structure, config)
 
     def step(current: PreTrainedModel, now: Structure, own: PruningConfig) -> dict[str, Tensor]:
-        found = score(current, now, own, batches=batches)
-        scores.update(found if current is model else {})
-        return found
+        if current is not model:
+            return score(current, now, own, batches=batches)
+        if not known:
+            known.update(score(model, structure, own, batches=batches))
+        return known
 
-    plan = plan_in_steps(model, structure, config, step, base_model_of(model))
+    plan = plan_in_steps(model, structure, config, step, base_model_of(model), batches=batches, latency=latency)
+    if config.selection == "obs":
+        assert batches is not None
+        plan = select_repairable(model, structure, plan, batches, ridge=config.repair_ridge)
+    return plan, known
+
+
+def carry_out(
+    model: PreTrainedModel,
+    structure: Structure,
+    plan: PruningPlan,
+    config: PruningConfig,
+    batches: Sequence[Mapping[str, Any]] | None,
+) -> PreTrainedModel:
+    """The second half of `prune`: a new model without the units that `plan` removes, repaired as `config` says."""
     pruned = apply_plan(model, structure, plan)
-    logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
-    return PruningResult(pruned, plan, structure, scores)
+    if config.repair != "none":
+        data = batches if config.repair == "least_squares" else None
+        target, ridge = config.repair_target, config.repair_ridge
+        repair_(pruned, model, structure, plan, data, target=target, ridge=ridge, seed=config.seed)
+    return pruned
 
 
 def base_model_of(model: PreTrainedModel) -> str | None:
@@ -90,15 +134,21 @@ def calibration_data(
     calibration: Calibration | None,
     batch_size: int,
 ) -> Sequence[Mapping[str, Any]] | None:
-    """Batches for scoring: `None` if the method needs none, windows of a text, or the caller's own batches.
+    """Batches for what needs data: windows of a text, or the caller's own; `None` if nothing that was asked for does.
 
     Raises:
-        CalibrationError: the method needs data and none was given, or text was given without a tokenizer.
+        CalibrationError: data is needed and none was given, or text was given without a tokenizer.
     """
-    if config.method not in METHODS or not METHODS[config.method].needs_calibration:
-        return None  # an unknown method is refused by `score`
+    scored = config.method in METHODS and METHODS[config.method].needs_calibration  # `score` refuses unknown ones
+    searched = config.allocation == "search"
+    selected, repaired = config.selection != "scores", config.repair == "least_squares"
+    if not (scored or searched or selected or repaired):
+        return None
     if calibration is None:
-        raise CalibrationError(f"method {config.method!r} needs calibration text; pass a file, a dataset or batches.")
+        what = f"selection {config.selection!r}" if selected else f"repair {config.repair!r}"
+        what = f"allocation {config.allocation!r}" if searched else what
+        what = f"method {config.method!r}" if scored else what
+        raise CalibrationError(f"{what} needs calibration text; pass a file, a dataset or batches.")
     if not isinstance(calibration, str):
         return calibration
     if tokenizer is None:

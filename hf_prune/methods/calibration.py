@@ -56,8 +56,14 @@ def input_norms(model: nn.Module, inputs: Mapping[str, int], batches: Iterable[B
             hook = _recorder(name, parameters[name].shape[dim], add)
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         if stacked:
-            stack.enter_context(_eager_experts(model))
-            stack.enter_context(_StackedInputs(stacked, add))
+            stack.enter_context(eager_experts(model))
+
+            def add_stacked(name: str, first: int, x: Tensor) -> None:
+                total = x.new_zeros(parameters[name].shape[0], x.shape[-1], dtype=torch.float32)
+                total[first : first + len(x)] = x.float().square().sum(1)
+                add(name, total)
+
+            stack.enter_context(StackedInputs(stacked, add_stacked))
         for batch in tqdm(batches, desc="calibration", unit="batch", leave=False):
             model(input_ids=checked_ids(batch).to(input_device(model)), use_cache=False)
             num_batches += 1
@@ -75,14 +81,19 @@ def _recorder(name: str, num_channels: int, add: Callable[[str, Tensor], None]) 
     return record
 
 
-class _StackedInputs(TorchFunctionMode):
-    """Watches matrix products whose weight is a view of a `[experts, ...]` parameter."""
+class StackedInputs(TorchFunctionMode):
+    """Watches matrix products whose weight is a view of a `[experts, ...]` parameter.
 
-    def __init__(self, watched: Mapping[str, tuple[Tensor, int]], add: Callable[[str, Tensor], None]) -> None:
+    Args:
+        watched: name → the parameter and its input dimension.
+        see: gets the name, the first expert of the view, and the inputs `[experts, tokens, channels]` of its experts.
+    """
+
+    def __init__(self, watched: Mapping[str, tuple[Tensor, int]], see: Callable[[str, int, Tensor], None]) -> None:
         super().__init__()
         self._watched = {weight.untyped_storage().data_ptr(): (name, weight) for name, (weight, _) in watched.items()}
         self._dims = {name: dim for name, (_, dim) in watched.items()}
-        self._add = add
+        self._see = see
 
     def __torch_function__(
         self,
@@ -104,10 +115,7 @@ class _StackedInputs(TorchFunctionMode):
         used = weight.numel() // whole[0].numel()
         if rest or used not in (1, num_experts) or x.shape[-1] != num_channels:
             return
-        squares = x.detach().float().square().reshape(used, -1, num_channels).sum(1)
-        total = squares.new_zeros(num_experts, num_channels)
-        total[first : first + used] = squares
-        self._add(name, total)
+        self._see(name, first, x.detach().reshape(used, -1, num_channels))
 
 
 @contextlib.contextmanager
@@ -123,7 +131,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _eager_experts(model: nn.Module) -> Iterator[None]:
+def eager_experts(model: nn.Module) -> Iterator[None]:
     """The readable expert loop for a while: the fused ones gather copies of the weights."""
     before = getattr(getattr(model, "config", None), "_experts_implementation", None)
     change: Any = getattr(model, "set_experts_implementation", None)

@@ -1,0 +1,145 @@
+"""The weights that repair may change: those that sum over a per-layer axis, in the dense and in the pruned model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from torch import Tensor, nn
+
+from hf_prune.structure import layouts as lay
+from hf_prune.surgery.masking import input_dim
+from hf_prune.surgery.slicing import pruned_name, renumber
+
+if TYPE_CHECKING:
+    from hf_prune.plan import PruningPlan
+    from hf_prune.structure.structure import Branch, Structure
+
+BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
+"""In the order in which they are repaired: the MLP reads what the attention wrote."""
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """One weight whose inputs were pruned, or come from a pruned model."""
+
+    name: str
+    """Of the weight, in the dense model."""
+    kind: Literal["linear", "experts"]
+    dim: int
+    """Of the weight, along which it sums."""
+    kept_inputs: Tensor
+    """int64 `[K]`: which of the dense inputs the pruned weight has."""
+    kept_outputs: Tensor
+    """int64 `[D]`: which of the dense outputs it has."""
+    dense: nn.Module
+    """The module that holds the weight in the dense model."""
+    pruned: nn.Module | None
+    """And in the pruned one: `None` if the whole branch was removed."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The pruned weight as it is now."""
+        assert self.pruned is not None
+        return self.pruned.get_parameter(self.name.rpartition(".")[2])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The pruned bias `[D]` as it is now; biases of experts are not repaired."""
+        found = getattr(self.pruned, "bias", None) if self.kind == "linear" else None
+        return found if isinstance(found, Tensor) else None
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight of this consumer's layout (of one expert, without the first dimension) as `[D, K]`."""
+        return weight.T if self.dim == (0 if self.kind == "linear" else 1) else weight
+
+    def write_(self, weight: Tensor, bias: Tensor | None = None, expert: int | None = None) -> None:
+        """Put a weight `[D, K]` (and a bias `[D]`) into the pruned model, in its dtype and layout."""
+        self.matrix(self.weight if expert is None else self.weight[expert]).copy_(weight)
+        if bias is not None and self.bias is not None:
+            self.bias.copy_(bias)
+
+
+@dataclass(frozen=True)
+class Branches:
+    """One decoder layer that stays: its consumers, and the modules of its branches where each is one module.
+
+    Branches that were removed have `consumers` and `dense` modules, but no `pruned` ones.
+    """
+
+    layer: int
+    pruned_layer: int
+    """Its number in the pruned model."""
+    consumers: dict[Branch, list[Consumer]]
+    dense: dict[Branch, nn.Module]
+    pruned: dict[Branch, nn.Module]
+
+    def all(self) -> list[Consumer]:
+        """The consumers of both branches."""
+        return [consumer for branch in BRANCHES for consumer in self.consumers[branch]]
+
+
+def find_branches(dense: nn.Module, pruned: nn.Module, structure: Structure, plan: PruningPlan) -> list[Branches]:
+    """What there is to repair in each decoder layer that stays.
+
+    Consumers are linear layers and `[experts, ...]` weights; others (convolutions) are left as they are.
+    """
+    found = []
+    for layer in range(len(structure.layer_paths)):
+        if layer in plan.removed_layers:
+            continue
+        before = sum(1 for removed in plan.removed_layers if removed < layer)
+        modules: tuple[dict[Branch, nn.Module], dict[Branch, nn.Module]] = ({}, {})
+        consumers: dict[Branch, list[Consumer]] = {"attention": [], "mlp": []}
+        for branch in BRANCHES:
+            if (module := structure.branch_modules.get(f"layers.{layer}.{branch}")) is not None:
+                path = f"{structure.layer_paths[layer]}.{module.path}"
+                modules[0][branch] = dense.get_submodule(path)
+                if (layer, branch) not in plan.removed_branches:
+                    modules[1][branch] = pruned.get_submodule(renumber(path, layer, structure, plan))
+            consumers[branch] = _consumers(dense, pruned, structure, plan, layer, branch)
+        found.append(Branches(layer, layer - before, consumers, *modules))
+    return found
+
+
+def first_change(structure: Structure, plan: PruningPlan) -> tuple[int, int]:
+    """`(layer, branch)` of the first thing that the plan changes; what comes before computes what it did."""
+    if "hidden" in plan.kept_indices:
+        return 0, 0
+    changes = [(layer, 0) for layer in plan.removed_layers]
+    changes += [(layer, BRANCHES.index(branch)) for layer, branch in plan.removed_branches]  # type: ignore[arg-type]
+    for name in plan.kept_indices:
+        axis = structure.axes[name]
+        if axis.layer is not None and axis.kind in BRANCHES:
+            changes.append((axis.layer, BRANCHES.index(axis.kind)))
+    return min(changes, default=(len(structure.layer_paths), 0))
+
+
+def _consumers(
+    dense: nn.Module, pruned: nn.Module, structure: Structure, plan: PruningPlan, layer: int, branch: Branch
+) -> list[Consumer]:
+    found: dict[str, Consumer] = {}
+    for axis in structure.axes.values():
+        if axis.layer != layer or axis.kind != branch:
+            continue
+        for member in structure.members[axis.name]:
+            if member.role != "consumer" or member.parameter in found:
+                continue
+            path, _, leaf = member.parameter.rpartition(".")
+            module = dense.get_submodule(path)
+            layouts = structure.layouts[member.parameter]
+            linear = len(layouts) == 2 and input_dim(module) == member.dim and leaf == "weight"
+            if not linear and not (len(layouts) == 3 and member.dim > 0):
+                continue
+            out = layouts[(1 if linear else 3) - member.dim]
+            new = pruned_name(member.parameter, structure, plan)
+            found[member.parameter] = Consumer(
+                name=member.parameter,
+                kind="linear" if linear else "experts",
+                dim=member.dim,
+                kept_inputs=lay.indices(layouts[member.dim], plan.kept_indices),
+                kept_outputs=lay.indices(out, plan.kept_indices),
+                dense=module,
+                pruned=None if new is None else pruned.get_submodule(new.rpartition(".")[0]),
+            )
+    return list(found.values())

@@ -1,0 +1,333 @@
+"""Repair one decoder layer: its attention on what arrives, then its MLP on what the repaired attention wrote.
+
+A branch is computed once per batch: its consumers' inputs are kept until their weights are known, and where the branch
+is one module that returns its consumer's output, later passes through the layer get that output instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.methods.calibration import StackedInputs
+from hf_prune.surgery.repair.consumers import BRANCHES
+from hf_prune.surgery.repair.statistics import Solution, Statistics, solve
+from hf_prune.surgery.repair.streams import Stop, Stream, first, replaced_forward, with_first
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from hf_prune.structure.structure import Branch
+    from hf_prune.surgery.repair.consumers import Branches, Consumer
+
+logger = logging.getLogger(__name__)
+
+MIN_TOKENS_PER_INPUT = 0.25
+"""An expert that saw fewer calibration tokens per input than this stays as it is."""
+ADDITIVE = 1e-2
+"""Relative error up to which a layer counts as hidden states + attention + MLP."""
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """Squared error of a consumer's output against its target, summed over outputs, mean over tokens; ridge used."""
+
+    error_before: float
+    error_after: float
+    ridge: float
+
+
+@dataclass
+class _Dense:
+    """What the dense layer did: for each batch its output, and what each consumer gave."""
+
+    outputs: list[Tensor] = field(default_factory=list)
+    given: dict[str, list[Tensor]] = field(default_factory=dict)
+    returned: dict[Branch, Any] = field(default_factory=dict)
+    """For branches that are one module, which returns the output of its only consumer: what it returned at first."""
+    additive: bool = False
+    """Whether the layer adds the outputs of its consumers to the hidden states, and nothing else."""
+
+
+Outputs = dict["Branch", list[Tensor]]
+"""What the consumers of the repaired branches give in the pruned layer, per batch."""
+
+
+class LayerRepair:
+    """Walks the dense and the pruned model layer by layer."""
+
+    def __init__(
+        self,
+        dense: Stream,
+        pruned: Stream,
+        change: tuple[int, int],
+        kept_hidden: Sequence[int] | None,
+        target: str,
+        ridge: float,
+    ) -> None:
+        self.dense, self.pruned = dense, pruned
+        self.change, self.target, self.ridge = change, target, ridge
+        self.kept_hidden = None if kept_hidden is None else torch.as_tensor(kept_hidden)
+
+    def skip(self, layer: int) -> None:
+        """A layer that the pruned model does not have."""
+        if self.target != "own":
+            self._forward_dense(layer)
+
+    def repair(self, found: Branches) -> dict[str, Repaired]:
+        """Repair the consumers of one layer, and take the hidden states of both models through it."""
+        if (found.layer, len(BRANCHES) - 1) < self.change:  # nothing was pruned so far
+            self._forward_dense(found.layer)
+            self.pruned.hidden = list(self.dense.hidden)
+            return {}
+        dense, outputs = self._run_dense(found), Outputs()
+        result: dict[str, Repaired] = {}
+        for branch in BRANCHES:
+            if (found.layer, BRANCHES.index(branch)) < self.change:
+                continue
+            consumers = [consumer for consumer in found.consumers[branch] if consumer.pruned is not None]
+            linear = [consumer for consumer in consumers if consumer.kind == "linear"]
+            if linear:
+                result.update(self._repair_linear(found, branch, linear, dense, outputs))
+            for consumer in consumers:
+                if consumer.kind == "experts":
+                    result.update(self._repair_experts(found, branch, consumer, dense, outputs))
+        for batch, hidden in enumerate(self.pruned.hidden):
+            with self._repaired(found, dense, outputs, batch):
+                self.pruned.hidden[batch] = self.pruned.run(found.pruned_layer, batch, hidden)
+        self.dense.hidden = list(self.pruned.hidden) if self.target == "own" else dense.outputs
+        return result
+
+    def _forward_dense(self, layer: int) -> None:
+        for batch, hidden in enumerate(self.dense.hidden):
+            self.dense.hidden[batch] = self.dense.run(layer, batch, hidden)
+
+    # --- the dense layer --------------------------------------------------------------------------------------------
+
+    def _run_dense(self, found: Branches) -> _Dense:
+        """Run the dense layer on all batches: on its own hidden states, or for `own` on the pruned model's."""
+        dense = _Dense(given={c.name: [] for c in found.all() if c.kind == "linear"})
+        returned: dict[Branch, Any] = {}
+        for batch, hidden in enumerate(self.pruned.hidden if self.target == "own" else self.dense.hidden):
+            with contextlib.ExitStack() as stack:
+                for consumer in found.all():
+                    if consumer.kind == "linear":
+                        keep = dense.given[consumer.name].append
+                        stack.callback(consumer.dense.register_forward_hook(_keeper(keep)).remove)
+                for branch, module in found.dense.items() if batch == 0 else ():
+                    keep = partial(returned.__setitem__, branch)
+                    stack.callback(module.register_forward_hook(_keeper(keep)).remove)
+                dense.outputs.append(self.dense.run(found.layer, batch, hidden))
+            if batch == 0:
+                self._look_at(dense, found, returned, hidden)
+        return dense
+
+    def _look_at(self, dense: _Dense, found: Branches, returned: dict[Branch, Any], hidden: Tensor) -> None:
+        """How the branches of a layer add up, seen on the first batch."""
+        before, after = _rows(hidden), _rows(dense.outputs[0])
+        total = torch.zeros_like(before)
+        known = True
+        for branch in found.dense.keys() | {branch for branch in BRANCHES if found.consumers[branch]}:
+            only = _only(found.consumers[branch])
+            given = dense.given[only.name] if only is not None else []
+            if len(given) == 1:
+                output = _rows(given[0])
+                if branch in returned and _equal(output, _rows(first(returned[branch]))):
+                    dense.returned[branch] = returned[branch]
+            elif branch == BRANCHES[-1] and branch in returned:  # experts
+                output = _rows(first(returned[branch]))
+            else:
+                known = False
+                continue
+            known = known and output.shape == total.shape
+            total = total + output if known else total
+        rounding = 4 * torch.finfo(hidden.dtype).eps * float(after.norm())
+        dense.additive = known and float((after - before - total).norm()) <= ADDITIVE * float(total.norm()) + rounding
+
+    # --- linear consumers -------------------------------------------------------------------------------------------
+
+    def _repair_linear(
+        self,
+        found: Branches,
+        branch: Branch,
+        consumers: list[Consumer],
+        dense: _Dense,
+        outputs: Outputs,
+    ) -> dict[str, Repaired]:
+        """Fit the consumers of one branch; adds the new output of the branch to `outputs` where it has only one."""
+        inputs: dict[str, list[Tensor]] = {consumer.name: [] for consumer in consumers}
+        statistics: dict[str, Statistics] = {}
+        only = _only(found.consumers[branch])
+        for batch in range(len(self.pruned.hidden)):
+            self._collect(found, consumers, inputs, dense, outputs, batch)
+            for consumer in consumers:
+                seen, given = inputs[consumer.name], dense.given[consumer.name]
+                if len(seen) != batch + 1 or len(given) <= batch or _tokens(seen[batch]) != _tokens(given[batch]):
+                    continue
+                target = _rows(given[batch]).index_select(1, consumer.kept_outputs)
+                if self.target == "residual" and dense.additive and consumer is only:
+                    target = target + self._missing(found, branch, dense, outputs, batch)
+                if consumer.name not in statistics:
+                    statistics[consumer.name] = Statistics(
+                        len(consumer.kept_inputs), len(consumer.kept_outputs), consumer.weight.device
+                    )
+                statistics[consumer.name].add(seen[batch], target)
+        solutions = {}
+        num_tokens = sum(_tokens(hidden) for hidden in self.pruned.hidden)
+        for consumer in consumers:
+            sums = statistics.get(consumer.name)
+            if sums is None or sums.num_tokens != num_tokens:
+                logger.warning("%s is not given every token once in both models; it stays as it is.", consumer.name)
+                continue
+            solutions[consumer] = solve(sums, consumer.matrix(consumer.weight), consumer.bias, self.ridge)
+        for consumer, solution in solutions.items():
+            consumer.write_(solution.weight, solution.bias)
+        if only is not None and only.pruned is not None and only in solutions:
+            outputs[branch] = [only.pruned(x.to(only.weight.device)).cpu() for x in inputs[only.name]]
+        return self._report({consumer.name: solution for consumer, solution in solutions.items()})
+
+    def _missing(self, found: Branches, branch: Branch, dense: _Dense, outputs: Outputs, batch: int) -> Tensor:
+        """What the residual stream of the pruned model lacks before `branch`: `[tokens, D]`."""
+        hidden = _rows(self.dense.hidden[batch])
+        if self.kept_hidden is not None:
+            hidden = hidden.index_select(1, self.kept_hidden)
+        missing = hidden - _rows(self.pruned.hidden[batch])
+        for earlier in BRANCHES[: BRANCHES.index(branch)]:
+            only = _only(found.consumers[earlier])
+            if only is None or (only.pruned is not None and earlier not in outputs):
+                continue  # it comes before all that was pruned, so both models give the same
+            missing += _rows(dense.given[only.name][batch]).index_select(1, only.kept_outputs)
+            if earlier in outputs:
+                missing -= _rows(outputs[earlier][batch])
+        return missing
+
+    def _collect(
+        self,
+        found: Branches,
+        consumers: list[Consumer],
+        inputs: dict[str, list[Tensor]],
+        dense: _Dense,
+        outputs: Outputs,
+        batch: int,
+    ) -> None:
+        """Run the pruned layer on one batch until the inputs of all `consumers` are known."""
+        waiting = {consumer.name for consumer in consumers}
+
+        def see(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[name].append(args[0].cpu())
+            waiting.discard(name)
+            if not waiting:
+                raise Stop
+
+        with self._repaired(found, dense, outputs, batch), contextlib.ExitStack() as stack:
+            for consumer in consumers:
+                assert consumer.pruned is not None
+                hook = partial(see, consumer.name)
+                stack.callback(consumer.pruned.register_forward_pre_hook(hook).remove)
+            with contextlib.suppress(Stop):
+                self.pruned.run(found.pruned_layer, batch, self.pruned.hidden[batch])
+
+    @contextlib.contextmanager
+    def _repaired(self, found: Branches, dense: _Dense, outputs: Outputs, batch: int) -> Iterator[None]:
+        """Repaired branches that are one module give what they are known to give, without computing it again."""
+        with contextlib.ExitStack() as stack:
+            for branch, values in outputs.items():
+                if branch in dense.returned:
+                    known, only = values[batch], found.consumers[branch][0]
+                    known = known.reshape(*self.pruned.hidden[batch].shape[:-1], -1)
+                    give = partial(_give, dense.returned[branch], known, only.weight.device)
+                    stack.enter_context(replaced_forward(found.pruned[branch], give))
+            yield
+
+    # --- experts ----------------------------------------------------------------------------------------------------
+
+    def _repair_experts(
+        self, found: Branches, branch: Branch, consumer: Consumer, dense: _Dense, outputs: Outputs
+    ) -> dict[str, Repaired]:
+        """Fit each expert to the dense one on the tokens that are routed to it in the pruned model."""
+        if branch not in found.pruned or self.kept_hidden is not None:
+            logger.warning("%s cannot be given the pruned model's hidden states; it stays as it is.", consumer.name)
+            return {}
+        weight = consumer.dense.get_parameter(consumer.name.rpartition(".")[2])
+        statistics = [
+            Statistics(len(consumer.kept_inputs), len(consumer.kept_outputs), consumer.weight.device) for _ in weight
+        ]
+
+        def see(name: str, start: int, x: Tensor) -> None:
+            for expert, own in enumerate(x, start):
+                if len(own):
+                    target = own @ consumer.matrix(weight[expert]).T
+                    statistics[expert].add(own.index_select(1, consumer.kept_inputs.to(own.device)), target)
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            with StackedInputs({consumer.name: (weight, consumer.dim)}, see):
+                found.dense[branch](*args, **kwargs)
+            raise Stop
+
+        handle = found.pruned[branch].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            for batch, hidden in enumerate(self.pruned.hidden):
+                with self._repaired(found, dense, outputs, batch), contextlib.suppress(Stop):
+                    self.pruned.run(found.pruned_layer, batch, hidden)
+        finally:
+            handle.remove()
+        enough = math.ceil(MIN_TOKENS_PER_INPUT * len(consumer.kept_inputs))
+        few = [expert for expert, sums in enumerate(statistics) if sums.num_tokens < enough]
+        if few:
+            logger.warning(
+                "%s: experts %s saw fewer than %d tokens; they stay as they are.", consumer.name, few, enough
+            )
+        solutions = {
+            expert: solve(sums, consumer.matrix(consumer.weight[expert]), None, self.ridge)
+            for expert, sums in enumerate(statistics)
+            if expert not in few
+        }
+        for expert, solution in solutions.items():
+            consumer.write_(solution.weight, expert=expert)
+        return self._report({f"{consumer.name}[{expert}]": solution for expert, solution in solutions.items()})
+
+    def _report(self, solutions: dict[str, Solution]) -> dict[str, Repaired]:
+        for name, found in solutions.items():
+            if found.ridge > self.ridge:
+                logger.warning("%s: its inputs are not independent; the ridge became %g.", name, found.ridge)
+        return {name: Repaired(s.error_before, s.error_after, s.ridge) for name, s in solutions.items()}
+
+
+def _only(consumers: list[Consumer]) -> Consumer | None:
+    """The consumer of a branch that is a single linear layer."""
+    return consumers[0] if len(consumers) == 1 and consumers[0].kind == "linear" else None
+
+
+def _rows(hidden: Tensor) -> Tensor:
+    """`[tokens, D]`, in float32 at least."""
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _tokens(hidden: Tensor) -> int:
+    return hidden.numel() // hidden.shape[-1]
+
+
+def _equal(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(left, right)
+
+
+def _keeper(keep: Callable[[Any], None]) -> Callable[..., None]:
+    """A hook that keeps a copy of what a module returned: some layers add to it in place."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        keep(with_first(output, first(output).to("cpu", copy=True)))
+
+    return hook
+
+
+def _give(returned: Any, known: Tensor, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+    """What a module returned once, with other hidden states."""
+    return with_first(returned, known.to(device, copy=True))
