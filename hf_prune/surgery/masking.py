@@ -3,6 +3,8 @@
 A unit is masked where it is consumed: the input of `o_proj` or `down_proj` is multiplied by zero at its entries.
 Between producer and consumer an axis passes only element-wise operations and attention, so nothing else sees the
 difference.
+
+`masked_rows` does the same with another mask for each row of a batch: many sampled masks in one forward pass.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_prune.errors import PlanError
+from hf_prune.errors import PlanError, StructureError
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Member, Structure
@@ -66,6 +68,98 @@ def mask_axis(model: nn.Module, structure: Structure, axis: str, mask: Tensor) -
                 entries = torch.where(ids >= 0, mask[ids.clamp_min(0)].to(torch.float64), 1.0)
                 stack.enter_context(_mask_member(model, member, entries))
         yield
+
+
+@contextlib.contextmanager
+def masked_rows(model: nn.Module, structure: Structure, axes: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Let the rows of a batch carry different masks. Hooks are set once; masks may change between forward passes.
+
+    Units of attention and MLP axes are masked at the input of their consumers, units of layer axes by leaving out the
+    output of the layer or branch. Afterwards the model is as before.
+
+    Args:
+        model: the dense model, called with whole rows (`input_ids` `[rows · n, T]`, `use_cache=False`).
+        structure: its structure.
+        axes: names of the axes that will be masked.
+
+    Yields:
+        A dictionary, empty at first, that the hooks read: axis → `[rows, num_units]`, bool (or float on attention and
+        MLP axes). An axis that is not in it is not masked. Of `rows · n` rows each mask covers n in a row.
+
+    Raises:
+        StructureError: units of an axis cannot be masked row by row: experts and convolutions see no rows, norms see
+            every hidden channel, or the branch of a layer is not one module.
+    """
+    masks: dict[str, Tensor] = {}
+    with contextlib.ExitStack() as stack:
+        for name in axes:
+            if structure.axes[name].kind == "layer":
+                _hook_layers(stack, model, structure, name, masks)
+            else:
+                _hook_consumers(stack, model, structure, name, masks)
+        yield masks
+
+
+def _hook_consumers(
+    stack: contextlib.ExitStack, model: nn.Module, structure: Structure, axis: str, masks: dict[str, Tensor]
+) -> None:
+    consumers = [member for member in structure.members[axis] if member.role == "consumer"]
+    if structure.axes[axis].kind == "hidden" or not consumers:
+        raise StructureError(f"{axis}: its units cannot be masked row by row; leave this axis out.")
+    for member in consumers:
+        module = model.get_submodule(member.parameter.rpartition(".")[0])
+        if input_dim(module) != member.dim:
+            raise StructureError(
+                f"{axis}: {member.parameter} is not a linear layer that sees one row after another, as masking rows "
+                "needs; protect this axis or ask for other axes."
+            )
+        ids = lay.unit_ids(structure.layouts[member.parameter][member.dim], axis)
+
+        def hook(_: nn.Module, args: tuple[Any, ...], ids: Tensor = ids) -> tuple[Any, ...] | None:
+            return (_rows_scaled(args[0], masks[axis], ids), *args[1:]) if axis in masks else None
+
+        stack.callback(module.register_forward_pre_hook(hook).remove)
+
+
+def _hook_layers(
+    stack: contextlib.ExitStack, model: nn.Module, structure: Structure, axis: str, masks: dict[str, Tensor]
+) -> None:
+    branch = axis.partition(".")[2]
+    for layer, path in enumerate(structure.layer_paths):
+        if branch:
+            found = structure.branch_modules.get(f"layers.{layer}.{branch}")
+            if found is None:
+                raise StructureError(f"the {branch} of layer {layer} is not one module, so {axis} cannot be masked.")
+            path = f"{path}.{found.path}"
+        without = _zero_output if branch else _pass_through
+
+        def hook(
+            module: nn.Module, args: Any, kwargs: Any, output: Any, layer: int = layer, without: Any = without
+        ) -> Any:
+            if axis not in masks:
+                return output
+            nothing = without(module, args, kwargs, output)
+            kept = masks[axis][:, layer]
+            if not isinstance(output, tuple):
+                return _rows_chosen(kept, output, nothing)
+            return (_rows_chosen(kept, output[0], nothing[0]), *output[1:])
+
+        stack.callback(model.get_submodule(path).register_forward_hook(hook, with_kwargs=True).remove)
+
+
+def _rows_scaled(values: Tensor, mask: Tensor, ids: Tensor) -> Tensor:
+    """`values` `[rows · n, ..., entries]` times the entries that `mask` `[rows, num_units]` gives each row."""
+    mask = mask.to(values, non_blocking=True)
+    ids = ids.to(values.device, non_blocking=True)
+    # An entry that carries no unit of the axis (-1) reads the column of ones.
+    entries = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)[:, ids]
+    return (values.reshape(len(mask), -1, values.shape[-1]) * entries[:, None]).view_as(values)
+
+
+def _rows_chosen(kept: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
+    kept = kept.to(values.device, torch.bool, non_blocking=True)[:, None]
+    chosen = torch.where(kept, values.reshape(len(kept), -1), otherwise.reshape(len(kept), -1))
+    return chosen.view_as(values)
 
 
 def input_dim(module: nn.Module) -> int | None:

@@ -1,0 +1,103 @@
+"""The state of learning, on disk: an interrupted run goes on to the same result, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hf_prune.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hf_prune.config import PolicyGradientConfig
+
+FILE = "policy.safetensors"
+SPEED_ONLY = ("state_dir", "state_steps", "forward_rows")
+"""Settings that may change when a run goes on."""
+
+
+@dataclass(frozen=True)
+class LearningState:
+    """All that a step needs and changes. A new one is made by each step."""
+
+    step: int
+    """Steps done."""
+    widths: Tensor
+    """Kept fraction of each axis, float32 `[A]`."""
+    keep_probs: Tensor
+    """float32 `[N]`."""
+    momentum: Tensor
+    """Of the gradient by widths, `[A]`."""
+    scale: Tensor
+    """Moving mean square of the gradient, a scalar."""
+    baseline: Tensor
+    """Mean losses of the last steps, for the paper's estimator."""
+    history: Tensor
+    """Loss, kept fraction and entropy of every step, `[steps, 3]`."""
+    generator_state: Tensor
+    """Of the generator of masks, uint8, on the CPU."""
+
+
+class StateFile:
+    """One safetensors file with the tensors, and the step and the identity of the run as JSON in its header."""
+
+    def __init__(self, config: PolicyGradientConfig, windows: Tensor, scores: Tensor, seed: int) -> None:
+        self.path = None if config.state_dir is None else Path(config.state_dir) / FILE
+        values = {name: value for name, value in config.to_dict().items() if name not in SPEED_ONLY}
+        digest = hashlib.sha256(windows.cpu().numpy().tobytes() + scores.cpu().numpy().tobytes()).hexdigest()
+        self.identity = json.loads(json.dumps({**values, "seed_drawn": seed, "windows_and_scores": digest}))
+
+    def save(self, state: LearningState) -> None:
+        """Write the state, by renaming: an interrupted write leaves the older one. The main process writes."""
+        from accelerate import PartialState
+
+        if self.path is None or not PartialState().is_main_process:
+            return
+        names = [field.name for field in dataclasses.fields(state) if field.name != "step"]
+        tensors = {name: getattr(state, name).cpu().contiguous() for name in names}
+        header = {"run": json.dumps(self.identity), "step": json.dumps(state.step)}
+        temporary = self.path.with_name(f"{FILE}.{os.getpid()}.tmp")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, temporary, metadata=header)
+            temporary.replace(self.path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise CheckpointError(f"the state of learning could not be written to {self.path}: {error}.") from error
+
+    def load(self, device: torch.device) -> LearningState | None:
+        """The state that was written, `None` if there is none.
+
+        Raises:
+            CheckpointError: it is damaged, or of another run.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                header = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            found, step = json.loads(header["run"]), int(json.loads(header["step"]))
+            generator_state = tensors.pop("generator_state")
+            on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+            state = LearningState(step=step, generator_state=generator_state, **on_device)
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path} is damaged ({error}); delete it to start anew.") from error
+        changed = [name for name in {**found, **self.identity} if found.get(name) != self.identity.get(name)]
+        if changed:
+            raise CheckpointError(
+                f"{self.path} is the state of another run: {', '.join(changed)} differ, as in {changed[0]}: found "
+                f"{found.get(changed[0])!r}, asked {self.identity.get(changed[0])!r}. Take the same settings and text, "
+                "another state_dir, or delete the file."
+            )
+        return state
