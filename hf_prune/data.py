@@ -116,13 +116,39 @@ def calibration_batches(
         ConfigError: a number is out of range.
     """
     _check_at_least(num_samples=(num_samples, 1), seq_len=(seq_len, 1), batch_size=(batch_size, 1), seed=(seed, 0))
-    text = load_text(source, column=column, max_chars=CALIBRATION_CHARS)
-    tokens = torch.cat([token_stream(tokenizer, piece) for piece in _pieces(text)])
+    tokens = _source_tokens(tokenizer, source, column)
     windows = _windows(tokens, seq_len, num_windows=num_samples)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     drawn = windows[order[:num_samples]]
     batches = [drawn[start : start + batch_size] for start in range(0, num_samples, batch_size)]
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
+
+
+def training_windows(
+    tokenizer: PreTrainedTokenizerBase, source: str | Path, window: int, *, column: str = "text"
+) -> Tensor:
+    """Cut a text for training into windows that follow each other without overlap; the last partial one is dropped.
+
+    Args:
+        tokenizer: the model's tokenizer; no special tokens are added.
+        source: what `load_text` reads; at most its first `CALIBRATION_CHARS` characters.
+        window: tokens of each window, 1 or more.
+        column: the field of each record that holds the text.
+
+    Returns:
+        int64 `[num_windows, window]`, at least one window, in the order of the text.
+
+    Raises:
+        CalibrationError: `source` cannot be read, or has fewer than `window` tokens.
+        ConfigError: `window` is below 1.
+    """
+    _check_at_least(window=(window, 1))
+    return _windows(_source_tokens(tokenizer, source, column), window, num_windows=1)
+
+
+def _source_tokens(tokenizer: PreTrainedTokenizerBase, source: str | Path, column: str) -> Tensor:
+    text = load_text(source, column=column, max_chars=CALIBRATION_CHARS)
+    return torch.cat([token_stream(tokenizer, piece) for piece in _pieces(text)])
 
 
 def _read_file(path: Path, column: str, max_chars: int | None) -> str:

@@ -33,3 +33,7 @@ class PlanError(HFPruneError):
 
 class CheckpointError(HFPruneError):
     """A checkpoint is damaged, incomplete, or could not be written."""
+
+
+class DivergenceError(HFPruneError):
+    """Training gave numbers that are not finite."""

@@ -86,7 +86,7 @@ def save_pruned(
     directory = Path(os.path.realpath(save_directory))
     _check_model(model, plan)
     install_save_hook()
-    _check_directory(directory, model)
+    check_directory(directory, model)
     plan = plan or plan_of(model, directory)
     if plan is not None:
         model._pruning_plan = plan  # from here on it travels with the model
@@ -157,8 +157,12 @@ def _check_model(model: PreTrainedModel, plan: PruningPlan | None) -> None:
         )
 
 
-def _check_directory(directory: Path, model: PreTrainedModel) -> None:
-    """Refuse what must not be replaced, and a disk that is too full, before anything is written."""
+def check_directory(directory: Path, model: PreTrainedModel | None = None) -> None:
+    """Refuse what must not be replaced, and a disk too full for `model` if it is known, before anything is done.
+
+    Raises:
+        CheckpointError: `directory` is a file, holds more than a checkpoint, or does not fit on the disk.
+    """
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file, expected a directory. Choose another save directory.")
     known = [*_MODEL_FILES, *_TOKENIZER_FILES, *_OTHER_FILES]
@@ -172,6 +176,8 @@ def _check_directory(directory: Path, model: PreTrainedModel) -> None:
                 f"{directory} holds more than a checkpoint ({some}) and would be replaced as a whole. "
                 "Choose a new directory, or move these files away."
             )
+    if model is None:
+        return
     parent = next(p for p in directory.parents if p.exists())
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     free = shutil.disk_usage(parent).free

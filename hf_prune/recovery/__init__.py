@@ -1,0 +1,1 @@
+"""Training after, or while, pruning: on transformers' own `Trainer`."""

@@ -1,0 +1,464 @@
+"""LoRA, distillation, the guard, `recover` and its command: laws on tiny models, exact resume, whole checkpoints."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from models import logits, make_plan, shared_model, shared_structure, tiny_model, token_ids
+from test_recovery_callback import arguments, rows, same
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from typer.testing import CliRunner
+
+import hf_prune
+from hf_prune import (
+    DistillationTrainer,
+    DivergenceGuard,
+    MagnitudeConfig,
+    PrunedModelForCausalLM,
+    apply_plan,
+    lora_config,
+    merge_adapters,
+    prune,
+    recover,
+)
+from hf_prune.checkpoint.files import load_plan
+from hf_prune.cli import app
+from hf_prune.data import load_text
+from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, DivergenceError, StructureError
+from hf_prune.recovery.arguments import parse_training_options, training_arguments
+from hf_prune.recovery.lora import add_adapters, linear_members
+
+# --- LoRA -------------------------------------------------------------------------------------------------------------
+
+LINEAR = {
+    "llama": 7 * 3,
+    "gpt2": 4 * 3,
+    "phi3": 4 * 2,
+    "gpt_neox": 4 * 2,
+    "bloom": 4 * 3,
+    "mixtral": 4 * 2,  # attention only: experts are no modules
+    "opt": 6 * 3,
+}
+
+
+@pytest.mark.parametrize("family", LINEAR)
+def test_adapters_sit_on_every_linear_module_of_attention_and_mlp(family):
+    model = tiny_model(family)
+    structure = shared_structure(family)
+    kept = {"layers.0.attention": (0, 2) if family == "opt" else (0,), "layers.1.attention": (0, 1)}
+    plan = make_plan(structure, kept)
+    pruned = apply_plan(model, structure, plan)
+    before = logits(pruned)
+    adapted = add_adapters(pruned, lora_config(pruned, lora_dropout=0.0))
+    found = [path for path, module in adapted.named_modules() if hasattr(module, "lora_A")]
+    assert len(found) == LINEAR[family]
+    assert not any("embed" in path or "lm_head" in path for path in found)
+    trainable = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    assert torch.equal(logits(adapted), before)  # B starts at zero
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    expected = logits(adapted)
+    assert not torch.allclose(expected, before, atol=1e-3)
+    merged = merge_adapters(adapted)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-9, atol=1e-9)
+    assert type(merged) is type(model)
+    assert merged.config.pruning_config == pruned.config.pruning_config
+    assert merged._pruning_plan == plan
+    assert merged.state_dict().keys() == apply_plan(model, structure, plan).state_dict().keys()
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+
+
+def test_the_preset_is_the_papers_and_can_be_overridden():
+    model = tiny_model("llama")
+    config = lora_config(model)
+    assert (config.r, config.lora_alpha, config.lora_dropout, config.bias) == (8, 16, 0.05, "none")
+    assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert not config.fan_in_fan_out
+    assert lora_config(tiny_model("gpt2")).fan_in_fan_out
+    assert lora_config(model, r=4, target_modules=["q_proj"]).target_modules == {"q_proj"}
+    with pytest.raises(ConfigError, match="preset"):
+        lora_config(model, preset="alpaca")
+    with pytest.raises(ConfigError, match="rank"):
+        lora_config(model, rank=4)
+
+
+def test_adapters_start_from_their_seed_alone():
+    state = torch.get_rng_state()
+    first, again, other = (
+        add_adapters(model, lora_config(model), seed=seed)
+        for model, seed in ((tiny_model("llama"), 1), (tiny_model("llama"), 1), (tiny_model("llama"), 2))
+    )
+    assert same(first, again)
+    assert not same(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- distillation -----------------------------------------------------------------------------------------------------
+
+
+def distiller(student, directory, options=None, **settings):
+    return DistillationTrainer(
+        student, arguments(directory, **(options or {})), train_dataset=rows(), eval_dataset=rows(4), **settings
+    )
+
+
+def batch(count=4):
+    ids = token_ids(count, 10, seed=5)
+    labels = ids.clone()
+    labels[0, :6] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+@pytest.mark.parametrize(("temperature", "alpha", "hidden_weight"), [(1.0, 1.0, 0.0), (2.0, 0.3, 0.7)])
+def test_the_loss_is_the_formula(tmp_path, temperature, alpha, hidden_weight):
+    teacher = tiny_model("llama")
+    structure = shared_structure("llama")
+    student = apply_plan(teacher, structure, make_plan(structure, {"layers": (0, 2), "hidden": tuple(range(0, 48, 2))}))
+    settings = {"temperature": temperature, "alpha": alpha, "hidden_weight": hidden_weight}
+    trainer = distiller(student, tmp_path, teacher=teacher, **settings)
+    inputs = batch()
+    found = trainer.compute_loss(student.train(), inputs)
+    with torch.no_grad():
+        taught = teacher(input_ids=inputs["input_ids"], output_hidden_states=True)
+        learnt = student(input_ids=inputs["input_ids"], output_hidden_states=True)
+    terms = []
+    for row in range(4):
+        for position in range(9):
+            label = inputs["labels"][row, position + 1]
+            if label == -100:
+                continue
+            p = F.softmax(taught.logits[row, position] / temperature, -1)
+            q = F.softmax(learnt.logits[row, position] / temperature, -1)
+            kl = temperature**2 * (p * (p / q).log()).sum()
+            lm = -learnt.logits[row, position].log_softmax(-1)[label]
+            terms.append(((1 - alpha) * lm + alpha * kl, row, position))
+    expected = torch.stack([term for term, _, _ in terms]).mean()
+    where = [(row, position) for _, row, position in terms]
+    for mine, theirs in ((0, 0), (1, 2)):
+        target = torch.stack([taught.hidden_states[theirs + 1][row, position, ::2] for row, position in where])
+        own = torch.stack([learnt.hidden_states[mine + 1][row, position] for row, position in where])
+        relative = (own - target).square().sum(-1) / target.square().sum(-1)
+        expected += hidden_weight * 0.5 * relative.mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path):
+    teacher = tiny_model("llama")
+    trainer = distiller(tiny_model("llama").train(), tmp_path, teacher=teacher, alpha=1.0, hidden_weight=1.0)
+    loss = trainer.compute_loss(trainer.model, batch())
+    assert loss.item() == pytest.approx(0, abs=1e-6)  # the KL is taken in float32
+    assert not any(parameter.requires_grad for parameter in trainer.teacher.parameters())
+
+
+def test_accumulated_batches_are_one_batch(tmp_path):
+    students = [prune(shared_model("llama"), MagnitudeConfig(0.4)).model for _ in range(2)]
+    options = {"max_steps": 2, "save_strategy": "no"}
+    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings = {"teacher": tiny_model("llama"), "hidden_weight": 0.5}
+    for student, sizes in zip(students, ({}, small), strict=True):
+        distiller(student, tmp_path, options | sizes, **settings).train()
+    for left, right in zip(*(student.parameters() for student in students), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+def test_the_teacher_teaches_and_stays_as_it_is(tmp_path):
+    teacher = tiny_model("llama", dtype=torch.float32)
+    student = prune(teacher, MagnitudeConfig(0.4)).model
+    teacher.save_pretrained(tmp_path / "teacher")
+    options = {"max_steps": 30, "learning_rate": 2e-3}
+    trainer = distiller(student, tmp_path, options, teacher=str(tmp_path / "teacher"), alpha=1.0)
+    plain = Trainer.compute_loss(trainer, student.eval(), batch()).item()
+    assert trainer.evaluate(rows(4))["eval_loss"] > 0
+    assert trainer.compute_loss(student.eval(), batch()).item() == plain  # evaluation: the LM loss
+    before = trainer.compute_loss(student.train(), batch()).item()
+    trainer.train()
+    assert trainer.compute_loss(student.train(), batch()).item() < 0.9 * before
+    assert same(trainer.teacher, teacher)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temperature": 0.0}, "temperature"),
+        ({"alpha": 1.5}, "alpha"),
+        ({"hidden_weight": math.nan}, "hidden_weight"),
+        ({"hidden_weight": 1.0, "layer_map": [0, 1]}, "layer_map"),
+    ],
+)
+def test_distillation_settings_are_checked(tmp_path, settings, said):
+    with pytest.raises(ConfigError, match=said):
+        distiller(tiny_model("llama"), tmp_path, teacher=tiny_model("llama"), **settings)
+
+
+def test_a_teacher_that_does_not_fit_is_refused(tmp_path):
+    other = AutoModelForCausalLM.from_pretrained(tiny.write_checkpoint(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="predicts 64 tokens"):
+        distiller(tiny_model("llama"), tmp_path, teacher=other)
+    with pytest.raises(ConfigError, match="pass a layer_map"):
+        distiller(tiny_model("llama"), tmp_path, teacher=tiny_model("mistral"), hidden_weight=1.0)
+
+
+# --- the guard --------------------------------------------------------------------------------------------------------
+
+
+class Poison(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            head = kwargs["model"].lm_head.weight
+            self.handle = head.register_hook(lambda gradient: gradient * torch.nan)
+
+
+def test_the_guard_stops_before_a_weight_is_lost(tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, save_strategy="steps", save_steps=2),
+        train_dataset=rows(),
+        callbacks=[DivergenceGuard(), Poison(step=5)],
+    )
+    with pytest.raises(DivergenceError, match=r"step 6: the gradient is not finite.*checkpoint-4.*learning_rate"):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_the_guard_sees_the_evaluation_and_repeated_overflow(tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    trainer = Trainer(model, arguments(tmp_path), eval_dataset=rows(4), callbacks=[DivergenceGuard()])
+    with pytest.raises(DivergenceError, match="eval_loss is nan"):
+        trainer.evaluate()
+    guard, args = DivergenceGuard(max_overflows=2), arguments(tmp_path)
+    scaled = type("Scaled", (), {"scaler": object()})()
+    model.lm_head.weight.grad = torch.full_like(model.lm_head.weight, torch.inf)
+    for _ in range(2):  # the loss scaler skips these steps
+        guard.on_pre_optimizer_step(args, trainer.state, trainer.control, model=model, optimizer=scaled)
+    with pytest.raises(DivergenceError, match="3 steps in a row"):
+        guard.on_pre_optimizer_step(args, trainer.state, trainer.control, model=model, optimizer=scaled)
+    with pytest.raises(ConfigError, match="max_overflows"):
+        DivergenceGuard(0)
+
+
+# --- recover ----------------------------------------------------------------------------------------------------------
+
+QUICK = {"per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True, "disable_tqdm": True}
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A dense model, a pruned one with layers of different widths, and two texts."""
+    folder = tmp_path_factory.mktemp("recover")
+    tiny.write_checkpoint(folder / "dense")
+    tiny.write_text(folder / "train.txt", 2000, seed=1)
+    tiny.write_text(folder / "eval.txt", 300, seed=2)
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
+    result = prune(dense, MagnitudeConfig(0.3, allocation="global"))
+    PrunedModelForCausalLM.save_pretrained(result.model, folder / "pruned", plan=result.plan, tokenizer=tokenizer)
+    return folder
+
+
+def quick(material, output, **settings):
+    texts = {"train": material / "train.txt", "eval": material / "eval.txt"}
+    return recover(material / "pruned", output, **{**texts, "steps": 6, "seq_len": 16, **QUICK, **settings})
+
+
+def test_recover_makes_one_checkpoint_that_loads(material, tmp_path):
+    result = quick(material, tmp_path / "out", steps=20)
+    assert result.perplexity_after < result.perplexity_before
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert same(loaded, result.model)
+    assert load_plan(tmp_path / "out") == load_plan(material / "pruned")
+    assert loaded.config.use_cache
+    start = AutoModelForCausalLM.from_pretrained(material / "pruned")
+    changed = {n for n, p in loaded.named_parameters() if not torch.equal(p, start.get_parameter(n))}
+    assert changed
+    assert all("proj" in name for name in changed)  # adapters were merged, nothing else was trained
+    # the numbers are those of `perplexity`, and are on the card
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = load_text(material / "eval.txt")
+    measured = hf_prune.perplexity(loaded, tokenizer, text, window=16, progress=False).perplexity
+    assert result.perplexity_after == pytest.approx(measured, rel=1e-4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{result.perplexity_before:.4g}" in card
+    assert f"{result.perplexity_after:.4g}" in card
+    entry = next(entry for entry in result.log_history if "loss" in entry)
+    assert entry["prune/params"] == start.num_parameters()
+
+
+def test_a_fresh_process_loads_it_with_and_without_the_plugin(material, tmp_path):
+    result = quick(material, tmp_path / "out", lora=False)
+    ids = torch.arange(3, 15)[None]
+    torch.save(logits(result.model.eval(), ids), tmp_path / "logits.pt")
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM;"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/out', trust_remote_code={trust}).eval();"
+        "assert torch.equal(model(input_ids=torch.arange(3, 15)[None]).logits, torch.load(sys.argv[1] + '/logits.pt'));"
+        "assert ('hf_prune' in sys.modules) != {trust}"
+    )
+    for first, trust in (("import hf_prune; ", False), ("", True)):
+        subprocess.run(
+            [sys.executable, "-c", first + code.replace("{trust}", str(trust)), str(tmp_path)], check=True, timeout=120
+        )
+
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("settings", [{"lora": True}, {"lora": False, "teacher": True}], ids=["lora", "distillation"])
+def test_a_killed_recovery_resumes_to_the_same_bits(material, tmp_path, monkeypatch, settings):
+    settings = settings | ({"teacher": material / "dense"} if "teacher" in settings else {})
+    settings |= {"steps": 8, "save_steps": 2}
+    whole = quick(material, tmp_path / "whole", **settings)
+    from hf_prune.recovery import recover as module
+
+    with monkeypatch.context() as patched:
+        callbacks = module._callbacks
+        patched.setattr(module, "_callbacks", lambda model: [*callbacks(model), Kill()])
+        with pytest.raises(KeyboardInterrupt):
+            quick(material, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match="resume"):
+        quick(material, tmp_path / "out", **settings)
+    resumed = quick(material, tmp_path / "out", resume=True, **settings)
+    assert same(resumed.model, whole.model)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    assert resumed.perplexity_after == whole.perplexity_after
+
+
+def test_the_best_checkpoint_is_the_result(material, tmp_path):
+    # a learning rate that is kind at first and ruinous later
+    result = quick(
+        material, tmp_path / "out", lora=False, steps=6, learning_rate=1.0, warmup_steps=6, save_steps=1, eval_steps=1
+    )
+    losses = [entry["eval_loss"] for entry in result.log_history if "eval_loss" in entry]
+    assert min(losses[:-1]) < losses[-2]
+    assert result.perplexity_after == pytest.approx(math.exp(min(losses)), rel=1e-5)
+
+
+def test_rows_and_dense_models_are_taken_too(tmp_path):
+    model = tiny_model("llama", dtype=torch.float32)
+    result = recover(model, tmp_path / "out", train=rows(), lora=False, steps=2, **QUICK)
+    assert result.model is model
+    assert result.perplexity_before is None
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
+    assert not same(model, tiny_model("llama", dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "said"),
+    [
+        ({"learning_rat": 1.0}, ConfigError, "learning_rat"),
+        ({"output_dir_": 1.0}, ConfigError, "output_dir_"),
+        ({"max_steps": 3}, ConfigError, "max_steps: say this by steps"),
+        ({"steps": 0}, ConfigError, "steps: found 0"),
+        ({"seq_len": 1}, ConfigError, "seq_len"),
+        ({"seq_len": 5000}, CalibrationError, "tokens"),
+        ({"train": "nothing.txt"}, CalibrationError, "no file"),
+        ({"train": []}, ConfigError, "row"),
+        ({"eval_strategy": "sometimes"}, ConfigError, "sometimes"),
+        ({"teacher": "no/such-teacher"}, CheckpointError, "no/such-teacher"),
+    ],
+)
+def test_bad_input_is_refused_before_training(material, tmp_path, settings, error, said):
+    with pytest.raises(error, match=said):
+        quick(material, tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_in_the_way_is_noticed_before_training(material, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with pytest.raises(CheckpointError, match=r"thesis\.tex"):
+        quick(material, tmp_path / "out")
+    assert not (tmp_path / "out-training").exists()
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_options_of_training_pass_through():
+    words = (
+        "--learning-rate 1e-3 --weight_decay 0.1 --bf16 --optim adafactor --no-dataloader-pin-memory --warmup-steps 5"
+    )
+    assert parse_training_options(words.split()) == {
+        "learning_rate": 1e-3,
+        "weight_decay": 0.1,
+        "bf16": True,
+        "optim": "adafactor",
+        "dataloader_pin_memory": False,
+        "warmup_steps": 5,
+    }
+    assert parse_training_options([]) == {}
+    for words, said in (
+        (["--learning-rat", "1"], "--learning-rat"),
+        (["--learning-rate", "fast"], "fast"),
+        (["stray"], "stray"),
+        (["--fsdp-config", "{"], "JSON"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            parse_training_options(words)
+
+
+def test_defaults_are_the_papers_and_options_win(tmp_path):
+    args = training_arguments(tmp_path, {"use_cpu": True}, steps=2000, lora=True, evaluates=True)
+    assert (args.learning_rate, args.warmup_steps, args.max_steps) == (1e-4, 100, 2000)
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
+    assert args.load_best_model_at_end
+    assert args.eval_steps == args.save_steps == 200
+    args = training_arguments(
+        tmp_path, {"use_cpu": True, "per_device_train_batch_size": 3}, steps=10, lora=False, evaluates=False
+    )
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (3, 1)
+
+
+def test_the_command_recovers(material, tmp_path):
+    command = ["recover", material / "pruned", tmp_path / "out", "--train", material / "train.txt"]
+    command += ["--eval", material / "eval.txt", "--full", "--teacher", material / "dense", "--steps", 4]
+    command += ["--seq-len", 16, "--learning-rate", "1e-2", "--per-device-train-batch-size", 4, "--use-cpu"]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in command])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "perplexity before" in result.stdout
+    assert "perplexity after" in result.stdout
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.pruning_config
+
+
+def test_the_command_says_what_is_wrong(material, tmp_path):
+    for command, said in (
+        ([material / "pruned", tmp_path / "out", "--train", material / "train.txt", "--learning-rat", "1"], "rat"),
+        (["--bf16", material / "pruned", tmp_path / "out", "--train", material / "train.txt"], "come first"),
+    ):
+        result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["recover", *map(str, command)])
+        assert result.exit_code == 2
+        assert said in result.stderr
+
+
+NAMES = ("Linear", "FalconLinear")
+
+
+def test_one_kv_head_has_targets_too():
+    for family in ("falcon", "falcon_mqa", "glm4"):
+        paths = linear_members(shared_model(family), shared_structure(family))
+        linear = [path for path, module in shared_model(family).named_modules() if type(module).__name__ in NAMES]
+        assert paths == [path for path in linear if path != "lm_head"]
+    with pytest.raises(StructureError, match="lora=False"):
+        linear_members(torch.nn.Module(), shared_structure("llama"))
