@@ -128,7 +128,12 @@ def reference(model, groups, gradients, criterion, aggregation, normalisation="m
                 "second_order": w**2 * f,
                 "mixed": (w * g - 0.5 * w**2 * f).abs(),
             }[criterion]
-            found.append(salience[index].sum().abs())
+            if criterion == "vector":  # |sum| of each row or column of the unit
+                rest = [dim for dim in range(salience.dim()) if dim != len(index) - 1]
+                line = salience.sum(rest) if rest else salience
+                found.append(line[index[-1]].abs().sum())
+            else:
+                found.append(salience[index].sum())
         found = torch.stack(found)
         last = found[-1] if "o_proj" not in members[0][0] else found[0]  # phi3 has o_proj first
         scores.append(

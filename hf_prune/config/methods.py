@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_prune.config.base import Allocation, PruningConfig
+from hf_prune.config.base import Allocation, PruningConfig, Standardise
 from hf_prune.errors import ConfigError
 
 
@@ -15,6 +15,8 @@ class RandomConfig(PruningConfig):
 
     method: str = "random"
     """Name of the method that scores the units; fixed by the class."""
+    standardise: Standardise = "sum"
+    """As in every configuration; this method's scores compare only inside an axis, hence `sum`."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class MagnitudeConfig(PruningConfig):
 
     method: str = "magnitude"
     """Name of the method that scores the units; fixed by the class."""
+    standardise: Standardise = "sum"
+    """As in every configuration; this method's scores compare only inside an axis, hence `sum`."""
     norm: Literal["l1", "l2"] = "l2"
     """Norm over the whole group: sum of absolute values (`l1`) or root of the sum of squares (`l2`)."""
 
@@ -37,22 +41,25 @@ class WandaConfig(PruningConfig):
 
     method: str = "wanda"
     """Name of the method that scores the units; fixed by the class."""
+    standardise: Standardise = "sum"
+    """As in every configuration; this method's scores compare only inside an axis, hence `sum`."""
 
 
 @dataclass(frozen=True)
 class LLMPrunerConfig(PruningConfig):
     """Gradient importance of coupled groups (LLM-Pruner, arXiv 2305.11627). Calibrated.
 
-    The defaults are our recommended preset; `preset` gives the paper's.
+    The defaults are our criterion in one step; `preset` gives the paper's settings and our best one.
     """
 
     method: str = "llm_pruner"
     """Name of the method that scores the units; fixed by the class."""
     allocation: Allocation = "global"
-    """`uniform`: the same fraction from every axis; `global`: scores per parameter removed compete across axes."""
+    """As in every configuration; this method's scores are in loss units, so that all units compare."""
     criterion: Literal["vector", "first_order", "second_order", "mixed", "fisher"] = "fisher"
-    """Importance of a unit: the paper's `vector` |Σ w·g|, `first_order` Σ|w·g|, `second_order` Σ w²·F, `mixed`
-    Σ|w·g − ½·w²·F|, or our `fisher`: Fisher information of the unit's mask, from activations alone."""
+    """Importance of a unit: the paper's `vector` Σ|Σ w·g| (inner sum over a row or column), `first_order` Σ|w·g|,
+    `second_order` Σ w²·F, `mixed` Σ|w·g − ½·w²·F|, or our `fisher`: Fisher information of the unit's mask, from
+    activations alone."""
     aggregation: Literal["sum", "mean", "max", "product", "last", "first"] = "sum"
     """How the scores of a group's matrices become one: `last` is the consumer (`down_proj`, `o_proj`) alone, `first`
     the first matrix. Not used by `fisher`, which has one score per unit."""
@@ -74,7 +81,7 @@ class LLMPrunerConfig(PruningConfig):
             name: `paper_block`: Element¹ on KV groups and MLP channels, the same ratio of units in every layer but the
                 first 4 and last 2; `paper_channel`: Element¹ on the hidden axis; `paper_vector`, `paper_second_order`:
                 `paper_block` with those criteria. 10 samples of 64 tokens, seed 42, as in the released runs.
-                `recommended`: Fisher information of the unit masks, global, 128 samples of 256 tokens.
+                `recommended`: Fisher information of the unit masks, global, 512 samples of 64 tokens, in 4 steps.
             pruning_ratio: of units for the paper's presets (0.25 gives its "20 %"), of decoder parameters for ours.
             num_hidden_layers: decoder layers of the model; the paper's presets need more than 6.
 
@@ -82,7 +89,7 @@ class LLMPrunerConfig(PruningConfig):
             ConfigError: an unknown name, or too few layers.
         """
         if name == "recommended":
-            return cls(pruning_ratio)
+            return cls(pruning_ratio, num_samples=512, seq_len=64, num_steps=4)
         criteria = {
             "paper_block": "first_order",
             "paper_channel": "first_order",

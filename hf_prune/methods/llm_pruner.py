@@ -1,13 +1,14 @@
 """LLM-Pruner (arXiv 2305.11627): importance of coupled groups from gradients on a few samples.
 
 `w` is a weight, `g` the gradient of the mean loss over the samples, `g_n` that of sample n alone. Per matrix and unit,
-over the unit's slice: `vector` |Σ w·g|, `first_order` Σ|w·g|, `second_order` Σ w²·F, `mixed` Σ|w·g − ½·w²·F|, where F
-is the sum (eq. 5) or the mean (the released code) of g_n² over the samples. `fisher` is our own: see `fisher.py`.
+over the unit's slice: `vector` Σ|Σ w·g|, the inner sum over one row or column, `first_order` Σ|w·g|, `second_order`
+Σ w²·F, `mixed` Σ|w·g − ½·w²·F|, where F is the sum (eq. 5) or the mean (the released code) of g_n² over the samples.
+`fisher` is our own: see `fisher.py`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from accelerate import PartialState
@@ -19,6 +20,7 @@ from hf_prune.errors import CalibrationError
 from hf_prune.methods.fisher import fisher_scores
 from hf_prune.methods.gradients import backward, differentiable, loss_scale, my_share, sum_over_processes
 from hf_prune.structure import layouts as lay
+from hf_prune.structure.structure import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -87,6 +89,7 @@ class _Importance:
         additive = config.criterion in ("vector", "second_order")
         self.by_units = additive or (config.criterion == "first_order" and one_pass)
         self.unit_sums: dict[tuple[str, str], Tensor] = {}
+        self.vectors: dict[tuple[str, str, int], Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
 
@@ -99,7 +102,7 @@ class _Importance:
                 salience.square_()
             elif self.config.criterion == "first_order":
                 salience.abs_()
-            self._reduce(name, salience)
+            self._reduce_vectors(name, salience) if self.config.criterion == "vector" else self._reduce(name, salience)
             return
         self.gradients[name] = self.gradients[name].add_(gradient) if name in self.gradients else gradient
         if self.config.criterion == "mixed":
@@ -124,6 +127,9 @@ class _Importance:
         for axis in self.axes:
             per_parameter = {}
             for name in self.groups[axis.name]:
+                if self.config.criterion == "vector" and axis.kind != "layer":
+                    per_parameter[name] = self._vector_scores(axis, name) / num_samples
+                    continue
                 zeros = torch.zeros(axis.num_units)
                 values = self.unit_sums.get((axis.name, name), zeros).cpu()
                 per_parameter[name] = (sum_over_processes(values) if self.by_units else values).abs() / divisor
@@ -134,9 +140,31 @@ class _Importance:
     def _over_processes(sums: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
         return sum_over_processes(sums.pop(name) if name in sums else torch.zeros_like(like))
 
-    def _reduce(self, name: str, salience: Tensor) -> None:
+    def _reduce_vectors(self, name: str, salience: Tensor) -> None:
+        """Sums along the rows (or columns) that the entries of an axis are; signs may still cancel between batches."""
+        self._reduce(name, salience, kinds=("layer",))
         for axis in self.axes:
-            if name not in self.groups[axis.name]:
+            if axis.kind != "layer" and name in self.groups[axis.name]:
+                for dim, layout in enumerate(self.structure.layouts[name]):
+                    if axis.name in lay.axes(layout):
+                        others = [d for d in range(salience.dim()) if d != dim]
+                        line = (salience.sum(others) if others else salience).float()
+                        key = (axis.name, name, dim)
+                        self.vectors[key] = self.vectors[key] + line if key in self.vectors else line
+
+    def _vector_scores(self, axis: Axis, name: str) -> Tensor:
+        """|sum of each row or column|, added up over those of a unit: `[num_units]`."""
+        total = torch.zeros(axis.num_units)
+        for dim, layout in enumerate(self.structure.layouts[name]):
+            if axis.name in lay.axes(layout):
+                line = self.vectors.get((axis.name, name, dim), torch.zeros(lay.size(layout, {}))).cpu()
+                ids = lay.unit_ids(layout, axis.name)
+                total.index_add_(0, ids[ids >= 0], sum_over_processes(line).abs()[ids >= 0])
+        return total
+
+    def _reduce(self, name: str, salience: Tensor, kinds: tuple[str, ...] = get_args(Kind)) -> None:
+        for axis in self.axes:
+            if name not in self.groups[axis.name] or axis.kind not in kinds:
                 continue
             if axis.kind == "layer":
                 part = salience.new_zeros(axis.num_units)
