@@ -12,53 +12,96 @@ from typing import TYPE_CHECKING, Any
 from hf_prune.checkpoint.autoload import install_on_import
 
 if TYPE_CHECKING:
-    from hf_prune.allocation import allocate
-    from hf_prune.config import LLMPrunerConfig, MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig
+    from hf_prune.allocation import allocate, hill_exponents
+    from hf_prune.config import (
+        LLMPrunerConfig,
+        MagnitudeConfig,
+        PolicyGradientConfig,
+        PruneNetConfig,
+        PruningConfig,
+        RandomConfig,
+        WandaConfig,
+    )
     from hf_prune.errors import HFPruneError
+    from hf_prune.evaluation.latency import measure_latency
     from hf_prune.evaluation.perplexity import perplexity
+    from hf_prune.latency import LatencyTable
     from hf_prune.modeling import PrunedModelForCausalLM
     from hf_prune.pipeline import PruningResult, prune
     from hf_prune.plan import PruningPlan
+    from hf_prune.recovery.callback import PruningCallback
+    from hf_prune.recovery.distillation import DistillationTrainer
+    from hf_prune.recovery.divergence import DivergenceGuard
+    from hf_prune.recovery.lora import lora_config, merge_adapters
+    from hf_prune.recovery.recover import recover
+    from hf_prune.recovery.resuming import align_to_checkpoint
     from hf_prune.structure.inference import infer_structure
     from hf_prune.structure.structure import Structure
+    from hf_prune.surgery.in_place import apply_plan_
     from hf_prune.surgery.pruning import apply_plan
 
 __version__ = "0.1.0"
 
 _WHERE = {
+    "DistillationTrainer": "hf_prune.recovery.distillation",
+    "DivergenceGuard": "hf_prune.recovery.divergence",
     "HFPruneError": "hf_prune.errors",
     "LLMPrunerConfig": "hf_prune.config",
+    "LatencyTable": "hf_prune.latency",
     "MagnitudeConfig": "hf_prune.config",
+    "PolicyGradientConfig": "hf_prune.config",
+    "PruneNetConfig": "hf_prune.config",
     "PrunedModelForCausalLM": "hf_prune.modeling",
+    "PruningCallback": "hf_prune.recovery.callback",
     "PruningConfig": "hf_prune.config",
     "PruningPlan": "hf_prune.plan",
     "PruningResult": "hf_prune.pipeline",
     "RandomConfig": "hf_prune.config",
     "Structure": "hf_prune.structure.structure",
     "WandaConfig": "hf_prune.config",
+    "align_to_checkpoint": "hf_prune.recovery.resuming",
     "allocate": "hf_prune.allocation",
     "apply_plan": "hf_prune.surgery.pruning",
+    "apply_plan_": "hf_prune.surgery.in_place",
+    "hill_exponents": "hf_prune.allocation",
     "infer_structure": "hf_prune.structure.inference",
+    "lora_config": "hf_prune.recovery.lora",
+    "merge_adapters": "hf_prune.recovery.lora",
+    "measure_latency": "hf_prune.evaluation.latency",
     "perplexity": "hf_prune.evaluation.perplexity",
     "prune": "hf_prune.pipeline",
+    "recover": "hf_prune.recovery.recover",
 }
 
 __all__ = [
+    "DistillationTrainer",
+    "DivergenceGuard",
     "HFPruneError",
     "LLMPrunerConfig",
+    "LatencyTable",
     "MagnitudeConfig",
+    "PolicyGradientConfig",
+    "PruneNetConfig",
     "PrunedModelForCausalLM",
+    "PruningCallback",
     "PruningConfig",
     "PruningPlan",
     "PruningResult",
     "RandomConfig",
     "Structure",
     "WandaConfig",
+    "align_to_checkpoint",
     "allocate",
     "apply_plan",
+    "apply_plan_",
+    "hill_exponents",
     "infer_structure",
+    "lora_config",
+    "measure_latency",
+    "merge_adapters",
     "perplexity",
     "prune",
+    "recover",
 ]
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import inspect as inspect_module
+import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from hf_prune.config_flags import config_flags, read_config
+from hf_prune.config_flags import config_flags, read_config, read_sweep
 from hf_prune.errors import ConfigError, HFPruneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from transformers import PreTrainedModel
+
+    from hf_prune.config import PruningConfig
 
 
 class _Commands(TyperGroup):
@@ -72,13 +76,14 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _with_config_flags(command: Callable[..., None]) -> Callable[..., None]:
+def _with_config_flags(command: Callable[..., None], without: tuple[str, ...] = ()) -> Callable[..., None]:
     """Give `command` one option for each field of any method's configuration, in place of its `**fields`."""
     own = inspect_module.signature(command, eval_str=True)
     parameters = [parameter for parameter in own.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
+    flags = [flag for flag in config_flags() if flag.name not in without]
     positional = [parameter for parameter in parameters if parameter.kind != parameter.KEYWORD_ONLY]
     rest = [parameter for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY]
-    command.__signature__ = own.replace(parameters=[*positional, *config_flags(), *rest])  # type: ignore[attr-defined]
+    command.__signature__ = own.replace(parameters=[*positional, *flags, *rest])  # type: ignore[attr-defined]
     return command
 
 
@@ -97,26 +102,51 @@ def prune(
         ),
     ] = None,
     config: Annotated[Path | None, typer.Option(help="JSON file of a PruningConfig; flags override it.")] = None,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="JSON of measured latencies, for --budget latency. Default: measured.")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Setting of llm_pruner by name: recommended, paper_block, paper_channel, paper_vector or "
+            "paper_second_order; a config file and flags override it."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Calibration windows per forward pass.")] = 8,
     device: Device = None,
     dtype: Dtype = None,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Prune from file to file, layer by layer: random, magnitude, prunenet."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but save: print the plan.")] = False,
     **fields: Any,
 ) -> None:
     """Prune a model and save it: weights, widths in config.json, plan, tokenizer and model card."""
-    chosen = read_config(config, fields)
+    chosen = read_config(config, fields, _preset(preset, model, fields))
     if output is None and not dry_run:
         raise ConfigError("no output directory was given: name one after the model, or pass --dry-run.")
 
+    if stream:
+        given = {"--calibration": calibration, "--latency-table": latency_table, "--device": device, "--dtype": dtype}
+        _prune_streaming(model, None if dry_run else output, chosen, [name for name, value in given.items() if value])
+        return
+
     from hf_prune import pipeline, printing
     from hf_prune.checkpoint.files import needs_plugin
-    from hf_prune.checkpoint.saving import save_pruned
+    from hf_prune.checkpoint.saving import check_directory, save_pruned
+    from hf_prune.latency import LatencyTable
     from hf_prune.loading import load_model, load_tokenizer
 
+    if output is not None and not dry_run:
+        check_directory(output.absolute())
+    table = LatencyTable.load(latency_table) if latency_table is not None else None
     tokenizer = load_tokenizer(model, required=calibration is not None)
     dense = load_model(model, device=device, dtype=dtype)
     start = time.perf_counter()
-    result = pipeline.prune(dense, chosen, tokenizer=tokenizer, calibration=calibration, batch_size=batch_size)
+    result = pipeline.prune(
+        dense, chosen, tokenizer=tokenizer, calibration=calibration, batch_size=batch_size, latency=table
+    )
     prune_s = time.perf_counter() - start
     if output is not None and not dry_run:
         save_pruned(result.model, output, plan=result.plan, tokenizer=tokenizer)
@@ -127,6 +157,79 @@ def prune(
         prune_s=prune_s,
         save_s=time.perf_counter() - start - prune_s,
     )
+
+
+def _prune_streaming(model: str, output: Path | None, config: PruningConfig, given: list[str]) -> None:
+    if given:
+        raise ConfigError(f"{given[0]} does not go with --stream, which reads weights alone, as they are on the disk.")
+
+    from hf_prune import printing
+    from hf_prune.checkpoint.files import needs_plugin
+    from hf_prune.loading import load_config, load_tokenizer
+    from hf_prune.streaming import stream_prune
+
+    start = time.perf_counter()
+    plan, structure = stream_prune(model, output, config, tokenizer=load_tokenizer(model, required=False))
+    seconds = time.perf_counter() - start
+    printing.print_plan(plan, structure)
+    if output is not None:
+        plugin = needs_plugin(load_config(str(output)))
+        printing.print_values({"saved": str(output), "loads with hf_prune only": str(plugin), "seconds": seconds})
+
+
+@app.command()
+@partial(_with_config_flags, without=("method", "pruning_ratio", "allocation", "repair"))
+def sweep(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Directory for the table, the picture and the scores.")],
+    *,
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")],
+    ratios: Annotated[str, typer.Option(help="Fractions to remove, separated by commas.")],
+    text: Annotated[str, typer.Option(help="Text to measure perplexity on: a file, or a Hub dataset.")],
+    calibration: Annotated[str | None, typer.Option(help="Text, for what needs it.", metavar="FILE|DATASET")] = None,
+    allocations: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Allocations, separated by commas; or a JSON object of weights, or a .json file (repeatable)."
+        ),
+    ] = None,
+    repairs: Annotated[str, typer.Option(help="Values of repair, separated by commas.")] = "",
+    window: Annotated[int, typer.Option(help="Tokens of each window of the text, 2 or more.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    latency_table: Annotated[
+        Path | None, typer.Option(help="JSON of measured latencies, for --budget latency. Default: measured.")
+    ] = None,
+    as_json: AsJson = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    **fields: Any,
+) -> None:
+    """Compare methods, allocations and ratios: one table, one picture. Run again to go on where it stopped."""
+    from hf_prune import printing
+    from hf_prune.latency import LatencyTable
+    from hf_prune.loading import load_model, load_tokenizer
+    from hf_prune.sweep import sweep as run_sweep
+
+    chosen = read_sweep(methods, ratios, allocations or [], repairs, fields)
+    table = LatencyTable.load(latency_table) if latency_table is not None else None
+    tokenizer = load_tokenizer(model, required=True)
+    assert tokenizer is not None
+    dense = load_model(model, device=device, dtype=dtype)
+    rows = run_sweep(
+        dense,
+        tokenizer,
+        output,
+        **chosen,
+        text=text,
+        calibration=calibration,
+        window=window,
+        batch_size=batch_size,
+        latency=table,
+    )
+    if as_json:
+        _print_json({"rows": rows})
+    else:
+        printing.print_rows(rows, output)
 
 
 @app.command("eval")
@@ -178,6 +281,60 @@ def evaluate(
     _print_json(values) if as_json else printing.print_values(values)
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def recover(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Directory or Hub id of a pruned model.")],
+    output: Annotated[Path, typer.Argument(help="Directory for the recovered model; checkpoints go beside it.")],
+    train: Annotated[str, typer.Option(help="Text to train on: a file, or a Hub dataset.", metavar="FILE|DATASET")],
+    eval_text: Annotated[
+        str | None, typer.Option("--eval", help="Text to choose the best checkpoint by.", metavar="FILE|DATASET")
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora/--full", help="Train adapters and merge them, or all weights.")] = True,
+    teacher: Annotated[str | None, typer.Option(help="Dense model to distil from: directory or Hub id.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the distributions that are compared, above 0.")] = 1.0,
+    alpha: Annotated[float, typer.Option(help="Weight of the teacher against the text, 0 to 1.")] = 0.5,
+    hidden_weight: Annotated[float, typer.Option(help="Weight of hidden-state matching, 0 or more.")] = 0.0,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
+    seq_len: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this output.")] = False,
+) -> None:
+    """Train a pruned model and save it: LoRA (the default) or all weights, with or without a teacher.
+
+    After the two directories, every option of transformers' TrainingArguments may be given too, as in
+    `--learning-rate 1e-4 --bf16 --per-device-train-batch-size 4`. Several GPUs, FSDP and DeepSpeed: start it by
+    `accelerate launch --no_python hf-prune recover ...`.
+    """
+    from hf_prune import printing
+    from hf_prune.recovery.arguments import parse_training_options
+    from hf_prune.recovery.recover import recover as run
+
+    if model.startswith("-") or str(output).startswith("-"):
+        raise ConfigError("the pruned model and the output directory come first, before any option.")
+    options = parse_training_options(context.args)
+    result = run(
+        model,
+        output,
+        train=train,
+        eval=eval_text,
+        lora=lora,
+        teacher=teacher,
+        temperature=temperature,
+        alpha=alpha,
+        hidden_weight=hidden_weight,
+        steps=steps,
+        seq_len=seq_len,
+        resume=resume,
+        **options,
+    )
+    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints
+        return
+    values: dict[str, str | int | float] = {"num_parameters": result.model.num_parameters()}
+    if result.perplexity_before is not None and result.perplexity_after is not None:
+        values |= {"perplexity before": result.perplexity_before, "perplexity after": result.perplexity_after}
+    printing.print_values({**values, "output": str(output)})
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory for the pictures, the table and the pruned model.")] = Path(
@@ -188,6 +345,19 @@ def demo(
     from hf_prune.demo import run_demo
 
     run_demo(output)
+
+
+def _preset(name: str | None, model: str, fields: dict[str, Any]) -> PruningConfig | None:
+    """The named setting for this model, at the ratio that `fields` give."""
+    if name is None:
+        return None
+    from hf_prune.config import LLMPrunerConfig
+    from hf_prune.loading import load_config
+
+    if fields.get("pruning_ratio") is None:
+        raise ConfigError("--preset needs --pruning-ratio: the fraction to remove, above 0 and below 1.")
+    num_hidden_layers = load_config(model).get_text_config().num_hidden_layers
+    return LLMPrunerConfig.preset(name, fields["pruning_ratio"], num_hidden_layers)
 
 
 def _prompt(model: PreTrainedModel) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""`hf-prune demo`: the whole job on the bundled model. Prune, compare, save, reload, generate; no network needed."""
+"""`hf-prune demo`: the whole job on the bundled model: prune, repair, compare, save, reload, generate. No network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoModelForCausalLM
 
-from hf_prune.allocation import allocate
 from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.config import LLMPrunerConfig, MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig
 from hf_prune.data import load_text
@@ -21,21 +20,18 @@ from hf_prune.evaluation.perplexity import inference, perplexity
 from hf_prune.evaluation.report import comparison_table, markdown_table, perplexity_picture, widths_picture
 from hf_prune.evaluation.speed import num_parameters
 from hf_prune.loading import load_model, load_tokenizer
-from hf_prune.methods import score
-from hf_prune.pipeline import base_model_of, calibration_data
+from hf_prune.pipeline import prune
 from hf_prune.printing import print_plan
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.pruning import apply_plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
 
 MODEL_DIR = Path(__file__).with_name("demo_model")
 RATIOS = (0.2, 0.3, 0.5)
-SAVED = ("llm_pruner, global", 0.3)
+SAVED = ("llm_pruner, repaired", 0.3)
 """Which of the pruned models is saved, reloaded and lets us read a text."""
 PROMPT = "The old man looked at the sea and"
 
@@ -63,7 +59,7 @@ def run_demo(output: Path, *, model_dir: Path = MODEL_DIR) -> None:
     name = f"{type(dense).__name__}, {num_parameters(dense):,} parameters"
     console.print(Text(f"Pruning a small {name} without retraining it.", style="bold"))
 
-    rows, models, plans = _compare(dense, tokenizer, structure, model_dir)
+    rows, models, plans = _compare(dense, tokenizer, model_dir)
     console.print(comparison_table(rows, title="Perplexity on text that the model was not trained on"))
 
     output.mkdir(parents=True, exist_ok=True)
@@ -89,23 +85,20 @@ def run_demo(output: Path, *, model_dir: Path = MODEL_DIR) -> None:
 
 
 def _compare(
-    dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, structure: Structure, model_dir: Path
+    dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_dir: Path
 ) -> tuple[list[Row], dict[tuple[str, float], PreTrainedModel], dict[tuple[str, float], PruningPlan]]:
     """A row for the dense model and for each method and ratio; the models and plans by `(name, ratio)`."""
     text = load_text(model_dir / "evaluation.txt")
     rows: list[Row] = [_row("dense", 0.0, 0.0, dense, tokenizer, text)]
     models, plans = {}, {}
     for name, config_class, settings in _runs():
-        scores = None  # one scoring serves every ratio
+        scores: dict[str, torch.Tensor] | None = None  # one scoring serves every ratio
         for ratio in RATIOS:
-            config = config_class(ratio, **settings)
-            if scores is None:
-                batches = calibration_data(config, tokenizer, str(model_dir / "calibration.txt"), batch_size=8)
-                scores = score(dense, structure, config, batches=batches)
-            plan = allocate(scores, structure, config, base_model_name_or_path=base_model_of(dense))
-            pruned = apply_plan(dense, structure, plan)
-            rows.append(_row(name, ratio, plan.achieved["decoder"], pruned, tokenizer, text))
-            models[name, ratio], plans[name, ratio] = pruned, plan
+            config, calibration = config_class(ratio, **settings), str(model_dir / "calibration.txt")
+            result = prune(dense, config, tokenizer=tokenizer, calibration=calibration, scores=scores)
+            scores = result.scores
+            rows.append(_row(name, ratio, result.plan.achieved["decoder"], result.model, tokenizer, text))
+            models[name, ratio], plans[name, ratio] = result.model, result.plan
     return rows, models, plans
 
 
@@ -116,8 +109,8 @@ def _runs() -> list[tuple[str, type[PruningConfig], dict[str, Any]]]:
         ("random", RandomConfig, {}),
         ("magnitude", MagnitudeConfig, {}),
         ("wanda", WandaConfig, calibration),
-        ("wanda, global", WandaConfig, {"allocation": "global", **calibration}),
-        ("llm_pruner, global", LLMPrunerConfig, {"allocation": "global", **calibration}),
+        ("llm_pruner", LLMPrunerConfig, calibration),
+        ("llm_pruner, repaired", LLMPrunerConfig, {"repair": "least_squares", "selection": "obs", **calibration}),
     ]
 
 

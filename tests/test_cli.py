@@ -118,6 +118,19 @@ def test_flags_override_the_config_file(model, tmp_path):
     assert plan.widths["layers.1.mlp"] == 24
 
 
+def test_a_preset_is_a_start_that_flags_override(tmp_path, text):
+    deep = tiny.write_checkpoint(tmp_path / "deep", num_layers=8)
+    arguments = ("prune", deep, tmp_path / "out", "--preset", "paper_block", "--pruning-ratio", 0.25)
+    result = run(*arguments, "--calibration", text, "--num-samples", 2, "--seq-len", 16)
+    assert result.exit_code == 0, result.output
+    config = PruningPlan.load(tmp_path / "out" / "pruning_plan.json").config
+    assert (config.criterion, config.layers, config.seed) == ("first_order", (4, 5), 42)
+    assert (config.num_samples, config.budget) == (2, "units")
+    refused = run("prune", deep, tmp_path / "other", "--preset", "paper_block")
+    assert refused.exit_code == 2
+    assert "--pruning-ratio" in refused.output
+
+
 def test_every_field_of_every_method_is_a_flag_and_comes_back():
     flags = {parameter.name for parameter in config_flags()}
     assert flags == {field.name for known in CONFIGS.values() for field in dataclasses.fields(known)}
@@ -269,8 +282,8 @@ def test_demo_compares_saves_reloads_and_draws(tmp_path, capsys):
     for word in (
         "random",
         "magnitude",
-        "wanda, global",
-        "llm_pruner, global",
+        "wanda",
+        "llm_pruner, repaired",
         "same logits",
         "dense: ",
         "pruned: ",
@@ -281,6 +294,8 @@ def test_demo_compares_saves_reloads_and_draws(tmp_path, capsys):
     assert table.count("\n") == 2 + 1 + 5 * 3
     config = json.loads((output / "pruned" / "config.json").read_text())
     assert config["pruning_config"]["method"] == "llm_pruner"
+    assert PruningPlan.load(output / "pruned" / "pruning_plan.json").config.repair == "least_squares"
+    assert config["per_layer_config"]  # layers differ
     assert AutoModelForCausalLM.from_pretrained(output / "pruned").num_parameters() > 0
     for name in ("widths.png", "perplexity.png"):
         assert (output / name).stat().st_size > 1000
@@ -332,8 +347,9 @@ def test_prune_needs_an_output_or_a_dry_run(model):
     assert "no output directory" in result.stderr
 
 
-def test_output_that_holds_other_things_is_left_alone(model, tmp_path):
+def test_output_that_holds_other_things_is_left_alone(model, tmp_path, monkeypatch):
     (tmp_path / "thesis.tex").write_text("years of work")
+    monkeypatch.setattr("hf_prune.pipeline.prune", None)  # refused before anything is computed
     result = run("prune", model, tmp_path, "--method", "random", "--pruning-ratio", 0.3)
     assert result.exit_code == 2
     assert "thesis.tex" in result.stderr

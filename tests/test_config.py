@@ -10,6 +10,7 @@ from structures import llama
 from hf_prune.config import (
     CONFIGS,
     MagnitudeConfig,
+    PruneNetConfig,
     PruningConfig,
     RandomConfig,
     WandaConfig,
@@ -25,11 +26,12 @@ KINDS = ("mlp", "attention", "hidden", "layer", "layer_attention", "layer_mlp")
 def configs(draw):
     config_class = draw(st.sampled_from(list(CONFIGS.values())))
     own = {"norm": draw(st.sampled_from(["l1", "l2"]))} if config_class is MagnitudeConfig else {}
+    kinds = ("mlp", "attention") if config_class is PruneNetConfig else KINDS
     layers = st.lists(st.integers(0, 90), min_size=1, unique=True).map(tuple)
     return config_class(
         draw(st.floats(0, 1, exclude_min=True, exclude_max=True)),
         budget=draw(st.sampled_from(["decoder", "model", "units"])),
-        axes=tuple(draw(st.lists(st.sampled_from(KINDS), min_size=1, unique=True))),
+        axes=tuple(draw(st.lists(st.sampled_from(kinds), min_size=1, unique=True))),
         allocation=draw(st.sampled_from(["uniform", "global"])),
         round_to=draw(st.none() | st.just("auto") | st.integers(1, 512)),
         min_units=draw(st.integers(1, 64)),

@@ -28,6 +28,10 @@ STAGES = {
     "surgery": 5,
     "surgery.masking": 2,  # methods that learn masks run the masked model
     "checkpoint": 6,
+    "latency": 3,  # a table of numbers
+    "evaluation.perplexity": 6,
+    "evaluation.speed": 6,
+    "evaluation.latency": 6,  # prune() measures where the budget is time
     "evaluation.report": 6,  # draws the picture that checkpoints carry
     "iterative": 6,
     "pipeline": 7,

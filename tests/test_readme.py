@@ -21,6 +21,13 @@ PAGES = (
     "docs/quickstart.md",
     "docs/cli.md",
     "docs/methods.md",
+    "docs/llm_pruner.md",
+    "docs/policy_gradient.md",
+    "docs/prunenet.md",
+    "docs/repair.md",
+    "docs/allocation.md",
+    "docs/recovery.md",
+    "docs/design.md",
     "docs/changelog.md",
     "docs/contributing.md",
 )

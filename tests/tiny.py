@@ -48,7 +48,7 @@ def write_checkpoint(path: Path, *, num_layers: int = 2, max_position_embeddings
 
 def write_demo_model(path: Path) -> Path:
     """What `hf_prune/demo_model` holds, tiny."""
-    write_checkpoint(path, num_layers=2, max_position_embeddings=512)
+    write_checkpoint(path, num_layers=3, max_position_embeddings=512)
     write_text(path / "calibration.txt", 32 * 256, seed=1)
     write_text(path / "evaluation.txt", 600, seed=2)
     return path

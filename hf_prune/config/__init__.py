@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hf_prune.config.base import Allocation, AxisKind, Budget, PruningConfig
 from hf_prune.config.methods import LLMPrunerConfig, MagnitudeConfig, RandomConfig, WandaConfig
+from hf_prune.config.policy_gradient import PolicyGradientConfig
+from hf_prune.config.prunenet import PruneNetConfig
 from hf_prune.config.selection import LAYER_AXES, axes_of_kind, is_protected, layer_unit_names, selected_axes
 
 CONFIGS: dict[str, type[PruningConfig]] = {
@@ -12,6 +14,8 @@ CONFIGS: dict[str, type[PruningConfig]] = {
     "magnitude": MagnitudeConfig,
     "wanda": WandaConfig,
     "llm_pruner": LLMPrunerConfig,
+    "policy_gradient": PolicyGradientConfig,
+    "prunenet": PruneNetConfig,
 }
 """Method → its configuration class."""
 
@@ -23,6 +27,8 @@ __all__ = [
     "Budget",
     "LLMPrunerConfig",
     "MagnitudeConfig",
+    "PolicyGradientConfig",
+    "PruneNetConfig",
     "PruningConfig",
     "RandomConfig",
     "WandaConfig",

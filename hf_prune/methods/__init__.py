@@ -17,6 +17,8 @@ from hf_prune.config import PruningConfig, selected_axes
 from hf_prune.errors import CalibrationError, ConfigError, ScoreError
 from hf_prune.methods.baselines import magnitude_scores, random_scores, wanda_scores
 from hf_prune.methods.llm_pruner import llm_pruner_scores
+from hf_prune.methods.policy_gradient import policy_gradient_scores
+from hf_prune.methods.prunenet import prunenet_scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -46,6 +48,8 @@ class Method:
 
     scores: ScoreFunction
     needs_calibration: bool
+    uses_ratio: bool = False
+    """Scores are learnt for one pruning ratio, and serve no other."""
 
 
 METHODS: dict[str, Method] = {
@@ -53,6 +57,8 @@ METHODS: dict[str, Method] = {
     "magnitude": Method(magnitude_scores, needs_calibration=False),
     "wanda": Method(wanda_scores, needs_calibration=True),
     "llm_pruner": Method(llm_pruner_scores, needs_calibration=True),
+    "policy_gradient": Method(policy_gradient_scores, needs_calibration=True, uses_ratio=True),
+    "prunenet": Method(prunenet_scores, needs_calibration=False, uses_ratio=True),
 }
 
 

@@ -10,6 +10,8 @@ docs/results.json to measure it anew. Data and model are read from `HF_PRUNE_DAT
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -19,25 +21,31 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import transformers
 import typer
 from results_page import write_pages
 from results_rows import CALIBRATION, CRITERIA_NAMES, RATIOS, SECTIONS
+from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_prune import LLMPrunerConfig, PruningConfig, infer_structure, prune
+from hf_prune import LLMPrunerConfig, PruningConfig, PruningPlan, infer_structure
 from hf_prune.data import load_text
 from hf_prune.evaluation import num_bytes, num_parameters, perplexity
-from hf_prune.methods import score
-from hf_prune.pipeline import calibration_data
+from hf_prune.methods import METHODS, score
+from hf_prune.pipeline import calibration_data, carry_out, decide
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("HF_PRUNE_DATA", ROOT.parent / "shared"))
 RESULTS = ROOT / "docs" / "results.json"
+KEPT = ROOT / "build" / "results"
+REPAIR_FIELDS = ("repair", "repair_target", "repair_ridge")
 NOVELS_CHARS = 400_000  # about 100,000 tokens
 
 Cell = dict[str, Any]
@@ -77,11 +85,43 @@ def measure_dense() -> dict[str, Any]:
 
 
 def measure_pruned(cell: Cell) -> dict[str, Any]:
-    """The result of one configuration."""
+    """The result of one configuration. Scores and plans are kept: ratios share scores, repairs share plans."""
     dense, tokenizer = dense_model()
-    train = str(SHARED / "data" / "wikitext2" / "train.txt")
-    result = prune(dense, PruningConfig.from_dict(cell), tokenizer=tokenizer, calibration=train)
-    return {"config": cell, "achieved": result.plan.achieved, "commit": commit(), **measure(result.model)}
+    config, structure = PruningConfig.from_dict(cell), infer_structure(dense)
+    batches = calibration_data(config, tokenizer, str(SHARED / "data" / "wikitext2" / "train.txt"), 8)
+    KEPT.mkdir(parents=True, exist_ok=True)
+    scores_path, plan_path = KEPT / f"{scoring_key(config)}.safetensors", KEPT / f"{plan_key(config)}.json"
+    if plan_path.exists():
+        plan = dataclasses.replace(PruningPlan.load(plan_path), config=config)
+    else:
+        scores = load_file(scores_path) if scores_path.exists() else None
+        plan, found = decide(dense, structure, config, batches, scores=scores)
+        plan.save(plan_path)
+        if scores is None:
+            temporary = scores_path.with_suffix(f".{os.getpid()}")
+            save_file(found, temporary)
+            temporary.replace(scores_path)
+    pruned = carry_out(dense, structure, plan, config, batches)
+    return {"config": cell, "achieved": plan.achieved, "commit": commit(), **measure(pruned)}
+
+
+def plan_key(config: PruningConfig) -> str:
+    """A name for everything that the plan depends on."""
+    return _key({name: value for name, value in config.to_dict().items() if name not in REPAIR_FIELDS})
+
+
+def scoring_key(config: PruningConfig) -> str:
+    """A name for everything that the scores of the dense model depend on."""
+    irrelevant = {field.name for field in dataclasses.fields(PruningConfig)} - {"method", "seed", "axes"}
+    if METHODS[config.method].needs_calibration:
+        irrelevant -= {"num_samples", "seq_len"}
+    if config.method == "policy_gradient":
+        irrelevant -= {"pruning_ratio", "budget"}  # it learns the decision
+    return _key({name: value for name, value in config.to_dict().items() if name not in irrelevant})
+
+
+def _key(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def measure_rank_correlation() -> dict[str, dict[str, dict[str, float]]]:
@@ -134,24 +174,24 @@ def save(results: dict[str, Any]) -> None:
     temporary.replace(RESULTS)
 
 
-def missing(results: dict[str, Any], only: str) -> list[Cell]:
-    """Configurations of the sections whose title holds `only` that have no result yet, each once."""
+def missing(results: dict[str, Any], only: str, ratios: Sequence[float]) -> list[Cell]:
+    """Configurations of the sections whose title holds `only` that have no result yet, each once; 50 % first."""
     done = [row["config"] for row in results["rows"]]
     wanted: list[Cell] = []
-    for ratio in RATIOS:
+    for ratio in sorted(ratios, key=lambda ratio: abs(ratio - 0.5)):
         for section in SECTIONS:
             for row in section.rows if only.lower() in section.title.lower() else ():
                 wanted += [cell for cell in row.cells(ratio) if cell not in done and cell not in wanted]
     return wanted
 
 
-def run(jobs: int, only: str) -> None:
+def run(jobs: int, only: str, ratios: Sequence[float]) -> None:
     """Measure what docs/results.json does not hold yet, `jobs` at a time, one thread each."""
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {**circumstances(), "rows": []}
     with ProcessPoolExecutor(
         jobs, mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        running = [pool.submit(measure_pruned, cell) for cell in missing(results, only)]
+        running = [pool.submit(measure_pruned, cell) for cell in missing(results, only, ratios)]
         others = {} if "dense" in results else {pool.submit(measure_dense): "dense"}
         if "rank_correlation" not in results:
             others[pool.submit(measure_rank_correlation)] = "rank_correlation"
@@ -167,11 +207,12 @@ def run(jobs: int, only: str) -> None:
 def main(
     jobs: Annotated[int, typer.Option(help="Processes, with one thread each.")] = 2,
     only: Annotated[str, typer.Option(help="Measure only sections whose title holds this.")] = "",
+    ratio: Annotated[list[float] | None, typer.Option(help="Measure only at these ratios.")] = None,
     tables_only: Annotated[bool, typer.Option(help="Only write the tables from docs/results.json.")] = False,
 ) -> None:
     """Measure on ref10m and write the tables."""
     if not tables_only:
-        run(jobs, only)
+        run(jobs, only, ratio or RATIOS)
     write_pages(json.loads(RESULTS.read_text(encoding="utf-8")), ROOT)
 
 
