@@ -12,6 +12,7 @@ from hf_prune.errors import ConfigError
 from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
+from hf_prune.surgery.repair.preview import RepairPreview
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,13 +66,18 @@ def plan_in_steps(
         if asked <= 0:
             continue
         own = _for_current(config, structure, now, done, asked)
+        scores = score(current, now, own)
+        preview = None
+        if own.allocation == "search" and own.repair == "least_squares":  # judge plans as repair will leave them
+            preview = RepairPreview(current, now, batches or (), own.repair_ridge).applied
         plan = allocate(
-            score(current, now, own),
+            scores,
             now,
             own,
             model=current,
             batches=batches,
             latency=latency if config.num_steps == 1 else None,
+            preview=preview,
             base_model_name_or_path=base_model_name_or_path,
         )
         done = plan if config.num_steps == 1 else compose(structure, config, done, plan)

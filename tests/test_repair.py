@@ -26,8 +26,13 @@ from models import (
 from transformers import AutoModelForCausalLM
 
 from hf_prune import MagnitudeConfig, RandomConfig, apply_plan, prune
+from hf_prune import plan as plans
+from hf_prune.config import PruningConfig
 from hf_prune.errors import CalibrationError, ConfigError, PlanError, StructureError
+from hf_prune.structure.inference import infer_structure
+from hf_prune.surgery.masking import masked
 from hf_prune.surgery.repair import repair_, select_repairable
+from hf_prune.surgery.repair.preview import RepairPreview
 from hf_prune.surgery.repair.selection import eliminate
 from hf_prune.surgery.repair.statistics import Statistics, solve
 from hf_prune.surgery.repair.streams import Call, Stream, replaced_forward
@@ -599,3 +604,50 @@ def test_prune_selects_for_repair():
         select_repairable(dense, shared_structure("llama"), plain.plan, [])
     with pytest.raises(ConfigError, match="selection"):
         RandomConfig(0.5, selection="best")
+
+
+# --- preview ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_preview_is_the_least_squares_weight_on_dense_inputs(family):
+    model = tiny_model(family).double()
+    structure = infer_structure(model)
+    batches = [{"input_ids": torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(3))}]
+    plan = plans.make_plan(structure, {"layers.1.mlp": tuple(range(0, 40, 3))}, PruningConfig(0.3), None)
+    transposed = family == "gpt2"
+    path = "transformer.h.1.mlp.c_proj" if transposed else "model.layers.1.mlp.down_proj"
+    module, seen = model.get_submodule(path), []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
+    model.eval()(**batches[0])
+    handle.remove()
+    before = module.weight.detach().clone()
+    weight = before.T if transposed else before
+    kept = list(plan.kept_indices["layers.1.mlp"])
+    expected = torch.linalg.lstsq(seen[0][:, kept], seen[0] @ weight.T).solution.T
+    preview = RepairPreview(model, structure, batches, ridge=0.0)
+    with preview.applied(plan):
+        found = module.weight.T if transposed else module.weight
+        torch.testing.assert_close(found[:, kept], expected, rtol=1e-6, atol=1e-8)
+        gone = [unit for unit in range(found.shape[1]) if unit not in kept]
+        assert not found[:, gone].any()
+    assert torch.equal(module.weight, before)
+
+
+def test_search_judges_plans_as_repair_will_leave_them():
+    """With repair the search ends at a plan whose repaired model is nearer than that of the plan found without."""
+    model = tiny_model("llama")
+    structure = infer_structure(model)
+    batches = [{"input_ids": torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(3))}]
+    preview = RepairPreview(model, structure, batches, ridge=1e-2)
+    dense = model.eval()(**batches[0]).logits.log_softmax(-1)
+
+    def divergence(plan):
+        with torch.no_grad(), preview.applied(plan), masked(model, structure, plan):
+            return float((dense.exp() * (dense - model(**batches[0]).logits.log_softmax(-1))).sum())
+
+    found = {}
+    for repair in ("none", "least_squares"):
+        config = MagnitudeConfig(0.4, allocation="search", repair=repair, search_evaluations=60, search_samples=8)
+        found[repair] = divergence(prune(model, config, calibration=batches).plan)
+    assert found["least_squares"] < found["none"]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from hf_prune.allocation.ladders import Ladder
+    from hf_prune.allocation.search import Preview
     from hf_prune.latency import LatencyTable
     from hf_prune.methods.calibration import Batch
     from hf_prune.structure.structure import Structure
@@ -45,6 +46,7 @@ def allocate(
     batches: Iterable[Batch] | None = None,
     latency: LatencyTable | None = None,
     exponents: Mapping[int, float] | None = None,
+    preview: Preview | None = None,
     base_model_name_or_path: str | None = None,
 ) -> PruningPlan:
     """Decide which units stay.
@@ -67,6 +69,7 @@ def allocate(
         batches: calibration batches (`input_ids` `[B, T]`), for `search`.
         latency: table of measured latencies, for the budget `latency`; otherwise only recorded.
         exponents: decoder layer → Hill exponent, if already known; saves `spectral` and `search` the spectra.
+        preview: for `search` of plans that will be repaired: see `search`.
         base_model_name_or_path: recorded in the plan.
 
     Returns:
@@ -95,7 +98,13 @@ def allocate(
         assert model is not None
         assert batches is not None
         start: Start = search(
-            model, structure, config, _starts(ladders, structure, config, latency, exponents or {}), batches, latency
+            model,
+            structure,
+            config,
+            _starts(ladders, structure, config, latency, exponents or {}),
+            batches,
+            latency,
+            preview,
         )
     else:
         start = _start(ladders, structure, config, latency, exponents or {})

@@ -7,6 +7,7 @@ of the other allocations.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -26,13 +27,17 @@ from hf_prune.plan import make_plan
 from hf_prune.surgery.masking import masked
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
+    from contextlib import AbstractContextManager
 
     from hf_prune.allocation.ladders import Ladder
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
     from hf_prune.methods.calibration import Batch
+    from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
+
+    Preview = Callable[[PruningPlan], AbstractContextManager[None]]
 
 POPULATION = 8
 """Plans that may have children."""
@@ -69,6 +74,7 @@ def search(
     starts: Sequence[Start],
     batches: Iterable[Batch],
     latency: LatencyTable | None,
+    preview: Preview | None = None,
 ) -> Individual:
     """The plan with the least KL divergence found; on its windows never worse than the best of `starts`.
 
@@ -84,6 +90,8 @@ def search(
         starts: plans within the budget, at least one.
         batches: calibration batches (`input_ids`, int64 `[B, T]`).
         latency: table for the budget `latency`.
+        preview: context in which the dense model, masked by a plan, is also repaired; `None`: plans are judged as they
+            are before repair.
 
     Raises:
         ConfigError: the hidden axis is to be pruned, which cannot be masked.
@@ -100,7 +108,7 @@ def search(
         evaluating(model),
         tqdm(total=config.search_evaluations, desc="search", unit="plan", leave=False) as bar,
     ):
-        judge = _Judge(model, structure, config, windows)
+        judge = _Judge(model, structure, config, windows, preview)
         misses = [_miss(start, structure, config, latency) for start in starts]
         most = max(NEAR, min(misses)) + 1e-9
         population = [judge.judged(start) for start, miss in zip(starts, misses, strict=True) if miss <= most]
@@ -183,8 +191,16 @@ def _swapped(ladder: Ladder, steps: int, draws: np.ndarray[tuple[int], np.dtype[
 class _Judge:
     """Measures plans on the same windows, each plan once."""
 
-    def __init__(self, model: nn.Module, structure: Structure, config: PruningConfig, windows: list[Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        config: PruningConfig,
+        windows: list[Tensor],
+        preview: Preview | None,
+    ) -> None:
         self._model, self._structure, self._config, self._windows = model, structure, config, windows
+        self._preview = preview
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = {}
         self._dense = [_log_probs(self._logits(ids)) for ids in windows]
 
@@ -200,7 +216,8 @@ class _Judge:
         key = tuple(sorted(kept.items()))
         if key not in self._known:
             plan = make_plan(self._structure, kept, self._config, None)
-            with masked(self._model, self._structure, plan):
+            repaired = contextlib.nullcontext() if self._preview is None else self._preview(plan)
+            with repaired, masked(self._model, self._structure, plan):
                 total = sum(
                     _divergence(dense, self._logits(ids)) for dense, ids in zip(self._dense, self._windows, strict=True)
                 )

@@ -106,8 +106,9 @@ def measure_pruned(cell: Cell) -> dict[str, Any]:
 
 
 def plan_key(config: PruningConfig) -> str:
-    """A name for everything that the plan depends on."""
-    return _key({name: value for name, value in config.to_dict().items() if name not in REPAIR_FIELDS})
+    """A name for everything that the plan depends on; a search looks at what repair will do."""
+    irrelevant = () if config.allocation == "search" else REPAIR_FIELDS
+    return _key({name: value for name, value in config.to_dict().items() if name not in irrelevant})
 
 
 def scoring_key(config: PruningConfig) -> str:

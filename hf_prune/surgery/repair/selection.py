@@ -65,8 +65,8 @@ def select_repairable(
         stream.start(ids)
         for layer in tqdm(range(len(structure.layer_paths)), desc="selection", unit="layer", leave=False):
             axes = [structure.axes[name] for name in kept if structure.axes[name].layer == layer]
-            found = {axis.name: place for axis in axes if (place := _only_consumer(model, structure, axis)) is not None}
-            grams = _grams(stream, layer, {name: module for name, (module, _) in found.items()})
+            found = {axis.name: place for axis in axes if (place := only_consumer(model, structure, axis)) is not None}
+            grams = collect_grams(stream, layer, {name: module for name, (module, _) in found.items()})
             for name, (module, ids_of_units) in found.items():
                 if name in grams:
                     gram = grams[name].symmetric_gram(centred=module.bias is not None)
@@ -117,7 +117,7 @@ def _costs(inverse: Tensor, weight: Tensor, entries: list[Tensor]) -> Tensor:
     return costs
 
 
-def _only_consumer(model: nn.Module, structure: Structure, axis: Axis) -> tuple[nn.Module, Tensor] | None:
+def only_consumer(model: nn.Module, structure: Structure, axis: Axis) -> tuple[nn.Module, Tensor] | None:
     """The linear layer that consumes an axis, and the unit of each of its inputs; `None` if it is not just one."""
     consumers = [member for member in structure.members[axis.name] if member.role == "consumer"]
     if len(consumers) != 1 or axis.kind not in ("attention", "mlp"):
@@ -130,7 +130,7 @@ def _only_consumer(model: nn.Module, structure: Structure, axis: Axis) -> tuple[
     return module, lay.unit_ids(layouts[consumers[0].dim], axis.name)
 
 
-def _grams(stream: Stream, layer: int, consumers: dict[str, nn.Module]) -> dict[str, Statistics]:
+def collect_grams(stream: Stream, layer: int, consumers: dict[str, nn.Module]) -> dict[str, Statistics]:
     """Sums over the inputs of some consumers, while the hidden states go through their layer."""
     grams: dict[str, Statistics] = {}
 
