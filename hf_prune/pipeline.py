@@ -11,6 +11,7 @@ from hf_prune.errors import CalibrationError
 from hf_prune.evaluation.latency import measure_latency
 from hf_prune.iterative import plan_in_steps
 from hf_prune.methods import METHODS, check_scores, score
+from hf_prune.methods.learned import LearnedScores
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 from hf_prune.surgery.repair import repair_, select_repairable
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
+    from hf_prune.methods.learned import Step
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
@@ -41,6 +43,11 @@ class PruningResult:
     """Structure of the dense model."""
     scores: dict[str, Tensor]
     """Score of every unit of the dense model, higher = keep: a plan at another ratio needs no new scoring."""
+
+    @property
+    def history(self) -> list[Step]:
+        """How the scores were learned, step by step (see `LearnedScores`); empty where nothing was learned."""
+        return history_of(self.scores)
 
 
 def prune(
@@ -76,6 +83,8 @@ def prune(
         latency = measure_latency(model, structure)
     plan, found = decide(model, structure, config, batches, latency=latency, scores=scores)
     pruned = carry_out(model, structure, plan, config, batches)
+    if history := history_of(found):
+        pruned._learning_history = plan, history  # type: ignore[assignment]  # for the picture in checkpoints
     logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
     return PruningResult(pruned, plan, structure, found)
 
@@ -90,13 +99,14 @@ def decide(
     scores: Mapping[str, Tensor] | None = None,
 ) -> tuple[PruningPlan, dict[str, Tensor]]:
     """The first half of `prune`: which units stay, and the scores of the dense model. See there."""
-    known = {} if scores is None else check_scores(scores, structure, config)
+    known: dict[str, Tensor] = {} if scores is None else check_scores(scores, structure, config)
 
     def step(current: PreTrainedModel, now: Structure, own: PruningConfig) -> dict[str, Tensor]:
+        nonlocal known
         if current is not model:
             return score(current, now, own, batches=batches)
         if not known:
-            known.update(score(model, structure, own, batches=batches))
+            known = score(model, structure, own, batches=batches)  # as it is: it may carry a history
         return known
 
     plan = plan_in_steps(model, structure, config, step, base_model_of(model), batches=batches, latency=latency)
@@ -120,6 +130,11 @@ def carry_out(
         target, ridge = config.repair_target, config.repair_ridge
         repair_(pruned, model, structure, plan, data, target=target, ridge=ridge, seed=config.seed)
     return pruned
+
+
+def history_of(scores: Mapping[str, Tensor]) -> list[Step]:
+    """The learning curve that `scores` carry; empty where nothing was learned."""
+    return scores.history if isinstance(scores, LearnedScores) else []
 
 
 def base_model_of(model: PreTrainedModel) -> str | None:

@@ -81,6 +81,19 @@ def test_uniform_result_is_said_to_be_a_plain_checkpoint(model, tmp_path):
     assert (output / "tokenizer.json").is_file()
 
 
+def test_learned_masks_leave_their_learning_curve(model, text, tmp_path):
+    pytest.importorskip("matplotlib")
+    output, state = tmp_path / "pruned", tmp_path / "state"
+    flags = ("--method", "policy_gradient", "--pruning-ratio", 0.3, "--init", "magnitude", "--policy-steps", 3)
+    flags += ("--calibration", text, "--num-samples", 4, "--seq-len", 8, "--state-dir", state)
+    for _ in range(2):  # the second time nothing is left to learn: the curve comes from the state
+        result = run("prune", model, output, *flags)
+        assert result.exit_code == 0, result.output
+        assert (output / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+        assert "](learning_curve.png)" in (output / "README.md").read_text()
+        (output / "learning_curve.png").unlink()
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(model, tmp_path):
     output = tmp_path / "pruned"
     result = run(

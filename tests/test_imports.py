@@ -32,7 +32,9 @@ STAGES = {
     "evaluation.perplexity": 6,
     "evaluation.speed": 6,
     "evaluation.latency": 6,  # prune() measures where the budget is time
+    "evaluation.figures": 6,
     "evaluation.report": 6,  # draws the picture that checkpoints carry
+    "evaluation.learning_curve": 6,  # likewise
     "iterative": 6,
     "pipeline": 7,
     "modeling": 8,

@@ -253,7 +253,7 @@ def test_widths_go_where_they_matter():
     assert after < 0.7 * before
 
 
-@pytest.mark.parametrize("init", ["random", "magnitude", "wanda", "llm_pruner"])
+@pytest.mark.parametrize("init", ["random", "magnitude", "wanda", "llm_pruner", "prunenet"])
 def test_every_initialisation_and_the_model_is_left_as_it_was(init):
     model = tiny_model("llama", dtype=torch.float32).train()
     structure = infer_structure(model)

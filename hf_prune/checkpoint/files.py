@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 PLAN_NAME = "pruning_plan.json"
 CODE_NAME = "modeling_hf_prune.py"
 PICTURE_NAME = "widths.png"
+CURVE_NAME = "learning_curve.png"
 CARD_NAME = "README.md"
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.checkpoint.files import CARD_NAME, CODE_NAME, PLAN_NAME
+from hf_prune.checkpoint.files import CARD_NAME, CODE_NAME, CURVE_NAME, PLAN_NAME
 from hf_prune.checkpoint.model_card import TAGS
 from hf_prune.checkpoint.saving import save_pruned, write_card
 from hf_prune.errors import CheckpointError, HFPruneError
@@ -30,6 +30,7 @@ _REPLACED = (
     "model.safetensors.index.json",
     PLAN_NAME,
     CODE_NAME,
+    CURVE_NAME,
 )
 
 

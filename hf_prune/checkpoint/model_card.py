@@ -46,6 +46,7 @@ def model_card(
     base_card: str | None = None,
     existing: str | None = None,
     picture: str | None = None,
+    curve: str | None = None,
 ) -> ModelCard:
     """Build the model card of a pruned model.
 
@@ -58,6 +59,7 @@ def model_card(
         base_card: text of the base model's card: licence and language are taken from it.
         existing: text of a card to merge into: its metadata and hand-written text are kept.
         picture: file name of the widths picture.
+        curve: file name of the picture of the learning curve.
 
     Returns:
         The card; `str(card)` is the text of README.md.
@@ -75,6 +77,7 @@ def model_card(
         parameters=_parameters(pruning, num_parameters),
         widths=_widths(pruning.get("widths", {}), plan),
         picture=picture,
+        curve=curve,
         settings=_settings(pruning, plan),
         evaluation=_evaluation(report or {}),
         loading=_loading(config, model_id),

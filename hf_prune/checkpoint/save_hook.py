@@ -45,7 +45,7 @@ def plan_of(model: PreTrainedModel, directory: Path | None = None) -> PruningPla
     carried: PruningPlan | None = getattr(model, "_pruning_plan", None)
     if carried is not None and agrees(carried, model.config):
         return carried
-    for path in [*_source_plans(model.config), *([directory / PLAN_NAME] if directory else [])]:
+    for path in [*source_plans(model.config), *([directory / PLAN_NAME] if directory else [])]:
         if not path.is_file():
             continue
         try:
@@ -58,7 +58,7 @@ def plan_of(model: PreTrainedModel, directory: Path | None = None) -> PruningPla
     return None
 
 
-def _source_plans(config: PreTrainedConfig) -> Iterator[Path]:
+def source_plans(config: PreTrainedConfig) -> Iterator[Path]:
     """Plan files where the model came from: a directory, or the Hub's cache (never the network)."""
     source = getattr(config, "_name_or_path", "")
     if source and os.path.isdir(source):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from hf_prune.checkpoint.atomic import replaced_directory
-from hf_prune.checkpoint.files import CARD_NAME, CODE_NAME, PICTURE_NAME, PLAN_NAME, agrees, load_plan
-from hf_prune.checkpoint.save_hook import install_save_hook, plan_of
+from hf_prune.checkpoint.files import (
+    CARD_NAME,
+    CODE_NAME,
+    CURVE_NAME,
+    PICTURE_NAME,
+    PLAN_NAME,
+    agrees,
+    load_plan,
+    read_plan,
+)
+from hf_prune.checkpoint.save_hook import install_save_hook, plan_of, source_plans
 from hf_prune.checkpoint.verifying import verify_checkpoint
 from hf_prune.errors import CheckpointError
 
@@ -39,6 +48,7 @@ _MODEL_FILES = (
     PLAN_NAME,
     CODE_NAME,
     PICTURE_NAME,
+    CURVE_NAME,
 )
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -65,11 +75,12 @@ def save_pruned(
     max_shard_size: int | str = "50GB",
     report: Mapping[str, Any] | None = None,
 ) -> None:
-    """Save a pruned model with plan, tokenizer, model card and widths picture. Replaces `save_directory` in one step.
+    """Save a pruned model with plan, tokenizer, model card and pictures. Replaces `save_directory` in one step.
 
     Everything is written beside `save_directory` and swapped in by renames: an error, a full disk or an interruption
     leaves what was there. Weights are safetensors only. From an older checkpoint in `save_directory`, tokenizer files
-    (if `tokenizer` is `None`), licence files and the hand-written parts of README.md are taken over.
+    (if `tokenizer` is `None`), licence files and the hand-written parts of README.md are taken over. The pictures are
+    `widths.png` and, where the masks were learned, `learning_curve.png`.
 
     Args:
         model: pruned model, its config carrying `pruning_config`.
@@ -113,7 +124,7 @@ def write_card(
     existing: str | None = None,
     base_card: str | None = None,
 ) -> None:
-    """Write README.md and the widths picture of a pruned model into `directory`; arguments as for `model_card`.
+    """Write README.md and the pictures of a pruned model into `directory`; arguments as for `model_card`.
 
     `existing` is the card to merge into, by default the README.md in `directory`.
     """
@@ -121,6 +132,7 @@ def write_card(
 
     plan, path = plan_of(model), directory / CARD_NAME
     picture = plan is not None and _draw_widths(plan, directory / PICTURE_NAME)
+    curve = _draw_learning_curve(model, plan, directory / CURVE_NAME)
     if existing is None and path.exists():
         existing = path.read_text(encoding="utf-8")
     card = model_card(
@@ -132,6 +144,7 @@ def write_card(
         base_card=base_card,
         existing=existing,
         picture=PICTURE_NAME if picture else None,
+        curve=CURVE_NAME if curve else None,
     )
     path.write_text(str(card), encoding="utf-8")
 
@@ -217,12 +230,42 @@ def _take_over(old: Path, new: Path, *, with_tokenizer: bool) -> None:
 
 def _draw_widths(plan: PruningPlan, path: Path) -> bool:
     """Draw the widths picture; without matplotlib (an optional extra) there is none."""
+    if not _can_draw(path):
+        return False
+    from hf_prune.evaluation.report import widths_picture
+
+    widths_picture(plan.widths, plan.num_units, path)
+    return True
+
+
+def _draw_learning_curve(model: PreTrainedModel, plan: PruningPlan | None, path: Path) -> bool:
+    """Draw how `plan` was learned, or copy the picture from where the model was loaded; whether there is one.
+
+    Histories and pictures count only together with the plan they led to.
+    """
+    learned, history = getattr(model, "_learning_history", (None, ()))
+    if plan is None:
+        return False
+    if learned == plan:
+        if len(history) < 2 or not _can_draw(path):
+            return False
+        from hf_prune.evaluation.learning_curve import learning_curve_picture
+
+        learning_curve_picture(history, path)
+        return True
+    for source in source_plans(model.config):
+        picture = source.with_name(CURVE_NAME)
+        with suppress(CheckpointError):  # a damaged plan is nobody's
+            if source.is_file() and picture.is_file() and read_plan(source) == plan:
+                shutil.copyfile(picture, path)
+                return True
+    return False
+
+
+def _can_draw(path: Path) -> bool:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
         logger.info("no %s: matplotlib is not installed (pip install 'hf_prune[plot]')", path.name)
         return False
-    from hf_prune.evaluation.report import widths_picture
-
-    widths_picture(plan.widths, plan.num_units, path)
     return True

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from hf_prune.errors import ConfigError, HFPruneError
+from hf_prune.errors import ConfigError
+from hf_prune.evaluation.figures import COLORS, GHOST, GRID, INK, MUTED, new_figure, save_figure
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Row = Mapping[str, str | int | float | None]
 """One result, by column. `*_ratio` columns are shown in percent, `speedup` as a factor, other floats to 0.01."""
@@ -28,9 +29,6 @@ _WHOLE_MODEL = {
     "layers.attention": "attention blocks",
     "layers.mlp": "MLP blocks",
 }
-_SUFFIXES = (".png", ".svg", ".pdf")
-_INK, _MUTED, _GRID, _GHOST = "#22252a", "#6b7280", "#e5e7eb", "#eceef2"
-_COLORS = ("#3b6fb6", "#d9803a", "#4c9f70", "#a8508f", "#8a6d3b", "#5b5fc7", "#c44e52", "#4aa3b5")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -98,11 +96,11 @@ def widths_picture(
     """
     panels = _panels(widths, num_units)
     num_layers = 1 + max(layer for panel in panels.values() for layer in panel)
-    figure = _new_figure(path, width=min(14.0, max(7.0, 2.2 + 0.16 * num_layers)), height=1.1 + 1.85 * len(panels))
+    figure = new_figure(path, width=min(14.0, max(7.0, 2.2 + 0.16 * num_layers)), height=1.1 + 1.85 * len(panels))
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for ax, (family, panel), color in zip(axes, panels.items(), _COLORS * len(panels), strict=False):
+    for ax, (family, panel), color in zip(axes, panels.items(), COLORS * len(panels), strict=False):
         _draw_panel(ax, family, panel, color)
-    axes[-1].set_xlabel("decoder layer", color=_MUTED, fontsize=9)
+    axes[-1].set_xlabel("decoder layer", color=MUTED, fontsize=9)
     axes[-1].set_xlim(-0.7, num_layers - 0.3)
     axes[-1].set_xticks(range(0, num_layers, _tick_step(num_layers)))
     whole_model = " · ".join(
@@ -111,9 +109,9 @@ def widths_picture(
         if name in num_units and widths.get(name, num_units[name]) < num_units[name]
     )
     if whole_model:
-        figure.supxlabel(f"also kept: {whole_model}", color=_MUTED, fontsize=9)
-    figure.suptitle(title, color=_INK, fontsize=12, weight="bold")
-    _save(figure, path)
+        figure.supxlabel(f"also kept: {whole_model}", color=MUTED, fontsize=9)
+    figure.suptitle(title, color=INK, fontsize=12, weight="bold")
+    save_figure(figure, path)
 
 
 def perplexity_picture(
@@ -140,15 +138,15 @@ def perplexity_picture(
         HFPruneError: matplotlib is not installed.
     """
     lines, dense = _lines(rows, x, y)
-    figure = _new_figure(path, width=7.2, height=4.4)
+    figure = new_figure(path, width=7.2, height=4.4)
     ax = figure.subplots()
     _draw_lines(ax, lines, dense, y)
-    ax.set_xlabel("removed", color=_MUTED, fontsize=9)
+    ax.set_xlabel("removed", color=MUTED, fontsize=9)
     ax.set_xlim(left=0)
     _format_axes(ax, log_y=True)
-    ax.legend(edgecolor="none", framealpha=0.9, fontsize=9, labelcolor=_INK)
-    ax.set_title(title, color=_INK, fontsize=12, weight="bold", loc="left")
-    _save(figure, path)
+    ax.legend(edgecolor="none", framealpha=0.9, fontsize=9, labelcolor=INK)
+    ax.set_title(title, color=INK, fontsize=12, weight="bold", loc="left")
+    save_figure(figure, path)
 
 
 def tradeoff_picture(
@@ -167,22 +165,22 @@ def tradeoff_picture(
         HFPruneError: matplotlib is not installed.
     """
     lines, dense = _lines(rows, "decoder_ratio", y)
-    figure = _new_figure(path, width=12.0, height=4.6)
+    figure = new_figure(path, width=12.0, height=4.6)
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_lines(left, lines, dense, y)
     _draw_lines(right, _lines([row for row in rows if row.get("decoder_ratio")], "latency_ms", y)[0], dense, y)
     for row in rows:
         if row.get("decoder_ratio") == 0 and isinstance(row.get("latency_ms"), int | float):
-            right.plot([row["latency_ms"]], [row[y]], color=_MUTED, marker="*", markersize=11, linestyle="none")
+            right.plot([row["latency_ms"]], [row[y]], color=MUTED, marker="*", markersize=11, linestyle="none")
     for ax, label in ((left, "decoder parameters removed"), (right, "milliseconds of a request, as measured")):
-        ax.set_xlabel(label, color=_MUTED, fontsize=9)
+        ax.set_xlabel(label, color=MUTED, fontsize=9)
         ax.set_xlim(left=0)
         _format_axes(ax, log_y=True)
     right.xaxis.set_major_formatter(_plain_number)
     right.set_ylabel("")
-    left.legend(edgecolor="none", framealpha=0.9, fontsize=8, labelcolor=_INK)
-    figure.suptitle(title, color=_INK, fontsize=12, weight="bold")
-    _save(figure, path)
+    left.legend(edgecolor="none", framealpha=0.9, fontsize=8, labelcolor=INK)
+    figure.suptitle(title, color=INK, fontsize=12, weight="bold")
+    save_figure(figure, path)
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
@@ -228,16 +226,16 @@ def _panels(widths: Mapping[str, int], num_units: Mapping[str, int]) -> dict[str
 def _draw_panel(ax: Axes, family: str, panel: Mapping[int, tuple[int, int]], color: str) -> None:
     layers = sorted(panel)
     fractions = [panel[layer][0] / panel[layer][1] for layer in layers]
-    ax.bar(layers, [1.0] * len(layers), width=0.78, color=_GHOST)
+    ax.bar(layers, [1.0] * len(layers), width=0.78, color=GHOST)
     ax.bar(layers, fractions, width=0.78, color=color)
     gone = [layer for layer in layers if panel[layer][0] == 0]
-    ax.plot(gone, [0.06] * len(gone), linestyle="none", marker="x", markersize=5, color=_MUTED)
+    ax.plot(gone, [0.06] * len(gone), linestyle="none", marker="x", markersize=5, color=MUTED)
     kept, total = (sum(values) for values in zip(*panel.values(), strict=True))
-    ax.axhline(kept / total, color=_INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    ax.axhline(kept / total, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
     name, _, member = family.partition(".")
     label = _LABELS[name] + (f" ({member})" if member else "")
-    ax.set_title(label, color=_INK, fontsize=10, loc="left")
-    ax.set_title(f"{kept:,} of {total:,} kept ({kept / total:.0%})", color=_MUTED, fontsize=9, loc="right")
+    ax.set_title(label, color=INK, fontsize=10, loc="left")
+    ax.set_title(f"{kept:,} of {total:,} kept ({kept / total:.0%})", color=MUTED, fontsize=9, loc="right")
     ax.set_ylim(0, 1.0)
     ax.set_yticks([0, 0.5, 1])
     _format_axes(ax)
@@ -270,25 +268,15 @@ def _draw_lines(ax: Axes, lines: Mapping[str, list[tuple[float, float]]], dense:
     for i, (method, points) in enumerate(lines.items()):
         ax.plot(
             *zip(*sorted(points), strict=True),
-            color=_COLORS[i % len(_COLORS)],
+            color=COLORS[i % len(COLORS)],
             marker=_MARKERS[i % len(_MARKERS)],
             markersize=5.5,
             linewidth=1.8,
             label=method,
         )
     if dense is not None:
-        ax.axhline(dense, color=_MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"dense ({dense:.2f})")
-    ax.set_ylabel(f"{y.replace('_', ' ')} (log scale)", color=_MUTED, fontsize=9)
-
-
-def _new_figure(path: str | Path, *, width: float, height: float) -> Figure:
-    if Path(path).suffix.lower() not in _SUFFIXES:
-        raise ConfigError(f"{path}: found file type '{Path(path).suffix}', expected one of {', '.join(_SUFFIXES)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise HFPruneError("pictures need matplotlib: pip install 'hf_prune[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        ax.axhline(dense, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"dense ({dense:.2f})")
+    ax.set_ylabel(f"{y.replace('_', ' ')} (log scale)", color=MUTED, fontsize=9)
 
 
 def _format_axes(ax: Axes, *, log_y: bool = False) -> None:
@@ -300,16 +288,11 @@ def _format_axes(ax: Axes, *, log_y: bool = False) -> None:
         ax.yaxis.set_major_locator(MaxNLocator(6) if high < 5 * low else LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter(FuncFormatter(_plain_number))
         ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.grid(color=_GRID, linewidth=0.8)
+        ax.grid(color=GRID, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[:].set_visible(False)
-    ax.tick_params(which="both", length=0, colors=_MUTED, labelsize=8.5)
+    ax.tick_params(which="both", length=0, colors=MUTED, labelsize=8.5)
 
 
 def _plain_number(value: float, _: Any) -> str:
     return f"{value:,.10g}"
-
-
-def _save(figure: Figure, path: str | Path) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)

@@ -2,7 +2,8 @@
 
 Each is one function `scores(model, structure, config, *, batches=None, generator=None)` that returns, for every axis of
 `selected_axes(structure, config)`, a finite float32 tensor `[num_units]` on the CPU; higher = keep. It leaves the model
-as it found it and draws randomness only from `generator` (default: seeded with `config.seed`).
+as it found it and draws randomness only from `generator` (default: seeded with `config.seed`). A method that learns may
+return `LearnedScores`, a dict with the `history` of learning: `score` hands it on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from hf_prune.config import PruningConfig, selected_axes
 from hf_prune.errors import CalibrationError, ConfigError, ScoreError
 from hf_prune.methods.baselines import magnitude_scores, random_scores, wanda_scores
+from hf_prune.methods.learned import LearnedScores
 from hf_prune.methods.llm_pruner import llm_pruner_scores
 from hf_prune.methods.policy_gradient import policy_gradient_scores
 from hf_prune.methods.prunenet import prunenet_scores
@@ -96,7 +98,10 @@ def score(
 
 
 def check_scores(scores: Mapping[str, Tensor], structure: Structure, config: PruningConfig) -> dict[str, Tensor]:
-    """Scores of the selected axes as float32 on the CPU; `ScoreError` if one is missing, misshapen or not finite."""
+    """Scores of the selected axes as float32 on the CPU; `ScoreError` if one is missing, misshapen or not finite.
+
+    `LearnedScores` stay such.
+    """
     selected = selected_axes(structure, config)
     for name in scores:
         if name not in structure.axes:
@@ -117,4 +122,4 @@ def check_scores(scores: Mapping[str, Tensor], structure: Structure, config: Pru
                 "Look for overflow in the weights or activations (try float32) or for a broken calibration text."
             )
         checked[axis.name] = values
-    return checked
+    return LearnedScores(checked, scores.history) if isinstance(scores, LearnedScores) else checked

@@ -27,14 +27,14 @@ import torch
 import transformers
 import typer
 from results_page import write_pages
-from results_rows import CALIBRATION, CRITERIA_NAMES, RATIOS, SECTIONS
+from results_rows import CALIBRATION, CRITERIA_NAMES, RATIOS, SECTIONS, ZERO_SHOT, ZERO_SHOT_QUESTIONS
 from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_prune import LLMPrunerConfig, PruningConfig, PruningPlan, infer_structure
 from hf_prune.data import load_text
-from hf_prune.evaluation import num_bytes, num_parameters, perplexity
+from hf_prune.evaluation import num_bytes, num_parameters, perplexity, zero_shot
 from hf_prune.methods import METHODS, score
 from hf_prune.pipeline import calibration_data, carry_out, decide
 
@@ -85,7 +85,21 @@ def measure_dense() -> dict[str, Any]:
 
 
 def measure_pruned(cell: Cell) -> dict[str, Any]:
-    """The result of one configuration. Scores and plans are kept: ratios share scores, repairs share plans."""
+    """The result of one configuration."""
+    pruned, plan = pruned_model(cell)
+    return {"config": cell, "achieved": plan.achieved, "commit": commit(), **measure(pruned)}
+
+
+def measure_zero_shot(cell: Cell | None) -> dict[str, Any]:
+    """Accuracy on the question files, of one configuration or of the dense model."""
+    model = dense_model()[0] if cell is None else pruned_model(cell)[0]
+    files = SHARED / "data" / "zeroshot"
+    found = zero_shot(model, dense_model()[1], [files], limit=ZERO_SHOT_QUESTIONS)
+    return {"config": cell, "accuracy": {report.task: report.accuracy for report in found}}
+
+
+def pruned_model(cell: Cell) -> tuple[PreTrainedModel, PruningPlan]:
+    """The model and plan of a configuration. Scores and plans are kept: ratios share scores, repairs share plans."""
     dense, tokenizer = dense_model()
     config, structure = PruningConfig.from_dict(cell), infer_structure(dense)
     batches = calibration_data(config, tokenizer, str(SHARED / "data" / "wikitext2" / "train.txt"), 8)
@@ -101,8 +115,7 @@ def measure_pruned(cell: Cell) -> dict[str, Any]:
             temporary = scores_path.with_suffix(f".{os.getpid()}")
             save_file(found, temporary)
             temporary.replace(scores_path)
-    pruned = carry_out(dense, structure, plan, config, batches)
-    return {"config": cell, "achieved": plan.achieved, "commit": commit(), **measure(pruned)}
+    return carry_out(dense, structure, plan, config, batches), plan
 
 
 def plan_key(config: PruningConfig) -> str:
@@ -196,8 +209,16 @@ def run(jobs: int, only: str, ratios: Sequence[float]) -> None:
         others = {} if "dense" in results else {pool.submit(measure_dense): "dense"}
         if "rank_correlation" not in results:
             others[pool.submit(measure_rank_correlation)] = "rank_correlation"
-        for future in as_completed([*running, *others]):
-            if future in others:
+        known = [row["config"] for row in results.setdefault("zero_shot", [])]
+        asked = [None, *(cell for row in ZERO_SHOT for ratio in row.ratios for cell in row.cells(ratio))]
+        if only.lower() in "zero-shot":
+            answered = [pool.submit(measure_zero_shot, cell) for cell in asked if cell not in known]
+        else:
+            answered = []
+        for future in as_completed([*running, *others, *answered]):
+            if future in answered:
+                results["zero_shot"].append(future.result())
+            elif future in others:
                 results[others[future]] = future.result()
             else:
                 results["rows"].append(future.result())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from results_rows import RATIOS, README_SECTION, SECTIONS, Section
+from results_rows import RATIOS, README_SECTION, SECTIONS, ZERO_SHOT, ZERO_SHOT_QUESTIONS, Section
 
 from hf_prune.evaluation import markdown_table
 
@@ -31,7 +32,9 @@ def write_pages(results: Results, root: Path) -> None:
         parts += [f"## {section.title}", *([section.note] if section.note else [])]
         for corpus, title in CORPORA.items():
             parts += [f"Perplexity on {title}:", table(results, section, corpus).rstrip()]
-    if "rank_correlation" in results:
+    if results.get("zero_shot"):
+        parts += zero_shot_table(results)
+    if results.get("rank_correlation"):
         parts += rank_correlation(results)
     parts += ["## Asked and achieved", achieved_line(results)]
     (root / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -71,6 +74,24 @@ def achieved_line(results: Results) -> str:
         f"Over these {len(rows)} runs the achieved ratio differs from the asked one by at most "
         f"{100 * max(differences):.3f} percentage points ({100 * worst:.2f} % of it)."
     )
+
+
+def zero_shot_table(results: Results) -> list[str]:
+    """Accuracy per task, and the mean over the tasks."""
+    accuracies = {json.dumps(row["config"], sort_keys=True): row["accuracy"] for row in results["zero_shot"]}
+    labelled = [("dense", "", None)]
+    labelled += [(row.label, f"{100 * ratio:.0f} %", row.cells(ratio)[0]) for ratio in (0.3, 0.5) for row in ZERO_SHOT]
+    lines = []
+    for label, ratio, cell in labelled:
+        found = accuracies.get(json.dumps(cell, sort_keys=True))
+        if found:
+            named = {task: f"{100 * value:.1f}" for task, value in sorted(found.items())}
+            lines.append({"": label, "removed": ratio, **named, "mean": f"{100 * fmean(found.values()):.1f}"})
+    note = (
+        f"Percent, through lm-eval, the first {ZERO_SHOT_QUESTIONS} questions of each file (standard error about 3 "
+        "points per task). A model of this size answers hardly better than chance: this shows little but that it runs."
+    )
+    return ["## Zero-shot accuracy", note, markdown_table(lines).rstrip()]
 
 
 def rank_correlation(results: Results) -> list[str]:

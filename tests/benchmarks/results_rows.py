@@ -71,6 +71,7 @@ CRITERIA = Section(
             for criterion in CRITERIA_NAMES
         ),
         _llm_pruner("fisher, global: the recommended preset", "fisher", "global", **RECOMMENDED),
+        _llm_pruner("first_order, global, 4 steps", "first_order", "global", num_steps=4, ratios=(0.5,)),
         *(
             _llm_pruner(f"{criterion}, {allocation}, 10 × 64 tokens", criterion, allocation, **SHORT, ratios=RATIOS[:3])
             for criterion, allocation in (
@@ -140,3 +141,16 @@ BEST = Section(
 
 SECTIONS = (BASELINES, CRITERIA, REPAIR, BEST)
 README_SECTION = BASELINES
+
+ZERO_SHOT_QUESTIONS = 200
+"""The first questions of each task."""
+ZERO_SHOT = tuple(
+    Row(f"{name}{suffix}", {**METHODS[method], "allocation": allocation, **repair}, ratios=(0.3, 0.5))
+    for name, method, allocation in (
+        ("random, uniform", "random", "uniform"),
+        ("magnitude, uniform", "magnitude", "uniform"),
+        ("LLM-Pruner (Fisher), global", "LLM-Pruner (Fisher)", "global"),
+    )
+    for suffix, repair in REPAIRS.items()
+)
+"""Models whose zero-shot accuracy is measured, beside the dense one."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hf_prune.config import CONFIGS, PolicyGradientConfig, PruningConfig
 from hf_prune.errors import ConfigError
+from hf_prune.methods.learned import LearnedScores
 from hf_prune.methods.policy_gradient.policy import as_scores
 from hf_prune.methods.policy_gradient.training import LearnedPolicy, all_windows, learn_policy
 
@@ -29,11 +30,12 @@ def policy_gradient_scores(
     *,
     batches: Iterable[Batch] | None = None,
     generator: torch.Generator | None = None,
-) -> dict[str, Tensor]:
+) -> LearnedScores:
     """Learned keep-probability times relative parameters of every unit: float32 `[num_units]` per selected axis.
 
     So that `global` allocation, which compares scores per parameter, ranks by keep-probability. The order is meant for
-    the ratio it was learned for. See `learn_policy` for what is learned, and its errors.
+    the ratio it was learned for. The scores carry the learning curve as `history`. See `learn_policy` for what is
+    learned, and its errors.
 
     Args:
         model: a causal LM; left as it was.
@@ -49,7 +51,7 @@ def policy_gradient_scores(
     all_windows(batches, config)
     scores = initial_scores(model, structure, config, batches)
     learned = learn_policy(model, structure, config, batches, scores, generator)
-    return as_scores(learned.units, learned.keep_probs)
+    return LearnedScores(as_scores(learned.units, learned.keep_probs), learned.history)
 
 
 def initial_scores(

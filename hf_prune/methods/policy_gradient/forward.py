@@ -42,7 +42,7 @@ class MaskedModel:
         self._sliced = {axis.name: axis for axis in sliced}
 
     def losses(self, windows: Tensor, masks: Tensor, windows_per_mask: int) -> Tensor:
-        """Mean loss of each mask over its windows. No value is read: the host never waits for the device.
+        """Mean loss of each mask over its windows. No value is read here: only transformers looks once per pass.
 
         Args:
             windows: token ids, int64 `[W, T]`.
@@ -56,18 +56,20 @@ class MaskedModel:
         device = input_device(self.model)
         state = PartialState()
         losses = torch.zeros(len(windows), masks.shape[1], device=device)
-        mine = list(range(len(windows)))[state.process_index :: state.num_processes]
-        per_pass = max(1, self.forward_rows // (masks.shape[1] + (self.reward == "kl")))
+        mine = range(len(windows))[state.process_index :: state.num_processes]
         if self._sliced:
-            groups = [[w for w in mine if w // windows_per_mask == group] for group in range(len(masks))]
+            for group, own in enumerate(masks):
+                shared = [w for w in mine if w // windows_per_mask == group]
+                if shared:
+                    losses[shared] = self._one_mask_after_another(windows[shared].to(device), own)
         else:
-            groups = [mine[start : start + per_pass] for start in range(0, len(mine), per_pass)]
-        for group in groups:
-            ids = windows[group].to(device, non_blocking=True)
-            if self._sliced and group:
-                losses[group] = self._one_mask_after_another(ids, masks[group[0] // windows_per_mask])
-            elif group:
-                losses[group] = self._all_at_once(ids, masks[[w // windows_per_mask for w in group]])
+            per_pass = max(1, self.forward_rows // (masks.shape[1] + (self.reward == "kl")))
+            for start in range(0, len(mine), per_pass):
+                part = mine[start : start + per_pass]
+                # slices and views: a list of indices would be copied to the device, which waits for it
+                rows = slice(part.start, part.stop, part.step)
+                ids = windows[rows].to(device, non_blocking=True)
+                losses[rows] = self._all_at_once(ids, torch.stack([masks[w // windows_per_mask] for w in part]))
         return sum_over_processes(losses).view(len(masks), windows_per_mask, -1).mean(1)
 
     def logits(self, ids: Tensor, masks: Tensor | None) -> Tensor:

@@ -65,8 +65,8 @@ class Units:
             for column in columns:
                 alive[..., column :: len(BRANCHES)] *= layers
             own = own + layers @ self.costs[start : start + num_layers]
-        inside = self.blocks >= 0
-        units = (keep_probs * self.costs)[..., inside] * alive[..., self.blocks[inside]]
+        # units of layer axes have no block and are counted above; -1 would index the last one
+        units = torch.where(self.blocks >= 0, keep_probs * self.costs * alive[..., self.blocks.clamp_min(0)], 0)
         everything = self.rests.sum() + self.costs.sum()
         return self.total - everything + own + units.sum(-1) + alive @ self.rests
 
@@ -194,9 +194,9 @@ def project_widths(units: Units, widths: Tensor, low: Tensor, ranks: Tensor) -> 
     if not units.layer_units:
         costs = torch.zeros_like(units.sizes).index_add_(0, units.axis_ids, units.costs)
         projected, share = widths, (units.total - units.target) / costs.sum()
-        none = torch.zeros_like(low, dtype=torch.bool)
-        groups = [none.index_fill(0, units.axis_ids[group], True) for group in units.groups]
-        for group in groups or [~none]:
+        none = torch.zeros_like(units.sizes)
+        groups = [none.index_add(0, units.axis_ids, group.to(none)) > 0 for group in units.groups]
+        for group in groups or [none == 0]:
             own = torch.where(group, costs, 0)
             moved = project(widths, lambda w, c=own: w @ c, (1 - share) * own.sum(), shift, low, 1.0)  # type: ignore[misc]
             projected = torch.where(group, moved, projected)

@@ -39,10 +39,11 @@ def project(
     Returns:
         Like `values`.
     """
+    # filled on the device: a copy of a number from the host would wait for the device
+    lowest, highest = (x.to(values) if isinstance(x, Tensor) else values.new_full((), x) for x in (low, high))
 
     def moved(multiplier: Tensor) -> Tensor:
-        shifted = torch.minimum(values - multiplier[..., None] * shift, torch.as_tensor(high).to(values))
-        return torch.maximum(shifted, torch.as_tensor(low).to(values))
+        return torch.maximum(torch.minimum(values - multiplier[..., None] * shift, highest), lowest)
 
     smallest = torch.where(shift > 0, shift, torch.inf).amin(-1).clamp_max(1e30)
     reach = (values.abs().amax(-1) + 1) * 2 / smallest  # clips every entry that moves, on either side
