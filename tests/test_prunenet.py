@@ -143,6 +143,31 @@ def test_the_policy_learns_more_than_row_norms():
     assert best > by_chance + 0.02
 
 
+@pytest.mark.parametrize("learning_rate", [0.25, 1000.0])
+@pytest.mark.parametrize("distance", ["ks", "wasserstein", "energy"])
+def test_a_policy_from_row_norms_never_ends_below_them(distance, learning_rate):
+    """Also where every update makes it worse: the start is among the policies that the best is chosen from."""
+    layers = layers_of([matrix(60, 2, 20, seed) for seed in (0, 1)])
+    weights, depths = {"0": 1.0, "1": 3.0}, {"0": 0.0, "1": 1.0}
+    config = PruneNetConfig(0.4, distance=distance, learning_rate=learning_rate, num_episodes=3)
+    policy = train(layers.__getitem__, depths, weights, config, 0.4, torch.Generator().manual_seed(0))
+
+    def reward(orders):
+        found = 0.0
+        for name, order in orders.items():
+            mask = torch.zeros(1, 60, dtype=torch.bool)
+            mask[0, order[:36]] = True
+            found -= weights[name] * Spectrum(layers[name].state, distance, 100).losses(mask)[0].item() / 4
+        return found
+
+    by_norm = reward({name: rows.state.norm(dim=(1, 2)).argsort(descending=True) for name, rows in layers.items()})
+    logits = {n: policy.logits(scale_free_features(rows, depths[n])) for n, rows in layers.items()}
+    learned = reward({name: values.argsort(descending=True) for name, values in logits.items()})
+    assert policy.history[0]["weighted"] == pytest.approx(by_norm, abs=1e-9)
+    assert learned == pytest.approx(max(row["weighted"] for row in policy.history), abs=1e-9)
+    assert learned >= by_norm - 1e-9
+
+
 def test_features_depend_on_no_scale_and_no_number_of_rows():
     layers = layers_of([matrix(60, 1, 20), 1000 * matrix(60, 1, 20)])
     first, scaled = (scale_free_features(rows, 0.5) for rows in layers.values())
@@ -280,7 +305,7 @@ def test_policy_is_saved_and_reused(tmp_path):
 def test_policies_that_do_not_fit_are_refused(tmp_path):
     model, structure = shared_model("llama"), shared_structure("llama")
     path = tmp_path / "rows"
-    train_policy(model, structure, PruneNetConfig(0.3, features="row", state="gate", **QUICK)).save(path)
+    train_policy(model, structure, PruneNetConfig(0.3, features="row", start="zero", state="gate", **QUICK)).save(path)
     with pytest.raises(ConfigError, match="features='row'"):
         score(model, structure, PruneNetConfig(0.3, policy=str(path)))
     config = PruneNetConfig(0.3, policy=str(path), features="row", state="gate")
@@ -312,6 +337,8 @@ def test_bad_weights_and_settings():
     for bad in (
         {"state": "up"},
         {"distance": "l2"},
+        {"start": "random"},
+        {"features": "row", "start": "row_norm"},
         {"discount": 0.0},
         {"discount": 1.1},
         {"train_ratio": 1.0},
@@ -329,6 +356,7 @@ def test_paper_preset_and_json():
     config = PruneNetConfig.paper(0.3)
     assert PruningConfig.from_json(config.to_json()) == config
     assert (config.state, config.distance, config.features, config.discount) == ("gate", "ks", "row", 0.99)
+    assert config.start == "zero"
     model, structure = shared_model("llama"), shared_structure("llama")
     scores = prunenet_scores(model, structure, config)
     plan = allocate(scores, structure, config)

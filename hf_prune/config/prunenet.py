@@ -35,6 +35,9 @@ class PruneNetConfig(PruningConfig):
     """Factor on the reward from each layer to the next, above 0 and up to 1; the paper has 0.99."""
     features: Literal["scale_free", "row"] = "scale_free"
     """What the policy sees of a unit: eight numbers that do not depend on any width, or the row itself (the paper)."""
+    start: Literal["row_norm", "zero"] = "row_norm"
+    """Policy that training starts from: the order of the rows' norms, below which the reward then never ends
+    (`row_norm`, with `scale_free` features only), or a random order (`zero`, the paper)."""
     policy: str | None = None
     """Directory of a saved policy to use as it is, without training."""
     save_policy: str | None = None
@@ -48,7 +51,7 @@ class PruneNetConfig(PruningConfig):
     """Passes over all layers while training, 1 or more."""
     num_rollouts: int = 8
     """Masks sampled from each layer in a pass, 2 or more; each is judged against the others."""
-    learning_rate: float = 0.1
+    learning_rate: float = 0.5
     """Adam's learning rate, above 0."""
     exact_up_to: int = 2048
     """Largest side of a Gram matrix whose eigenvalues are computed exactly; above, stochastic Lanczos."""
@@ -59,6 +62,9 @@ class PruneNetConfig(PruningConfig):
         self._check_choice("distance", ("ks", "wasserstein", "energy"))
         self._check_choice("layer_weight", ("update", "equal"))
         self._check_choice("features", ("scale_free", "row"))
+        self._check_choice("start", ("row_norm", "zero"))
+        expressible = self.start == "zero" or self.features == "scale_free" or self.policy is not None
+        self._check(expressible, "start", "'zero' with features='row': a linear probe of rows has no norms")
         self._check_number("discount", 1.0, included=True)
         self._check_number("learning_rate", math.inf)
         if self.train_ratio is not None:
@@ -92,6 +98,7 @@ class PruneNetConfig(PruningConfig):
             state="gate",
             distance="ks",
             features="row",
+            start="zero",
             layer_weight="equal",
             discount=0.99,
             num_episodes=20,

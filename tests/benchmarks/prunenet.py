@@ -34,7 +34,13 @@ SEEDS = (0, 1, 2, 3, 4)
 MLP = ("mlp",)
 REWARDS: dict[str, dict[str, Any]] = {
     "gate, KS": {"state": "gate", "distance": "ks"},
-    "gate, KS, probe of raw rows": {"state": "gate", "distance": "ks", "features": "row", "learning_rate": 0.01},
+    "gate, KS, probe of raw rows": {
+        "state": "gate",
+        "distance": "ks",
+        "features": "row",
+        "start": "zero",
+        "learning_rate": 0.01,
+    },
     "write, Wasserstein": {"state": "write", "distance": "wasserstein"},
 }
 app = typer.Typer(add_completion=False)
@@ -173,6 +179,7 @@ def cell_scores(model: Any, structure: Any, kind: str, ratio: float) -> tuple[di
             "state": "gate",
             "distance": "ks",
             "features": "row",
+            "start": "zero",
             "layer_weight": "equal",
             "discount": 0.99,
             "num_episodes": 20,

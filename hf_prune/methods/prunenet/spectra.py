@@ -156,7 +156,7 @@ class Spectrum:
         self.total: Tensor | None = None
         self.energies = rows.double().square().sum((1, 2))
         if distance == "energy":
-            self.rows = rows[:0]  # the energies say it all
+            self.rows = rows[:0].clone()  # the energies say it all; a view would hold the rows
             return
         if self.exact:
             self.total = gram(rows) if width < num_units * block else None
