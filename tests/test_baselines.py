@@ -59,11 +59,23 @@ def test_hand_made_structures_have_the_shapes_of_the_models(family):
 @pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
 @pytest.mark.parametrize("method", list(METHODS))
 class TestContract:
-    """Every method passes this."""
+    """Every method passes this, with the kinds of axes that it scores."""
+
+    KINDS = {"policy_gradient": ("mlp", "attention", "layer_mlp"), "prunenet": ("mlp", "attention")}
+    SHORT = {"policy_gradient": {"policy_steps": 2}, "prunenet": {"num_episodes": 2}}
+
+    def config(self, method, **changes):
+        axes = self.KINDS.get(method, EVERY_KIND)
+        return CONFIGS[method](0.3, axes=axes, **self.SHORT.get(method, {}), **changes)
+
+    @pytest.fixture(autouse=True)
+    def _masks_reach_every_consumer(self, family, method):
+        if (family, method) == ("mixtral", "policy_gradient"):
+            pytest.skip("refuses experts, whose tokens are not rows of a batch: see test_policy_gradient_masks.py")
 
     def run(self, family, method, **changes):
         model, structure = make_model(family)
-        config = CONFIGS[method](0.3, axes=EVERY_KIND, **changes)
+        config = self.config(method, **changes)
         return score(model, structure, config, make_batches()), structure, config
 
     def test_finite_float32_per_selected_axis(self, family, method):
@@ -90,7 +102,7 @@ class TestContract:
         flags = [module.training for module in model.modules()]
         experts = model.config._experts_implementation
         state = torch.get_rng_state()
-        score(model, structure, CONFIGS[method](0.3, axes=EVERY_KIND), make_batches())
+        score(model, structure, self.config(method), make_batches())
         assert torch.equal(torch.get_rng_state(), state)
         assert flags == [module.training for module in model.modules()]
         assert model.config._experts_implementation == experts
