@@ -62,9 +62,7 @@ def zero_shot(
         raise ConfigError("zero-shot tasks need lm-eval: pip install 'hf_prune[eval]'.") from error
     chosen = [task for source in tasks for task in _tasks(source)]
     if not chosen:
-        raise ConfigError(
-            f"no zero-shot task in {[str(task) for task in tasks]}; name tasks or .jsonl files."
-        )
+        raise ConfigError(f"no zero-shot task in {[str(task) for task in tasks]}; name tasks or .jsonl files.")
     found = simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
         tasks=chosen,

@@ -61,8 +61,8 @@ BASELINES = Section(
         _llm_pruner("LLM-Pruner (Fisher), uniform", "fisher", "uniform"),
         _llm_pruner("LLM-Pruner (Fisher), global", "fisher", "global"),
     ),
-    note="random: mean of the seeds 0, 1, 2 (smallest–largest). raw: scores compete per parameter as they are; for norms "
-    "that is worse than random.",
+    note="random: mean of the seeds 0, 1, 2 (smallest–largest). raw: scores compete per parameter as they are; for "
+    "norms that is worse than random.",
 )
 
 CRITERIA = Section(
