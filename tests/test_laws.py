@@ -249,7 +249,8 @@ for directory in sys.argv[1:]:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     with torch.no_grad():
-        if not torch.equal(model(input_ids=expected["ids"], use_cache=False).logits, expected["logits"]):
+        logits = model(input_ids=expected["ids"], use_cache=False).logits
+        if not torch.allclose(logits, expected["logits"], rtol=0, atol=1e-5):  # processes may take other kernels
             wrong.append(directory)
 print("wrong:", wrong)
 """
