@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from hf_prune.atomic import replaced_file
 from hf_prune.config import LAYER_AXES
 from hf_prune.errors import PlanError
 
@@ -188,9 +189,10 @@ class LatencyTable:
         return table
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the table to `path`."""
+        """Write the table to `path`; an interrupted write leaves an older file intact."""
         try:
-            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+            with replaced_file(Path(path)) as new:
+                new.write_text(self.to_json() + "\n", encoding="utf-8")
         except OSError as error:
             raise PlanError(f"the latency table could not be written to {path}: {error}.") from error
 

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,10 +13,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hf_prune.atomic import replaced_file
 from hf_prune.config import LAYER_AXES, PruningConfig, selected_axes
 from hf_prune.errors import ConfigError, PlanError
 
 if TYPE_CHECKING:
+    import os
+
     from hf_prune.structure.layouts import Widths
     from hf_prune.structure.structure import Structure
 
@@ -184,12 +186,10 @@ class PruningPlan:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to `path`; an interrupted write leaves an older file intact."""
         target = Path(path)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(self.to_json(), encoding="utf-8")
-            temporary.replace(target)
+            with replaced_file(target) as new:
+                new.write_text(self.to_json(), encoding="utf-8")
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise PlanError(f"the plan could not be written to {target}: {error}.") from error
 
     @classmethod

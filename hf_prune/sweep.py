@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
+from hf_prune.atomic import replaced_file
 from hf_prune.config import CONFIGS, PruningConfig, selected_axes
 from hf_prune.data import load_text
 from hf_prune.errors import BudgetError, CheckpointError, ConfigError, ScoreError
@@ -212,9 +212,8 @@ class _Study:
             if found is None:
                 found = score(self.model, self.structure, config, batches=self.batches(config))
                 path.parent.mkdir(exist_ok=True)
-                temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-                save_file({axis: values.contiguous() for axis, values in found.items()}, temporary)
-                temporary.replace(path)
+                with replaced_file(path) as new:
+                    save_file({axis: values.contiguous() for axis, values in found.items()}, new)
             self._scores[name] = found
         return self._scores[name]
 
@@ -268,12 +267,10 @@ class _Results:
         """Keep a row, and write all of them; an interrupted write leaves the older file."""
         self.rows[key] = {**dict(zip(_COLUMNS, key, strict=True)), **row}
         text = json.dumps({"circumstances": self._circumstances, "rows": list(self.rows.values())}, indent=1)
-        temporary = self._path.with_name(f"{self._path.name}.{os.getpid()}.tmp")
         try:
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(self._path)
+            with replaced_file(self._path) as new:
+                new.write_text(text + "\n", encoding="utf-8")
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise CheckpointError(f"the results could not be written to {self._path}: {error}.") from error
 
     def report(self, keys: Sequence[Key]) -> list[Values]:

@@ -16,7 +16,8 @@ import torch
 from huggingface_hub import ModelCard
 from pruned import logits, pruned_llama, pruned_plan, tiny_tokenizer
 
-from hf_prune.checkpoint import atomic, saving
+from hf_prune import atomic
+from hf_prune.checkpoint import saving
 from hf_prune.checkpoint.files import CODE_NAME, PICTURE_NAME, PLAN_NAME
 from hf_prune.checkpoint.model_card import model_card
 from hf_prune.checkpoint.saving import install_save_hook, load_plan, save_pruned, verify_checkpoint

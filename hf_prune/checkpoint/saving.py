@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from hf_prune.checkpoint.atomic import replaced_directory
+from hf_prune.atomic import replaced_directory
 from hf_prune.checkpoint.files import (
     CARD_NAME,
     CODE_NAME,

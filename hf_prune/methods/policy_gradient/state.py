@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hf_prune.atomic import replaced_file
 from hf_prune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -66,13 +66,11 @@ class StateFile:
         names = [field.name for field in dataclasses.fields(state) if field.name != "step"]
         tensors = {name: getattr(state, name).cpu().contiguous() for name in names}
         header = {"run": json.dumps(self.identity), "step": json.dumps(state.step)}
-        temporary = self.path.with_name(f"{FILE}.{os.getpid()}.tmp")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata=header)
-            temporary.replace(self.path)
+            with replaced_file(self.path) as new:
+                save_file(tensors, new, metadata=header)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
             raise CheckpointError(f"the state of learning could not be written to {self.path}: {error}.") from error
 
     def load(self, device: torch.device) -> LearningState | None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_prune.atomic import replaced_file
 from hf_prune.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -109,24 +110,21 @@ class Policy:
         return features @ self.weight + self.bias
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `policy.safetensors` and `policy.json`; the directory is replaced in one step."""
+        """Write `policy.safetensors` and `policy.json`; each file is replaced in one step."""
         from safetensors.torch import save
 
         path = Path(directory)
         known = asdict(self)
         values = {"format": FORMAT, **{k: v for k, v in known.items() if not isinstance(v, Tensor)}}
-        temporary = path.with_name(f"{path.name}.tmp")
         try:
             path.mkdir(parents=True, exist_ok=True)
             for name, data in (
                 (WEIGHTS_NAME, save({"weight": self.weight.contiguous(), "bias": self.bias})),
                 (CONFIG_NAME, (json.dumps(values, indent=2) + "\n").encode()),
             ):
-                temporary = path / f"{name}.tmp"
-                temporary.write_bytes(data)
-                temporary.replace(path / name)
+                with replaced_file(path / name) as new:
+                    new.write_bytes(data)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise CheckpointError(f"the policy could not be written to {path}: {error}.") from error
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Replace a directory as a whole: it holds either everything new or everything old, whatever happens in between."""
+"""Replace a file or a directory as a whole: it holds all that is new or all that was, whatever happens in between."""
 
 from __future__ import annotations
 
@@ -13,6 +13,20 @@ from hf_prune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to, and put that file in its place when the block ends.
+
+    If the block fails or is interrupted, `path` is what it was and nothing else is left.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
