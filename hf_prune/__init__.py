@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hf_prune.config import (
         LLMPrunerConfig,
         MagnitudeConfig,
+        OBSConfig,
         PolicyGradientConfig,
         PruneNetConfig,
         PruningConfig,
@@ -49,6 +50,7 @@ _WHERE = {
     "LLMPrunerConfig": "hf_prune.config",
     "LatencyTable": "hf_prune.latency",
     "MagnitudeConfig": "hf_prune.config",
+    "OBSConfig": "hf_prune.config",
     "PolicyGradientConfig": "hf_prune.config",
     "PruneNetConfig": "hf_prune.config",
     "PrunedModelForCausalLM": "hf_prune.modeling",
@@ -80,6 +82,7 @@ __all__ = [
     "LLMPrunerConfig",
     "LatencyTable",
     "MagnitudeConfig",
+    "OBSConfig",
     "PolicyGradientConfig",
     "PruneNetConfig",
     "PrunedModelForCausalLM",

@@ -1,4 +1,7 @@
-"""Prune in several steps: scores are recomputed on the pruned model before each, and all decisions end in one plan."""
+"""Prune in several steps: scores are recomputed on the pruned model before each, and all decisions end in one plan.
+
+Where the configuration asks for repair, the pruned model is repaired before it is scored again.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from hf_prune.config import LAYER_AXES, AxisKind, PruningConfig, is_protected, l
 from hf_prune.errors import ConfigError
 from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.pruning import apply_plan
 from hf_prune.surgery.repair.preview import RepairPreview
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ def plan_in_steps(
     score: Callable[[PreTrainedModel, Structure, PruningConfig], Scores],
     base_model_name_or_path: str | None,
     *,
+    carry_out: Callable[[PruningPlan], PreTrainedModel],
     batches: Sequence[Batch] | None = None,
     latency: LatencyTable | None = None,
 ) -> PruningPlan:
@@ -45,6 +48,7 @@ def plan_in_steps(
         config: the final ratio; step k of n removes k/n of it.
         score: scores of the selected axes of the model it is given.
         base_model_name_or_path: recorded in the plan.
+        carry_out: gives the pruned (and repaired) model of a plan for the dense one.
         batches: calibration batches, for allocation `search`.
         latency: table of the dense model, for the budget `latency`.
 
@@ -59,7 +63,7 @@ def plan_in_steps(
         raise ConfigError("num_steps above 1 does not go with budget 'latency'; use one step, or another budget.")
     done: PruningPlan | None = None
     for step in range(1, config.num_steps + 1):
-        current = model if done is None else apply_plan(model, structure, done)
+        current = model if done is None else carry_out(done)
         now = structure if done is None else infer_structure(current)
         removed = 0.0 if done is None else done.achieved[config.budget]
         asked = (config.pruning_ratio * step / config.num_steps - removed) / (1 - removed)

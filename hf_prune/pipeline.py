@@ -109,7 +109,16 @@ def decide(
             known = score(model, structure, own, batches=batches)  # as it is: it may carry a history
         return known
 
-    plan = plan_in_steps(model, structure, config, step, base_model_of(model), batches=batches, latency=latency)
+    plan = plan_in_steps(
+        model,
+        structure,
+        config,
+        step,
+        base_model_of(model),
+        carry_out=lambda done: carry_out(model, structure, done, config, batches),
+        batches=batches,
+        latency=latency,
+    )
     if config.selection == "obs":
         assert batches is not None
         plan = select_repairable(model, structure, plan, batches, ridge=config.repair_ridge)

@@ -10,6 +10,7 @@ from structures import llama
 from hf_prune.config import (
     CONFIGS,
     MagnitudeConfig,
+    OBSConfig,
     PruneNetConfig,
     PruningConfig,
     RandomConfig,
@@ -26,7 +27,7 @@ KINDS = ("mlp", "attention", "hidden", "layer", "layer_attention", "layer_mlp")
 def configs(draw):
     config_class = draw(st.sampled_from(list(CONFIGS.values())))
     own = {"norm": draw(st.sampled_from(["l1", "l2"]))} if config_class is MagnitudeConfig else {}
-    kinds = ("mlp", "attention") if config_class is PruneNetConfig else KINDS
+    kinds = ("mlp", "attention") if config_class in (OBSConfig, PruneNetConfig) else KINDS
     layers = st.lists(st.integers(0, 90), min_size=1, unique=True).map(tuple)
     return config_class(
         draw(st.floats(0, 1, exclude_min=True, exclude_max=True)),

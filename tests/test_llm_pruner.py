@@ -11,7 +11,7 @@ from accelerate import dispatch_model
 from models import tiny_model
 
 from hf_prune.allocation import allocate
-from hf_prune.config import LLMPrunerConfig
+from hf_prune.config import LLMPrunerConfig, OBSConfig
 from hf_prune.errors import CalibrationError, ConfigError, ScoreError
 from hf_prune.methods import score
 from hf_prune.structure.inference import infer_structure
@@ -385,7 +385,7 @@ sys.path.insert(0, sys.argv[2])
 state = PartialState(cpu=True)
 from models import tiny_model
 from test_llm_pruner import samples
-from hf_prune.config import LLMPrunerConfig
+from hf_prune.config import LLMPrunerConfig, OBSConfig
 from hf_prune.methods import score
 from hf_prune.structure.inference import infer_structure
 model = tiny_model("llama")
@@ -393,6 +393,7 @@ found = {
     criterion: score(model, infer_structure(model), LLMPrunerConfig(0.5, criterion=criterion), samples(5, batch_size=2))
     for criterion in ("vector", "first_order", "second_order", "mixed", "fisher")
 }
+found["obs"] = score(model, infer_structure(model), OBSConfig(0.5), samples(5, batch_size=2))
 assert state.num_processes == 2
 torch.save(found, f"{sys.argv[1]}/{state.process_index}.pt")
 state.destroy_process_group()
@@ -433,7 +434,7 @@ def test_two_processes_give_the_scores_of_one(tmp_path):
     for rank in range(2):
         found = torch.load(tmp_path / f"{rank}.pt")
         for criterion, scores in found.items():
-            config = LLMPrunerConfig(0.5, criterion=criterion)
+            config = OBSConfig(0.5) if criterion == "obs" else LLMPrunerConfig(0.5, criterion=criterion)
             alone = score(model, structure, config, samples(5, batch_size=2))
             for axis in alone:
                 torch.testing.assert_close(scores[axis], alone[axis], rtol=1e-4, atol=1e-9)

@@ -23,6 +23,7 @@ _METHODS = {
     "llm_pruner": "LLM-Pruner ([arXiv 2305.11627](https://arxiv.org/abs/2305.11627))",
     "prunenet": "PruneNet ([arXiv 2501.15296](https://arxiv.org/abs/2501.15296))",
     "policy_gradient": "policy-gradient masks ([arXiv 2406.10576](https://arxiv.org/abs/2406.10576))",
+    "obs": "optimal brain surgeon by structures (after [arXiv 2302.04089](https://arxiv.org/abs/2302.04089))",
     "wanda": "Wanda scores summed over whole units ([arXiv 2306.11695](https://arxiv.org/abs/2306.11695))",
 }
 _BUDGETS = {

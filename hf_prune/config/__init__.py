@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_prune.config.base import Allocation, AxisKind, Budget, PruningConfig
-from hf_prune.config.methods import LLMPrunerConfig, MagnitudeConfig, RandomConfig, WandaConfig
+from hf_prune.config.methods import LLMPrunerConfig, MagnitudeConfig, OBSConfig, RandomConfig, WandaConfig
 from hf_prune.config.policy_gradient import PolicyGradientConfig
 from hf_prune.config.prunenet import PruneNetConfig
 from hf_prune.config.selection import LAYER_AXES, axes_of_kind, is_protected, layer_unit_names, selected_axes
@@ -14,6 +14,7 @@ CONFIGS: dict[str, type[PruningConfig]] = {
     "magnitude": MagnitudeConfig,
     "wanda": WandaConfig,
     "llm_pruner": LLMPrunerConfig,
+    "obs": OBSConfig,
     "policy_gradient": PolicyGradientConfig,
     "prunenet": PruneNetConfig,
 }
@@ -27,6 +28,7 @@ __all__ = [
     "Budget",
     "LLMPrunerConfig",
     "MagnitudeConfig",
+    "OBSConfig",
     "PolicyGradientConfig",
     "PruneNetConfig",
     "PruningConfig",

@@ -74,7 +74,7 @@ class PruningConfig:
     seq_len: int = 256
     """Tokens of each calibration window, 1 or more."""
     num_steps: int = 1
-    """Prune in so many equal steps, scores recomputed on the pruned model before each."""
+    """Prune in so many equal steps, scores recomputed on the pruned (and, where asked, repaired) model before each."""
     selection: Selection = "scores"
     """Which units stay on an axis of a given width: the best `scores`, or the ones that repair can least do without
     (`obs`, by calibration data; the scores then decide only the widths)."""
@@ -104,7 +104,7 @@ class PruningConfig:
         else:
             self._check_choice("allocation", get_args(AllocationName))
         self._check_choice("standardise", get_args(Standardise))
-        self._check(_is_number(self.spectral_epsilon, 0, 1), "spectral_epsilon", "a number from 0 and below 1")
+        self._check(is_number(self.spectral_epsilon, 0, 1), "spectral_epsilon", "a number from 0 and below 1")
         kinds = get_args(AxisKind)
         known = _is_tuple_of(self.axes, str) and len(self.axes) > 0 and all(kind in kinds for kind in self.axes)
         self._check(known and len(set(self.axes)) == len(self.axes), "axes", f"one or more different kinds of {kinds}")
@@ -115,7 +115,7 @@ class PruningConfig:
         self._check_choice("selection", get_args(Selection))
         self._check_choice("repair", get_args(Repair))
         self._check_choice("repair_target", get_args(RepairTarget))
-        self._check(_is_number(self.repair_ridge, 0), "repair_ridge", "a number from 0")
+        self._check(is_number(self.repair_ridge, 0), "repair_ridge", "a number from 0")
         if self.repair == "data_free":
             self._check("hidden" not in self.axes, "repair", "'least_squares' with hidden channels")
         if self.repair == "least_squares" and "hidden" in self.axes:
@@ -193,7 +193,8 @@ def _is_tuple_of(value: object, kind: type) -> bool:
     return isinstance(value, tuple) and all(type(item) is kind for item in value)
 
 
-def _is_number(value: object, lowest: float, below: float = math.inf) -> bool:
+def is_number(value: object, lowest: float, below: float = math.inf) -> bool:
+    """Whether `value` is a finite number from `lowest` and below `below`."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and math.isfinite(value) and lowest <= value < below  # type: ignore[arg-type, operator]
 
@@ -208,4 +209,4 @@ def _are_weights(pairs: tuple[Any, ...]) -> bool:
     known = all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and pair[0] for pair in pairs)
     if not known or len({name for name, _ in pairs}) != len(pairs):
         return False
-    return all(_is_number(weight, 0) for _, weight in pairs) and any(weight > 0 for _, weight in pairs)
+    return all(is_number(weight, 0) for _, weight in pairs) and any(weight > 0 for _, weight in pairs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_prune.config.base import Allocation, PruningConfig, Standardise
+from hf_prune.config.base import Allocation, PruningConfig, Repair, Standardise, is_number
 from hf_prune.errors import ConfigError
 
 
@@ -43,6 +43,31 @@ class WandaConfig(PruningConfig):
     """Name of the method that scores the units; fixed by the class."""
     standardise: Standardise = "sum"
     """As in every configuration; this method's scores compare only inside an axis, hence `sum`."""
+
+
+@dataclass(frozen=True)
+class OBSConfig(PruningConfig):
+    """What the loss grows by without a unit once its consumer is repaired (optimal brain surgeon). Calibrated.
+
+    Made to be repaired: a unit whose output the others can give costs nothing here, but much if nothing is repaired.
+    """
+
+    method: str = "obs"
+    """Name of the method that scores the units; fixed by the class."""
+    allocation: Allocation = "global"
+    """As in every configuration; this method's scores are in loss units, so that all units compare."""
+    repair: Repair = "least_squares"
+    """As in every configuration; the scores count on it."""
+    shrinkage: float = 0.5
+    """How little other units are trusted to make up for one: 0 as much as on the calibration text, 1 not at all."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        valid = is_number(self.shrinkage, 0) and self.shrinkage <= 1
+        self._check(valid, "shrinkage", "a number from 0 to 1")
+        other = [kind for kind in self.axes if kind not in ("mlp", "attention")]
+        if other:
+            raise ConfigError(f"axes: 'obs' scores 'mlp' and 'attention' units, found {other}.")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from hf_prune.data import evaluation_windows
 from hf_prune.errors import CalibrationError, ConfigError
+from hf_prune.methods.calibration import input_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,12 +101,6 @@ def inference(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training:
             module.training = mode
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where token ids go: the device of the input embeddings, the CPU if they are offloaded."""
-    device = _embedding(model).device
-    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _embedding(model: nn.Module) -> Tensor:

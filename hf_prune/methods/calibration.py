@@ -159,6 +159,6 @@ def checked_ids(batch: Batch) -> Tensor:
     return ids
 
 
-def input_device(model: nn.Module) -> torch.device:
-    """Where the model expects its input."""
-    return next(model.parameters()).device
+def input_device(module: nn.Module) -> torch.device:
+    """Where a model or layer expects its input; the CPU if all of it is offloaded: accelerate's hooks then move it."""
+    return next((weight.device for weight in module.parameters() if not weight.is_meta), torch.device("cpu"))

@@ -1,19 +1,17 @@
 """Recovery after pruning on the reference model: writes docs/recovery.json and the table in docs/recovery.md.
 
-    python tests/benchmarks/recovery.py                            # measure what is missing, then write the table
-    python tests/benchmarks/recovery.py --repair least_squares     # the same after repair
+    python tests/benchmarks/recovery.py                     # measure what is missing, then write the table
+    python tests/benchmarks/recovery.py --training LoRA     # only this kind of training
     python tests/benchmarks/recovery.py --tables-only
 
-ref10m, pruned by `LLMPrunerConfig(ratio)` with its defaults, then trained for 300 steps of 16 × 256 tokens of
-WikiText-2 train: the same windows in the same order for every run. Learning rates are chosen on the first 100,000
-characters of the validation text, by runs of 60 steps at 50 %; so is the best checkpoint of each run. Perplexity:
-windows of 256 without overlap, no BOS, float32. Every result is written as soon as it is measured and every training
-run resumes from its last checkpoint, so an interrupted script goes on. Data and model are read from `HF_PRUNE_DATA`
-(default `../shared`).
+ref10m, pruned and repaired by `OBSConfig(ratio)`, then trained for 300 steps of 16 × 256 tokens of WikiText-2 train:
+the same windows in the same order for every run. The dense model is trained just so. Learning rates are chosen on the
+first 100,000 characters of the validation text, by runs of 60 steps at 50 % (distillation takes that of all weights);
+so is the best checkpoint of each run. Perplexity: windows of 256 without overlap, no BOS, float32. Every result is
+written as soon as it is measured and every training run resumes from its last checkpoint, so an interrupted script
+goes on. Data and model are read from `HF_PRUNE_DATA` (default `../shared`).
 """
 
-import dataclasses
-import itertools
 import json
 import os
 import platform
@@ -28,7 +26,7 @@ import transformers
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from hf_prune import LLMPrunerConfig, PrunedModelForCausalLM, perplexity, prune, recover
+from hf_prune import OBSConfig, PrunedModelForCausalLM, perplexity, prune, recover
 from hf_prune.data import load_text
 from hf_prune.evaluation import markdown_table
 
@@ -39,19 +37,23 @@ TRAIN = SHARED / "data" / "wikitext2" / "train.txt"
 
 STEPS, SHORT_STEPS, BATCH, SEQ_LEN = 300, 60, 16, 256
 VALID_CHARS, NOVELS_CHARS = 100_000, 400_000
-RATIOS = (0.3, 0.5)
+RATIOS = (0.5, 0.3)
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {"lora": True},
     "all weights": {"lora": False},
     "distillation": {"lora": False, "distil": True},
+    "dense, all weights": {"lora": False},
 }
+CELLS = [(0.0, "none"), *((ratio, "none") for ratio in RATIOS)]
+CELLS += [(ratio, kind) for kind in KINDS for ratio in ((0.0,) if kind.startswith("dense") else RATIOS)]
+"""(pruning ratio, training)"""
 RATES = {
     "LoRA": (1e-4, 1e-3, 3e-3),
     "all weights": (1e-4, 3e-4, 1e-3),
-    "dense": (1e-4, 3e-4, 1e-3),
+    "dense, all weights": (1e-4, 3e-4, 1e-3),
 }
-ALPHAS = (0.5, 1.0)
-"""Weights of the teacher that are tried, at the learning rate of all weights."""
+SAME_RATE = {"distillation": "all weights"}
+"""Kinds that take the learning rate of another."""
 
 
 @cache
@@ -64,15 +66,13 @@ def dense() -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(SHARED / "models" / "ref10m", dtype=torch.float32).eval()
 
 
-def start(ratio: float, repair: str, work: Path) -> PreTrainedModel:
+def start(ratio: float, work: Path) -> PreTrainedModel:
     """The model that a run starts from, pruned once; ratio 0 is the dense one."""
     if ratio == 0:
         return dense()
-    directory = work / f"start-{ratio}-{repair}"
+    directory = work / f"start-{ratio}"
     if not directory.exists():
-        config = LLMPrunerConfig(ratio)
-        if repair != "none":
-            config = dataclasses.replace(config, repair=repair)  # type: ignore[call-arg]
+        config = OBSConfig(ratio)
         result = prune(dense(), config, tokenizer=tokenizer(), calibration=str(TRAIN), batch_size=4)
         PrunedModelForCausalLM.save_pretrained(result.model, directory, plan=result.plan)
     return PrunedModelForCausalLM.from_pretrained(directory).eval()
@@ -95,24 +95,23 @@ def measure(model: PreTrainedModel) -> dict[str, float]:
     }
 
 
-def train(ratio: float, repair: str, kind: dict[str, Any], rate: float, alpha: float, steps: int, work: Path) -> Any:
+def train(ratio: float, kind: dict[str, Any], rate: float, steps: int, work: Path) -> Any:
     """One training run, from its last checkpoint if it was interrupted."""
     valid = work / "valid.txt"
     if not valid.exists():
         work.mkdir(parents=True, exist_ok=True)
         valid.write_text(load_text(SHARED / "data" / "wikitext2" / "valid.txt", max_chars=VALID_CHARS))
-    name = f"{ratio}-{repair}-{'lora' if kind['lora'] else 'full'}-{'kd' if kind.get('distil') else 'lm'}"
-    output = work / f"{name}-{rate}-{alpha}-{steps}"
+    name = f"{ratio}-{'lora' if kind['lora'] else 'full'}-{'kd' if kind.get('distil') else 'lm'}"
+    output = work / f"{name}-{rate}-{steps}"
     began = time.perf_counter()
     result = recover(
-        start(ratio, repair, work),
+        start(ratio, work),
         output,
         train=str(TRAIN),
         eval=str(valid),
         tokenizer=tokenizer(),
         lora=kind["lora"],
         teacher=dense() if kind.get("distil") else None,
-        alpha=alpha,
         steps=steps,
         seq_len=SEQ_LEN,
         resume=True,
@@ -130,41 +129,35 @@ def train(ratio: float, repair: str, kind: dict[str, Any], rate: float, alpha: f
     return result
 
 
-def choices(results: dict[str, Any], work: Path) -> dict[str, dict[str, float]]:
-    """Learning rate (and weight of the teacher) with the lowest validation perplexity after `SHORT_STEPS`."""
+def best_rate(training: str, results: dict[str, Any], work: Path) -> float:
+    """The learning rate with the lowest validation perplexity after `SHORT_STEPS`."""
+    training = SAME_RATE.get(training, training)
     tried = results.setdefault("tried", [])
-
-    def best(name: str, rates: tuple[float, ...], alphas: tuple[float, ...] = ALPHAS[:1]) -> dict[str, float]:
-        kind, ratio = KINDS.get(name, {"lora": False}), 0.0 if name == "dense" else 0.5
-        for rate, alpha in itertools.product(rates, alphas):
-            if not any((t["kind"], t["learning_rate"], t["alpha"]) == (name, rate, alpha) for t in tried):
-                found = train(ratio, "none", kind, rate, alpha, SHORT_STEPS, work)
-                tried.append({"kind": name, "learning_rate": rate, "alpha": alpha, "valid": found.perplexity_after})
-                save(results)
-        found = min((t for t in tried if t["kind"] == name), key=lambda t: t["valid"])
-        return {"learning_rate": found["learning_rate"], "alpha": found["alpha"]}
-
-    chosen = {name: best(name, rates) for name, rates in RATES.items()}
-    rate = chosen["all weights"]["learning_rate"]
-    return chosen | {"distillation": best("distillation", (rate,), ALPHAS)}
+    ratio = 0.0 if training.startswith("dense") else 0.5
+    for rate in RATES[training]:
+        if not any((t["training"], t["learning_rate"]) == (training, rate) for t in tried):
+            found = train(ratio, KINDS[training], rate, SHORT_STEPS, work)
+            tried.append({"training": training, "learning_rate": rate, "valid": found.perplexity_after})
+            save(results)
+    found = min((t for t in tried if t["training"] == training), key=lambda t: t["valid"])
+    return float(found["learning_rate"])
 
 
-def run(repair: str, work: Path) -> None:
+def run(only: str, work: Path) -> None:
     """Measure every cell that docs/recovery.json does not hold yet."""
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {**circumstances(), "rows": []}
-    cells = [(0.0, "none", "none"), *((ratio, repair, "none") for ratio in RATIOS)]
-    cells += [(ratio, repair, kind) for ratio in RATIOS for kind in KINDS] + [(0.0, "none", "all weights")]
-    done = {(row["pruning_ratio"], row["repair"], row["kind"]) for row in results["rows"]}
-    for ratio, repaired, kind in (cell for cell in cells if cell not in done):
-        row: dict[str, Any] = {"pruning_ratio": ratio, "repair": repaired, "kind": kind}
-        if kind == "none":
-            model = start(ratio, repaired, work)
+    done = {(row["pruning_ratio"], row["training"]) for row in results["rows"]}
+    for ratio, training in CELLS:
+        if (ratio, training) in done or only not in ("", training):
+            continue
+        row: dict[str, Any] = {"pruning_ratio": ratio, "training": training}
+        if training == "none":
+            model = start(ratio, work)
         else:
-            chosen = choices(results, work)["dense" if ratio == 0 else kind]
+            rate = best_rate(training, results, work)
             began = time.perf_counter()
-            rate, alpha = chosen["learning_rate"], chosen["alpha"]
-            found = train(ratio, repaired, KINDS[kind], rate, alpha, STEPS, work)
-            row |= chosen | {"train_s": time.perf_counter() - began, "valid": found.perplexity_after}
+            found = train(ratio, KINDS[training], rate, STEPS, work)
+            row |= {"learning_rate": rate, "train_s": time.perf_counter() - began, "valid": found.perplexity_after}
             model = found.model.eval()
         row |= {"num_parameters": model.num_parameters()} | measure(model)
         results["rows"].append(row)
@@ -192,20 +185,17 @@ def save(results: dict[str, Any]) -> None:
 
 def write_table(results: dict[str, Any]) -> None:
     """Write the table between the markers of docs/recovery.md."""
-    order = ["none", *KINDS]
-    rows = sorted(results["rows"], key=lambda r: (r["pruning_ratio"], r["repair"] != "none", order.index(r["kind"])))
+    rows = sorted(results["rows"], key=lambda row: CELLS.index((row["pruning_ratio"], row["training"])))
     lines = [
         {
             "removed": f"{100 * row['pruning_ratio']:.0f} %",
-            "repair": "" if row["repair"] == "none" else row["repair"].replace("_", " "),
-            "training": {"none": "none"}.get(row["kind"], row["kind"]),
+            "training": row["training"].removeprefix("dense, "),
             "learning rate": f"{row['learning_rate']:g}" if "learning_rate" in row else "",
             "parameters": f"{row['num_parameters']:,}",
             "WikiText-2 test": f"{row['wikitext2']:.2f}",
             "novels": f"{row['novels']:.2f}",
-            "minutes": f"{row['train_s'] / 60:.0f}" if "train_s" in row else "",
         }
-        for row in rows
+        for row in sorted(rows, key=lambda row: row["pruning_ratio"])
     ]
     before, rest = PAGE.read_text().split("<!-- results -->", 1)
     after = rest.split("<!-- /results -->", 1)[1]
@@ -213,14 +203,14 @@ def write_table(results: dict[str, Any]) -> None:
 
 
 def main(
-    repair: Annotated[str, typer.Option(help="The `repair` of the configuration.")] = "none",
+    training: Annotated[str, typer.Option(help="Only this kind: LoRA, all weights, …")] = "",
     work: Annotated[Path, typer.Option(help="Where runs keep their checkpoints.")] = ROOT / "build" / "recovery",
     tables_only: Annotated[bool, typer.Option(help="Only write the table from docs/recovery.json.")] = False,
 ) -> None:
     """Measure recovery on ref10m and write the table."""
     torch.set_num_threads(1)
     if not tables_only:
-        run(repair, work)
+        run(training, work)
     write_table(json.loads(RESULTS.read_text()))
 
 

@@ -119,8 +119,8 @@ def pruned_model(cell: Cell) -> tuple[PreTrainedModel, PruningPlan]:
 
 
 def plan_key(config: PruningConfig) -> str:
-    """A name for everything that the plan depends on; a search looks at what repair will do."""
-    irrelevant = () if config.allocation == "search" else REPAIR_FIELDS
+    """A name for everything that the plan depends on; a search, and several steps, look at what repair does."""
+    irrelevant = () if config.allocation == "search" or config.num_steps > 1 else REPAIR_FIELDS
     return _key({name: value for name, value in config.to_dict().items() if name not in irrelevant})
 
 
@@ -189,12 +189,14 @@ def save(results: dict[str, Any]) -> None:
 
 
 def missing(results: dict[str, Any], only: str, ratios: Sequence[float]) -> list[Cell]:
-    """Configurations of the sections whose title holds `only` that have no result yet, each once; 50 % first."""
+    """Configurations without a result, each once, of rows with `only` in "section: label"; 50 % first."""
     done = [row["config"] for row in results["rows"]]
     wanted: list[Cell] = []
     for ratio in sorted(ratios, key=lambda ratio: abs(ratio - 0.5)):
         for section in SECTIONS:
-            for row in section.rows if only.lower() in section.title.lower() else ():
+            for row in section.rows:
+                if only.lower() not in f"{section.title}: {row.label}".lower():
+                    continue
                 wanted += [cell for cell in row.cells(ratio) if cell not in done and cell not in wanted]
     return wanted
 
@@ -228,7 +230,7 @@ def run(jobs: int, only: str, ratios: Sequence[float]) -> None:
 
 def main(
     jobs: Annotated[int, typer.Option(help="Processes, with one thread each.")] = 2,
-    only: Annotated[str, typer.Option(help="Measure only sections whose title holds this.")] = "",
+    only: Annotated[str, typer.Option(help="Measure only rows whose section and label hold this.")] = "",
     ratio: Annotated[list[float] | None, typer.Option(help="Measure only at these ratios.")] = None,
     tables_only: Annotated[bool, typer.Option(help="Only write the tables from docs/results.json.")] = False,
 ) -> None:

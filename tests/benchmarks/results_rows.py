@@ -102,7 +102,10 @@ METHODS = {
     "magnitude": {"method": "magnitude"},
     "Wanda-type": {"method": "wanda"},
     "LLM-Pruner (Fisher)": {"method": "llm_pruner", "criterion": "fisher"},
+    "OBS": {"method": "obs", "repair": "none"},
 }
+LEARNED = {"PruneNet": {"method": "prunenet"}, "policy gradient": {"method": "policy_gradient"}}
+"""Methods that decide the widths themselves."""
 ALLOCATIONS = {
     "uniform": {"allocation": "uniform"},
     "global": {"allocation": "global"},
@@ -118,8 +121,14 @@ REPAIR = Section(
         for allocation, how in ALLOCATIONS.items()
         for suffix, repair in REPAIRS.items()
         for name, method in METHODS.items()
+    )
+    + tuple(
+        Row(f"{name}, its own widths{suffix}", {**method, **repair}, ratios=RATIOS[:3])
+        for name, method in LEARNED.items()
+        for suffix, repair in REPAIRS.items()
     ),
-    note="Repair is least squares towards the dense residual stream. random: seed 0.",
+    note="Repair is least squares towards the dense residual stream. random and the learned: seed 0. OBS scores count "
+    "on repair. PruneNet prunes MLP channels only.",
     published={
         "FLAP (WIFV, AL-AM) with its bias": (44.58, 46.48, 76.04),
         "FLAP without": (46.49, 49.20, 106.1),
@@ -128,18 +137,25 @@ REPAIR = Section(
     },
 )
 
-OBS = {"selection": "obs", "repair": "least_squares"}
-SEARCH = ALLOCATIONS["search"]
-FISHER = METHODS["LLM-Pruner (Fisher)"]
+SELECTION = {"selection": "obs", "repair": "least_squares"}
+LONG = {"num_samples": 512, "repair": "least_squares"}
+FISHER = {**METHODS["LLM-Pruner (Fisher)"], "allocation": "global"}
+OBS = {"method": "obs", "allocation": "global"}
 BEST = Section(
     "The best combinations",
     (
-        Row("LLM-Pruner (Fisher), search, OBS selection + repair", {**FISHER, **SEARCH, **OBS}, ratios=RATIOS[:3]),
-        Row("Wanda-type, search, OBS selection + repair", {"method": "wanda", **SEARCH, **OBS}, ratios=RATIOS[:3]),
-        Row("LLM-Pruner (Fisher), global, OBS selection + repair", {**FISHER, "allocation": "global", **OBS}),
-        _llm_pruner("LLM-Pruner, recommended preset, OBS selection + repair", "fisher", "global", **RECOMMENDED, **OBS),
+        Row("LLM-Pruner (Fisher), global, OBS selection + repair", {**FISHER, **SELECTION}),
+        Row(
+            "LLM-Pruner (Fisher), search, OBS selection + repair",
+            {**FISHER, **ALLOCATIONS["search"], **SELECTION},
+            ratios=(0.5,),
+        ),
+        Row("LLM-Pruner, recommended preset, OBS selection + repair", {**FISHER, **RECOMMENDED, **SELECTION}),
+        Row("OBS, global + repair", {**OBS, "repair": "least_squares"}),
+        Row("OBS, global + repair, 512 × 256 tokens", {**OBS, **LONG}),
     ),
-    note='OBS selection chooses the units inside each axis anew, once the widths are known: `selection="obs"`.',
+    note='OBS selection (`selection="obs"`) chooses the units inside each axis anew, once the widths are known. '
+    "128 × 256 calibration tokens, 512 × 64 in the recommended preset, unless said.",
 )
 
 SECTIONS = (BASELINES, CRITERIA, REPAIR, BEST)

@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from hf_prune.errors import CalibrationError, PlanError
 from hf_prune.methods.calibration import Batch, checked_ids, eager_experts, evaluating
+from hf_prune.methods.streams import Stream
 from hf_prune.surgery.repair.consumers import find_branches, first_change
 from hf_prune.surgery.repair.layers import LayerRepair, Repaired
 from hf_prune.surgery.repair.selection import select_repairable
-from hf_prune.surgery.repair.streams import Stream
 from hf_prune.surgery.slicing import renumber
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.least_squares import Solution, Statistics, solve
 from hf_prune.methods.calibration import StackedInputs
+from hf_prune.methods.streams import Stop, Stream, first, replaced_forward, with_first
 from hf_prune.surgery.repair.consumers import BRANCHES
-from hf_prune.surgery.repair.statistics import Solution, Statistics, solve
-from hf_prune.surgery.repair.streams import Stop, Stream, first, replaced_forward, with_first
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

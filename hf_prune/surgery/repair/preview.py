@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import CalibrationError
+from hf_prune.least_squares import factorised
 from hf_prune.methods.calibration import checked_ids, evaluating
+from hf_prune.methods.obs import collect_grams, only_consumer
+from hf_prune.methods.streams import Stream
 from hf_prune.surgery.masking import input_dim
-from hf_prune.surgery.repair.selection import collect_grams, only_consumer
-from hf_prune.surgery.repair.statistics import factorised
-from hf_prune.surgery.repair.streams import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -10,12 +10,12 @@ import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hf_prune.errors import StructureError
+from hf_prune.methods.calibration import input_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +63,7 @@ class Stream:
     def run(self, layer: int, batch: int, hidden: Tensor) -> Tensor:
         """Output hidden states of one layer, on the CPU."""
         module, call = self.layers[layer], self.calls[batch][layer]
-        device = _device_of(module)
+        device = input_device(module)
         args, kwargs = send_to_device((call.args, call.kwargs), device)
         hidden = hidden.to(device, copy=True)  # some layers add to it in place
         return first(module(hidden, *args, **kwargs)).cpu()
@@ -86,7 +86,7 @@ class Stream:
             for layer in self.layers:
                 stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(layer.register_forward_hook(after).remove)
-            self.model(input_ids=ids.to(_device_of(self.model)), use_cache=False)
+            self.model(input_ids=ids.to(input_device(self.model)), use_cache=False)
         ran_in_order = len(inputs) == len(self.layers) and all(
             _equal(first(output), hidden) for output, hidden in zip(self._outputs[:-1], inputs[1:], strict=True)
         )
@@ -116,7 +116,7 @@ class Stream:
             for index, layer in enumerate(self.layers):
                 stack.enter_context(replaced_forward(layer, _bound(leave_out, index)))
             with contextlib.suppress(Stop):
-                self.model(input_ids=ids.to(_device_of(self.model)), use_cache=False)
+                self.model(input_ids=ids.to(input_device(self.model)), use_cache=False)
         return start[0], calls
 
 
@@ -142,11 +142,6 @@ def first(output: Any) -> Tensor:
 def with_first(output: Any, hidden: Tensor) -> Any:
     """`output` with other hidden states."""
     return type(output)((hidden, *output[1:])) if isinstance(output, (tuple, list)) else hidden
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    """Where a module's weights are; the CPU if they are offloaded: accelerate's hooks then move the inputs."""
-    return next((p.device for p in module.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def _bound(function: Callable[..., Any], index: int) -> Callable[..., Any]:

@@ -1,0 +1,184 @@
+"""Optimal brain surgeon by structures: the scores are what the loss grows by, against a slow reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import shared_model, shared_structure, tiny_model, token_ids
+
+from hf_prune import OBSConfig, PruningConfig, prune
+from hf_prune.errors import CalibrationError, ConfigError, StructureError
+from hf_prune.methods import score
+from hf_prune.methods.obs import only_consumer, squared_gradients
+from hf_prune.structure.inference import infer_structure
+
+EXACT = {"repair_ridge": 1e-9, "shrinkage": 0.0}
+
+
+def calibration(num_batches=4, batch=8, length=24):
+    return [{"input_ids": token_ids(batch, length, seed=seed)} for seed in range(num_batches)]
+
+
+def observed(model, module, batches):
+    """Inputs `[tokens, K]` of a linear layer, and the gradient `[tokens, D]` of the summed loss by its output."""
+    inputs, gradients = [], []
+
+    def hook(module, args, output):
+        inputs.append(args[0].detach().flatten(0, -2))
+        shift = torch.zeros_like(output, requires_grad=True)
+        gradients.append(shift)
+        return output + shift
+
+    handle = module.register_forward_hook(hook)
+    for batch in batches:
+        ids = batch["input_ids"]
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="sum").backward()
+    handle.remove()
+    model.zero_grad()
+    return torch.cat(inputs), torch.cat([shift.grad.flatten(0, -2) for shift in gradients])
+
+
+def reference(x, gradient, weight, bias, units):
+    """Greedy removal; each time every candidate is measured by least squares on all the tokens."""
+    wanted = x @ weight.T
+    known = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1) if bias is not None else x
+    ids = torch.cat([units, torch.tensor([-1])]) if bias is not None else units
+
+    def error(kept):
+        columns = known[:, torch.isin(ids, torch.tensor([-1, *sorted(kept)]))]
+        if not columns.shape[1]:
+            return float(wanted.square().sum())
+        return float((wanted - columns @ torch.linalg.lstsq(columns, wanted).solution).square().sum())
+
+    alive, before, highest = set(units.tolist()) - {-1}, 0.0, 0.0
+    scores = torch.zeros(len(alive), dtype=torch.float64)
+    while alive:
+        after, gone = min((error(alive - {unit}), unit) for unit in alive)
+        highest, before = max(highest, after - before), after
+        scores[gone] = highest
+        alive.remove(gone)
+    return scores * float(gradient.square().mean()) / (2 * len(x))
+
+
+@pytest.mark.parametrize(
+    ("family", "axis"),
+    [
+        ("llama", "layers.1.mlp"),
+        ("llama", "layers.1.attention"),
+        ("gpt2", "layers.0.mlp"),
+        ("gpt2", "layers.1.attention"),
+    ],
+)
+def test_scores_are_those_of_a_slow_reference(family, axis):
+    model, structure, batches = tiny_model(family), shared_structure(family), calibration()
+    module, units = only_consumer(model, structure, structure.axes[axis])
+    x, gradient = observed(model, module, batches)
+    weight = module.weight.detach()
+    weight = weight.T if family == "gpt2" else weight
+    wanted = reference(x, gradient, weight, module.bias, units)
+    found = score(model, structure, OBSConfig(0.5, **EXACT), batches)[axis].double()
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.max()))
+
+
+def test_without_trust_in_others_it_is_the_error_of_leaving_the_unit_out():
+    model, structure, batches = tiny_model("llama"), shared_structure("llama"), calibration()
+    module = model.model.layers[1].mlp.down_proj
+    x, gradient = observed(model, module, batches)
+    left_out = x.square().mean(0) * module.weight.detach().square().sum(0)
+    configs = {shrinkage: OBSConfig(0.5, repair_ridge=1e-9, shrinkage=shrinkage) for shrinkage in (0.0, 0.5, 1.0)}
+    scores = {key: score(model, structure, config, batches)["layers.1.mlp"] for key, config in configs.items()}
+    torch.testing.assert_close(scores[1.0].double(), left_out * float(gradient.square().mean()) / 2, rtol=1e-4, atol=0)
+    assert scores[0.0].min() < scores[0.5].min() < scores[1.0].min()
+
+
+def test_gradients_are_those_of_a_shift_of_the_output():
+    model, structure, batches = tiny_model("llama"), shared_structure("llama"), calibration()
+    consumers = {
+        name: only_consumer(model, structure, axis) for name, axis in structure.axes.items() if axis.layer == 0
+    }
+    consumers = {name: found for name, found in consumers.items() if found is not None}
+    found = squared_gradients(model, consumers, batches)
+    for name, (module, _) in consumers.items():
+        assert found[name] == pytest.approx(float(observed(model, module, batches)[1].square().mean()), rel=1e-6)
+
+
+def test_checkpointing_and_float16_change_nothing_but_rounding():
+    batches = calibration()
+    wanted = score(shared_model("llama"), shared_structure("llama"), OBSConfig(0.5), batches)
+    checkpointed = tiny_model("llama")
+    checkpointed.activation_checkpointing_enable()
+    for model, rtol in ((checkpointed, 1e-5), (tiny_model("llama", dtype=torch.float16), 0.1)):
+        found = score(model, infer_structure(model), OBSConfig(0.5), batches)
+        for name, values in wanted.items():
+            assert float((found[name] - values).abs().max()) <= rtol * float(values.max())
+
+
+def test_a_unit_that_others_can_say_costs_nothing():
+    """Twice the same channel: one of the two may go. Other criteria see two that matter."""
+    model, structure = tiny_model("llama"), shared_structure("llama")
+    mlp = model.model.layers[1].mlp
+    with torch.no_grad():
+        for producer in (mlp.gate_proj, mlp.up_proj):
+            producer.weight[3] = producer.weight[5]
+    scores = score(model, structure, OBSConfig(0.5, **EXACT), calibration())["layers.1.mlp"]
+    one, two = sorted(scores[[3, 5]].tolist())
+    assert one < 1e-3 * float(scores.median())
+    assert two > 0.1 * float(scores.median())
+
+
+def test_prune_repairs_by_default():
+    model, batches = shared_model("llama"), calibration()
+    result = prune(model, OBSConfig(0.3), calibration=batches)
+    plain = prune(model, OBSConfig(0.3, repair="none"), calibration=batches)
+    assert result.plan.kept_indices == plain.plan.kept_indices
+    changed = {
+        name.rpartition(".")[0].rpartition(".")[2]
+        for (name, value), other in zip(
+            result.model.state_dict().items(), plain.model.state_dict().values(), strict=True
+        )
+        if not torch.equal(value, other)
+    }
+    assert changed == {"o_proj", "down_proj"}
+
+
+def test_later_steps_score_the_repaired_model(monkeypatch):
+    from hf_prune import pipeline
+
+    seen = []
+
+    def own(model, structure, config, batches=None):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return score(model, structure, config, batches)
+
+    monkeypatch.setattr(pipeline, "score", own)
+    model, batches = shared_model("llama"), calibration()
+    two = prune(model, OBSConfig(0.4, num_steps=2), calibration=batches)
+    half = prune(model, OBSConfig(0.2), calibration=batches)
+    assert all(torch.equal(seen[1][name], value) for name, value in half.model.state_dict().items())
+    assert two.plan.achieved["decoder"] == pytest.approx(0.4, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "words"),
+    [
+        (lambda: OBSConfig(0.5, axes=("hidden",)), ConfigError, "axes: 'obs' scores"),
+        (lambda: OBSConfig(0.5, shrinkage=1.5), ConfigError, "shrinkage"),
+        (lambda: OBSConfig(0.5, shrinkage="half"), ConfigError, "shrinkage"),
+        (lambda: prune(shared_model("llama"), OBSConfig(0.5)), CalibrationError, "'obs' needs calibration"),
+        (lambda: prune(shared_model("llama"), OBSConfig(0.5), calibration=[]), CalibrationError, "needs calibration"),
+        (lambda: prune(shared_model("mixtral"), OBSConfig(0.5), calibration=calibration()), StructureError, "experts"),
+    ],
+)
+def test_bad_input(ask, error, words):
+    with pytest.raises(error, match=words):
+        ask()
+
+
+def test_experts_can_be_protected():
+    model, batches = shared_model("mixtral"), calibration()
+    config = OBSConfig(0.2, axes=("attention",), min_units=1, budget="units")
+    assert {name.rpartition(".")[2] for name in prune(model, config, calibration=batches).plan.kept_indices} == {
+        "attention"
+    }
+    assert PruningConfig.from_dict(config.to_dict()) == config
