@@ -168,6 +168,14 @@ def test_a_policy_from_row_norms_never_ends_below_them(distance, learning_rate):
     assert learned >= by_norm - 1e-9
 
 
+def test_a_spectrum_of_energies_holds_no_rows():
+    """Streaming keeps one such object per layer: a view of the rows would keep the whole model."""
+    rows = layers_of([matrix(60, 1, 20)])["0"].state
+    kept = Spectrum(rows, "energy", 100)
+    held = [value for value in vars(kept).values() if isinstance(value, torch.Tensor)]
+    assert sum(value.untyped_storage().nbytes() for value in held) <= 8 * 60
+
+
 def test_features_depend_on_no_scale_and_no_number_of_rows():
     layers = layers_of([matrix(60, 1, 20), 1000 * matrix(60, 1, 20)])
     first, scaled = (scale_free_features(rows, 0.5) for rows in layers.values())

@@ -24,6 +24,7 @@ PAGES = (
     "docs/llm_pruner.md",
     "docs/policy_gradient.md",
     "docs/prunenet.md",
+    "docs/obs.md",
     "docs/repair.md",
     "docs/allocation.md",
     "docs/recovery.md",
