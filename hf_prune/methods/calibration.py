@@ -87,13 +87,19 @@ class StackedInputs(TorchFunctionMode):
     Args:
         watched: name → the parameter and its input dimension.
         see: gets the name, the first expert of the view, and the inputs `[experts, tokens, channels]` of its experts.
+        see_output: gets the name, the first expert, their number, and the product.
     """
 
-    def __init__(self, watched: Mapping[str, tuple[Tensor, int]], see: Callable[[str, int, Tensor], None]) -> None:
+    def __init__(
+        self,
+        watched: Mapping[str, tuple[Tensor, int]],
+        see: Callable[[str, int, Tensor], None] | None = None,
+        see_output: Callable[[str, int, int, Tensor], None] | None = None,
+    ) -> None:
         super().__init__()
         self._watched = {weight.untyped_storage().data_ptr(): (name, weight) for name, (weight, _) in watched.items()}
         self._dims = {name: dim for name, (_, dim) in watched.items()}
-        self._see = see
+        self._see, self._see_output = see, see_output
 
     def __torch_function__(
         self,
@@ -102,20 +108,28 @@ class StackedInputs(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        found = None
         if (func in _LINEAR or func in _MATMUL) and len(args) >= 2:
-            self._record(args[0], args[1])
-        return func(*args, **(kwargs or {}))
+            found = self._find(args[0], args[1])
+        if found is not None and self._see is not None:
+            name, first, used = found
+            self._see(name, first, args[0].detach().reshape(used, -1, args[0].shape[-1]))
+        result = func(*args, **(kwargs or {}))
+        if found is not None and self._see_output is not None:
+            self._see_output(*found, result)
+        return result
 
-    def _record(self, x: Tensor, weight: Tensor) -> None:
+    def _find(self, x: Tensor, weight: Tensor) -> tuple[str, int, int] | None:
+        """Name of the watched parameter that `weight` is a view of, its first expert, and how many."""
         name, whole = self._watched.get(weight.untyped_storage().data_ptr(), ("", weight))
         if not name:
-            return
+            return None
         num_experts, num_channels = whole.shape[0], whole.shape[self._dims[name]]
         first, rest = divmod(int(weight.storage_offset() - whole.storage_offset()), whole.stride(0))
         used = weight.numel() // whole[0].numel()
         if rest or used not in (1, num_experts) or x.shape[-1] != num_channels:
-            return
-        self._see(name, first, x.detach().reshape(used, -1, num_channels))
+            return None
+        return name, first, used
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +23,54 @@ from tqdm.auto import tqdm
 from hf_prune.config import OBSConfig, PruningConfig, selected_axes
 from hf_prune.errors import CalibrationError, StructureError
 from hf_prune.least_squares import Statistics, factorised
-from hf_prune.methods.calibration import checked_ids, evaluating
+from hf_prune.methods.calibration import StackedInputs, checked_ids, eager_experts, evaluating
 from hf_prune.methods.gradients import backward, differentiable, loss_scale, my_share, sum_over_processes
 from hf_prune.methods.streams import Stream
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from hf_prune.methods.calibration import Batch
     from hf_prune.structure.structure import Axis, Structure
 
-Consumer = tuple[nn.Module, Tensor]
-"""The linear layer that consumes an axis, and the unit of each of its inputs."""
 ROUNDS = 128
 """Wide axes lose several units at a time, the cheapest ones, so that there are no more rounds than this."""
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """The only weight that sums over an axis: of a linear layer, or of all experts of a layer."""
+
+    parameter: str
+    module: nn.Module
+    """Holds the weight."""
+    dim: int
+    """Of the weight, along which it sums."""
+    units: Tensor
+    """int64 `[K]`: the unit of each input, -1 where it has none."""
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """`[D, K]` or `[K, D]`, for experts with one dimension more in front."""
+        return self.module.get_parameter(self.parameter.rpartition(".")[2])
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of a linear layer; those of experts stay out of account."""
+        found = getattr(self.module, "bias", None)
+        return found if isinstance(found, Tensor) and not self.stacked else None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is a weight of experts."""
+        return self.weight.dim() == 3
+
+    def matrices(self) -> list[Tensor]:
+        """`[D, K]`, one per expert."""
+        weights = list(self.weight.detach()) if self.stacked else [self.weight.detach()]
+        transposed = self.dim == (1 if self.stacked else 0)
+        return [weight.T for weight in weights] if transposed else weights
 
 
 def obs_scores(
@@ -50,8 +84,9 @@ def obs_scores(
     """What the loss grows by as each unit goes, those before it gone and repaired: nats per token, in nested order.
 
     One backward pass for the gradients at the outputs of the consumers (no weight gradients), then one forward pass,
-    layer by layer, for H: memory is that of the consumers of one layer, twice their Gram matrix in float64. With
-    several processes the backward pass is shared; H is summed by each.
+    layer by layer, for H: memory is that of the consumers of one layer, a few times their Gram matrix in float64. Each
+    expert has an H of its own, over the tokens routed to it. With several processes the backward pass is shared; H is
+    summed by each.
 
     Args:
         model: a causal LM; left as it was.
@@ -66,7 +101,7 @@ def obs_scores(
 
     Raises:
         CalibrationError: no batches, or activations that are not finite.
-        StructureError: an axis that one linear layer does not consume (experts), or layers that hand on more than
+        StructureError: an axis that is not consumed by one linear layer or by experts, or layers that hand on more than
             hidden states.
         ScoreError: a loss is not finite.
     """
@@ -79,93 +114,126 @@ def obs_scores(
         found = only_consumer(model, structure, axis)
         if found is None:
             raise StructureError(
-                f"{axis.name}: 'obs' scores axes that one linear layer consumes, and found something else (experts, "
-                "convolutions). Protect this axis, or use method 'llm_pruner'."
+                f"{axis.name}: 'obs' scores axes that one linear layer or the experts of a layer consume, and found "
+                "something else (a convolution). Protect this axis, or use method 'llm_pruner'."
             )
         consumers[axis.name] = found
-    gradients = squared_gradients(model, consumers, batches)
+    ids = [checked_ids(batch) for batch in batches]
+    num_tokens = sum(batch.numel() for batch in ids)
     scores: dict[str, Tensor] = {}
-    with torch.no_grad(), evaluating(model):
-        stream = Stream(model, structure.layer_paths)
-        stream.start([checked_ids(batch) for batch in batches])
-        for layer in tqdm(range(len(structure.layer_paths)), desc="obs importance", unit="layer", leave=False):
-            here = {name: place for name, place in consumers.items() if structure.axes[name].layer == layer}
-            grams = collect_grams(stream, layer, {name: module for name, (module, _) in here.items()})
-            for name, statistics in grams.items():
-                costs = costs_of(here[name], statistics, 0, config.repair_ridge, config.shrinkage)
-                scores[name] = (gradients[name] / (2 * statistics.num_tokens) * costs).float().cpu()
+    with eager_experts(model):
+        gradients = squared_gradients(model, consumers, batches)
+        with torch.no_grad(), evaluating(model):
+            stream = Stream(model, structure.layer_paths)
+            stream.start(ids)
+            for layer in tqdm(range(len(structure.layer_paths)), desc="obs importance", unit="layer", leave=False):
+                here = {name: found for name, found in consumers.items() if structure.axes[name].layer == layer}
+                for name, sums in collect_grams(stream, layer, here).items():
+                    worth = (gradients[name] / (2 * num_tokens)).tolist()
+                    costs = costs_of(here[name], sums, 0, config.repair_ridge, config.shrinkage, worth)
+                    scores[name] = costs.float().cpu()
     return {name: scores[name] for name in consumers}
 
 
-def squared_gradients(model: nn.Module, consumers: dict[str, Consumer], batches: Sequence[Batch]) -> dict[str, float]:
-    """Mean square, over tokens and channels, of the gradient of the summed loss by the output of each consumer."""
-    sums = dict.fromkeys(consumers, 0.0)
-    counts = dict.fromkeys(consumers, 0)
+def squared_gradients(
+    model: nn.Module, consumers: Mapping[str, Consumer], batches: Sequence[Batch]
+) -> dict[str, Tensor]:
+    """Mean square of the gradient of the summed loss by the output of each consumer: float64 `[1]`, or `[experts]`.
+
+    Over the channels and the tokens; for an expert those routed to it, its output before it is weighted.
+    """
+    totals = {name: torch.zeros(2, len(found.matrices()), dtype=torch.float64) for name, found in consumers.items()}
+    names = {found.parameter: name for name, found in consumers.items()}
     factor = [0.0]
 
-    def watch(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+    def watch(name: str, first: int, used: int, output: Tensor) -> None:
         if output.requires_grad:  # not in the first of the two forward passes of gradient checkpointing
-            output.register_hook(partial(take, name))  # type: ignore[no-untyped-call]
+            output.register_hook(partial(take, name, first, used))  # type: ignore[no-untyped-call]
 
-    def take(name: str, gradient: Tensor) -> None:
-        sums[name] += float((gradient.float() * factor[0]).square().sum(dtype=torch.float64)) if factor[0] else 0.0
-        counts[name] += gradient.numel() if factor[0] else 0
+    def take(name: str, first: int, used: int, gradient: Tensor) -> None:
+        if factor[0]:  # otherwise the trial pass for the loss scale
+            rows = (gradient.float() * factor[0]).reshape(used, -1)
+            totals[name][0, first : first + used] += rows.square().sum(1, dtype=torch.float64).cpu()
+            totals[name][1, first : first + used] += rows.shape[1]
 
+    stacked = {found.parameter: (found.weight, found.dim) for found in consumers.values() if found.stacked}
     with contextlib.ExitStack() as stack:
         stack.enter_context(differentiable(model, {}))
-        for name, (module, _) in consumers.items():
-            stack.callback(module.register_forward_hook(partial(watch, name)).remove)
+        for name, found in consumers.items():
+            if not found.stacked:
+                stack.callback(found.module.register_forward_hook(partial(_see_output, partial(watch, name))).remove)
+        if stacked:
+            see = lambda parameter, *rest: watch(names[parameter], *rest)  # noqa: E731
+            stack.enter_context(StackedInputs(stacked, see_output=see))
         scale = loss_scale(model, checked_ids(batches[0]), {})
         for ids in tqdm(my_share(batches, per_sample=False), desc="gradients", unit="batch", leave=False):
             factor[0] = (ids.shape[1] - 1) / scale  # the loss of `backward` is a mean over tokens
             backward(model, ids, {}, lambda *_: None, scale)
-    totals = sum_over_processes(torch.tensor([list(sums.values()), list(map(float, counts.values()))]).double())
-    return dict(zip(consumers, (totals[0] / totals[1].clamp_min(1)).tolist(), strict=True))
+    sums = {name: sum_over_processes(found) for name, found in totals.items()}
+    return {name: found[0] / found[1].clamp_min(1) for name, found in sums.items()}
 
 
-def costs_of(consumer: Consumer, statistics: Statistics, width: int, ridge: float, shrinkage: float = 0.0) -> Tensor:
+def _see_output(watch: Any, module: nn.Module, args: Any, output: Tensor) -> None:
+    watch(0, 1, output)
+
+
+def costs_of(
+    consumer: Consumer,
+    statistics: Sequence[Statistics],
+    width: int,
+    ridge: float,
+    shrinkage: float = 0.0,
+    worth: Sequence[float] | None = None,
+) -> Tensor:
     """`removal_costs` of the axis of a consumer, with (1 − shrinkage) H + shrinkage · diag H in place of H."""
-    from hf_prune.surgery.masking import input_dim
-
-    module, units = consumer
-    stored: Tensor = module.weight  # type: ignore[assignment]
-    gram = statistics.symmetric_gram(centred=module.bias is not None)
-    gram = torch.lerp(gram, gram.diagonal().diag(), shrinkage)
-    return removal_costs(gram, stored if input_dim(module) == 1 else stored.T, units, width, ridge)
+    grams = [found.symmetric_gram(centred=consumer.bias is not None) for found in statistics]
+    grams = [torch.lerp(gram, gram.diagonal().diag(), shrinkage) for gram in grams]
+    return removal_costs(grams, consumer.matrices(), consumer.units, width, ridge, worth or [1.0] * len(grams))
 
 
-def removal_costs(gram: Tensor, weight: Tensor, units: Tensor, width: int, ridge: float) -> Tensor:
+def removal_costs(
+    grams: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    units: Tensor,
+    width: int,
+    ridge: float,
+    worth: Sequence[float] = (1.0,),
+) -> Tensor:
     """Remove units until `width` are left.
 
     Args:
-        gram: H `[K, K]` of the consumer's inputs; centred if it has a bias.
-        weight: of the consumer, `[D, K]`.
+        grams: H `[K, K]` of the inputs of each expert (of one linear layer: just one); centred if it has a bias.
+        weights: `[D, K]` each.
         units: int64 `[K]`, the unit of each input, or -1 where it has none.
         width: units that stay, 0 or more.
         ridge: added to H, as a fraction of its mean diagonal.
+        worth: factor on the squared error of each.
 
     Returns:
-        float64 `[units]`: what the squared error of the repaired output grows by as the unit goes, at least as much as
+        float64 `[units]`: what the squared error of the repaired outputs grows by as the unit goes, at least as much as
         for those that went before; infinite for those that stay.
     """
-    factor, *_ = factorised(gram, ridge)
-    inverse = torch.cholesky_inverse(factor)
-    weight = weight.detach().to(inverse, copy=True)
-    units = units.to(inverse.device)
+    parts = []
+    for gram, weight, factor in zip(grams, weights, worth, strict=True):
+        cholesky, *_ = factorised(gram, ridge)
+        parts.append((torch.cholesky_inverse(cholesky), weight.detach().to(gram, copy=True), factor))
+    units = units.to(grams[0].device)
     alive = sorted({int(unit) for unit in units if unit >= 0})
     entries = {unit: torch.nonzero(units == unit)[:, 0] for unit in alive}
-    result, highest = inverse.new_full((len(alive),), math.inf), 0.0
+    result, highest = grams[0].new_full((len(alive),), math.inf), 0.0
     at_once = math.ceil((len(alive) - width) / ROUNDS)
     while len(alive) > width:
-        costs = _costs(inverse, weight, [entries[unit] for unit in alive])
+        places = [entries[unit] for unit in alive]
+        costs = torch.stack([factor * _costs(inverse, weight, places) for inverse, weight, factor in parts]).sum(0)
         cheapest = costs.argsort(stable=True)[: min(at_once, len(alive) - width)].tolist()
-        gone = torch.cat([entries[alive[index]] for index in cheapest])
+        gone = torch.cat([places[index] for index in cheapest])
         for index in cheapest:
             highest = max(highest, float(costs[index]))
             result[alive[index]] = highest
-        update = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
-        weight -= weight[:, gone] @ update
-        inverse -= inverse[:, gone] @ update
+        for inverse, weight, _ in parts:
+            update = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+            weight -= weight[:, gone] @ update
+            inverse -= inverse[:, gone] @ update
         alive = [unit for index, unit in enumerate(alive) if index not in set(cheapest)]
     return result
 
@@ -182,33 +250,45 @@ def _costs(inverse: Tensor, weight: Tensor, entries: list[Tensor]) -> Tensor:
 
 
 def only_consumer(model: nn.Module, structure: Structure, axis: Axis) -> Consumer | None:
-    """The linear layer that consumes an axis, and the unit of each of its inputs; `None` if it is not just one."""
+    """What consumes an attention or MLP axis; `None` if that is neither just one linear layer nor experts."""
     from hf_prune.surgery.masking import input_dim
 
-    consumers = [member for member in structure.members[axis.name] if member.role == "consumer"]
-    if len(consumers) != 1 or axis.kind not in ("attention", "mlp"):
+    members = [member for member in structure.members[axis.name] if member.role == "consumer"]
+    if len(members) != 1 or axis.kind not in ("attention", "mlp"):
         return None
-    path, _, leaf = consumers[0].parameter.rpartition(".")
-    module = model.get_submodule(path)
-    layouts = structure.layouts[consumers[0].parameter]
-    if leaf != "weight" or len(layouts) != 2 or input_dim(module) != consumers[0].dim:
+    name, dim = members[0].parameter, members[0].dim
+    path, _, leaf = name.rpartition(".")
+    module, layouts = model.get_submodule(path), structure.layouts[name]
+    linear = leaf == "weight" and len(layouts) == 2 and input_dim(module) == dim
+    if not linear and not (len(layouts) == 3 and dim > 0):
         return None
-    return module, lay.unit_ids(layouts[consumers[0].dim], axis.name)
+    return Consumer(name, module, dim, lay.unit_ids(layouts[dim], axis.name))
 
 
-def collect_grams(stream: Stream, layer: int, consumers: dict[str, nn.Module]) -> dict[str, Statistics]:
-    """Sums over the inputs of some consumers, while the hidden states go through their layer."""
-    grams: dict[str, Statistics] = {}
+def collect_grams(stream: Stream, layer: int, consumers: Mapping[str, Consumer]) -> dict[str, list[Statistics]]:
+    """Sums over the inputs of consumers (of each of their experts), while the hidden states go through their layer.
+
+    Consumers that were given nothing are left out.
+    """
+    grams: dict[str, list[Statistics]] = {}
+    names = {found.parameter: name for name, found in consumers.items()}
+
+    def add(name: str, first: int, x: Tensor) -> None:
+        if name not in grams:
+            grams[name] = [Statistics(x.shape[-1], 0, x.device) for _ in consumers[name].matrices()]
+        for statistics, own in zip(grams[name][first:], x, strict=False):
+            statistics.add(own, own.new_zeros(*own.shape[:-1], 0))
 
     def see(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0]
-        if name not in grams:
-            grams[name] = Statistics(x.shape[-1], 0, x.device)
-        grams[name].add(x, x.new_zeros(*x.shape[:-1], 0))
+        add(name, 0, args[0][None])
 
+    stacked = {found.parameter: (found.weight, found.dim) for found in consumers.values() if found.stacked}
     with contextlib.ExitStack() as stack:
-        for name, module in consumers.items():
-            stack.callback(module.register_forward_pre_hook(partial(see, name)).remove)
+        for name, found in consumers.items():
+            if not found.stacked:
+                stack.callback(found.module.register_forward_pre_hook(partial(see, name)).remove)
+        if stacked:
+            stack.enter_context(StackedInputs(stacked, lambda parameter, *rest: add(names[parameter], *rest)))
         for batch, hidden in enumerate(stream.hidden):
             stream.hidden[batch] = stream.run(layer, batch, hidden)
     return grams

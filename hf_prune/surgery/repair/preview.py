@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from hf_prune.errors import CalibrationError
 from hf_prune.least_squares import factorised
 from hf_prune.methods.calibration import checked_ids, evaluating
-from hf_prune.methods.obs import collect_grams, only_consumer
+from hf_prune.methods.obs import Consumer, collect_grams, only_consumer
 from hf_prune.methods.streams import Stream
-from hf_prune.surgery.masking import input_dim
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -52,7 +51,7 @@ class RepairPreview:
         if not ids:
             raise CalibrationError("repair found no calibration batch, expected one or more: give a calibration text.")
         self._ridge = ridge
-        self._consumers: dict[str, tuple[nn.Module, Tensor]] = {}
+        self._consumers: dict[str, Consumer] = {}
         self._grams: dict[str, Tensor] = {}
         self._cache: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         with evaluating(model):
@@ -61,8 +60,8 @@ class RepairPreview:
             for layer in range(len(structure.layer_paths)):
                 axes = [axis for axis in structure.axes.values() if axis.layer == layer and axis.prunable]
                 found = {axis.name: place for axis in axes if (place := only_consumer(model, structure, axis))}
-                sums = collect_grams(stream, layer, {name: module for name, (module, _) in found.items()})
-                for name, statistics in sums.items():
+                found = {name: consumer for name, consumer in found.items() if not consumer.stacked}
+                for name, (statistics,) in collect_grams(stream, layer, found).items():
                     self._consumers[name] = found[name]
                     self._grams[name] = statistics.symmetric_gram(centred=False)
 
@@ -73,8 +72,7 @@ class RepairPreview:
         try:
             for name, kept in plan.kept_indices.items():
                 if name in self._consumers:
-                    module, _ = self._consumers[name]
-                    weight: nn.Parameter = module.weight  # type: ignore[assignment]
+                    module, weight = self._consumers[name].module, self._consumers[name].weight
                     originals[module] = weight.data
                     weight.data = self._repaired(name, kept)
             yield
@@ -86,10 +84,9 @@ class RepairPreview:
         """The weight of an axis's consumer, zero where units are gone, in its own layout and dtype."""
         key = (name, kept)
         if key not in self._cache:
-            module, ids = self._consumers[name]
-            stored: Tensor = module.weight.data  # type: ignore[union-attr, assignment]
-            transposed = input_dim(module) == 0
-            weight = (stored.T if transposed else stored).to(self._grams[name])
+            consumer = self._consumers[name]
+            stored, ids = consumer.weight.data, consumer.units
+            weight = consumer.matrices()[0].to(self._grams[name])
             stays = torch.isin(ids, torch.tensor(kept)) | (ids < 0)
             inside, outside = torch.nonzero(stays)[:, 0], torch.nonzero(~stays)[:, 0]
             gram = self._grams[name]
@@ -97,7 +94,7 @@ class RepairPreview:
             gain = torch.cholesky_solve(gram[inside][:, outside] @ weight[:, outside].T, factor).T
             result = torch.zeros_like(weight)
             result[:, inside] = weight[:, inside] + gain
-            self._cache[key] = (result.T if transposed else result).to(stored.dtype).contiguous()
+            self._cache[key] = (result.T if consumer.dim == 0 else result).to(stored.dtype).contiguous()
             while sum(found.nbytes for found in self._cache.values()) > _CACHE_BYTES and len(self._cache) > 1:
                 self._cache.pop(next(iter(self._cache)))
         return self._cache[key]

@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_prune.errors import CalibrationError
-from hf_prune.methods.calibration import checked_ids, evaluating
+from hf_prune.methods.calibration import checked_ids, eager_experts, evaluating
 from hf_prune.methods.obs import collect_grams, costs_of, only_consumer
 from hf_prune.methods.streams import Stream
 
@@ -32,7 +32,7 @@ def select_repairable(
 ) -> PruningPlan:
     """The plan with the same widths that keeps, on each axis, the units that repair can least do without.
 
-    Axes whose only consumer is not one linear layer (experts), the hidden axis and whole layers keep the plan's units.
+    Axes that neither one linear layer nor experts consume, the hidden axis and whole layers keep the plan's units.
 
     Args:
         model: the dense model; left as it was.
@@ -50,13 +50,13 @@ def select_repairable(
     if not ids:
         raise CalibrationError("selection found no calibration batch, expected one or more: give a calibration text.")
     kept = dict(plan.kept_indices)
-    with evaluating(model):
+    with evaluating(model), eager_experts(model):
         stream = Stream(model, structure.layer_paths)
         stream.start(ids)
         for layer in tqdm(range(len(structure.layer_paths)), desc="selection", unit="layer", leave=False):
             axes = [structure.axes[name] for name in kept if structure.axes[name].layer == layer]
             found = {axis.name: place for axis in axes if (place := only_consumer(model, structure, axis)) is not None}
-            grams = collect_grams(stream, layer, {name: module for name, (module, _) in found.items()})
+            grams = collect_grams(stream, layer, found)
             for name, consumer in found.items():
                 if name in grams:
                     costs = costs_of(consumer, grams[name], len(kept[name]), ridge)
