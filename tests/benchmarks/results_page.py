@@ -36,6 +36,8 @@ def write_pages(results: Results, root: Path) -> None:
         parts += zero_shot_table(results)
     if results.get("rank_correlation"):
         parts += rank_correlation(results)
+    recovery = "LoRA, all weights and distillation, beside the dense model: [recovery.md](recovery.md)."
+    parts += ["## Training after pruning", recovery]
     parts += ["## Asked and achieved", achieved_line(results)]
     (root / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
