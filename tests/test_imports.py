@@ -19,6 +19,8 @@ STAGES = {
     "checkpoint.per_layer": 0,  # the leaves: nothing of ours but errors; surgery and structure build with them
     "checkpoint.loud": 0,
     "errors": 0,
+    "atomic": 0,
+    "least_squares": 1,
     "structure": 1,
     "config": 1,
     "data": 1,
