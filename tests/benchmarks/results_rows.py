@@ -159,7 +159,7 @@ BEST = Section(
 )
 
 SECTIONS = (BASELINES, CRITERIA, REPAIR, BEST)
-README_SECTION = Section(BASELINES.title, (*(row for row in BASELINES.rows if "raw" not in row.label), *BEST.rows))
+README_SECTION = Section(BASELINES.title, (*(row for row in BASELINES.rows if "raw" not in row.label), *BEST.rows[-2:]))
 
 ZERO_SHOT_QUESTIONS = 200
 """The first questions of each task."""
