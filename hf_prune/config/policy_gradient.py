@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_prune.config.base import Allocation, PruningConfig
+from hf_prune.config.base import Allocation, PruningConfig, is_number
 from hf_prune.errors import ConfigError
 
 Policy = Literal["units", "widths", "widths_then_units"]
@@ -106,8 +106,7 @@ class PolicyGradientConfig(PruningConfig):
             ("widths_learning_rate", 0.0, math.inf),
         ):
             value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            self._check(number and low < value < high, name, f"a number above {low} and below {high}")
+            self._check(is_number(value, low, high) and value > low, name, f"a number above {low} and below {high}")
         for name in ("separate_budgets", "sliced_forward"):
             self._check(isinstance(getattr(self, name), bool), name, "true or false")
         paired = self.policy != "units" or self.estimator in ("arm", "disarm")

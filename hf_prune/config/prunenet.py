@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from hf_prune.config.base import Allocation, AxisKind, PruningConfig
+from hf_prune.config.base import Allocation, AxisKind, PruningConfig, is_number
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ class PruneNetConfig(PruningConfig):
 
     def _check_number(self, name: str, highest: float, included: bool = False) -> None:
         value = getattr(self, name)
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        valid = number and (0 < value < highest or (included and value == highest))
+        valid = is_number(value, 0) and (0 < value < highest or (included and value == highest))
         self._check(valid, name, f"a number above 0 and {'up to' if included else 'below'} {highest}")
 
     @classmethod

@@ -29,7 +29,7 @@ from hf_prune.methods.streams import Stream
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from hf_prune.methods.calibration import Batch
     from hf_prune.structure.structure import Axis, Structure
@@ -143,38 +143,52 @@ def squared_gradients(
     Over the channels and the tokens; for an expert those routed to it, its output before it is weighted.
     """
     totals = {name: torch.zeros(2, len(found.matrices()), dtype=torch.float64) for name, found in consumers.items()}
-    names = {found.parameter: name for name, found in consumers.items()}
-    factor = [0.0]
+    factor = 0.0
 
     def watch(name: str, first: int, used: int, output: Tensor) -> None:
         if output.requires_grad:  # not in the first of the two forward passes of gradient checkpointing
             output.register_hook(partial(take, name, first, used))  # type: ignore[no-untyped-call]
 
     def take(name: str, first: int, used: int, gradient: Tensor) -> None:
-        if factor[0]:  # otherwise the trial pass for the loss scale
-            rows = (gradient.float() * factor[0]).reshape(used, -1)
-            totals[name][0, first : first + used] += rows.square().sum(1, dtype=torch.float64).cpu()
-            totals[name][1, first : first + used] += rows.shape[1]
+        rows = (gradient.float() * factor).reshape(used, -1)
+        totals[name][0, first : first + used] += rows.square().sum(1, dtype=torch.float64).cpu()
+        totals[name][1, first : first + used] += rows.shape[1]
 
-    stacked = {found.parameter: (found.weight, found.dim) for found in consumers.values() if found.stacked}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(differentiable(model, {}))
-        for name, found in consumers.items():
-            if not found.stacked:
-                stack.callback(found.module.register_forward_hook(partial(_see_output, partial(watch, name))).remove)
-        if stacked:
-            see = lambda parameter, *rest: watch(names[parameter], *rest)  # noqa: E731
-            stack.enter_context(StackedInputs(stacked, see_output=see))
+    with differentiable(model, {}):
         scale = loss_scale(model, checked_ids(batches[0]), {})
-        for ids in tqdm(my_share(batches, per_sample=False), desc="gradients", unit="batch", leave=False):
-            factor[0] = (ids.shape[1] - 1) / scale  # the loss of `backward` is a mean over tokens
-            backward(model, ids, {}, lambda *_: None, scale)
+        with _watching(consumers, see_output=watch):
+            for ids in tqdm(my_share(batches, per_sample=False), desc="gradients", unit="batch", leave=False):
+                factor = (ids.shape[1] - 1) / scale  # the loss of `backward` is a mean over tokens
+                backward(model, ids, {}, lambda *_: None, scale)
     sums = {name: sum_over_processes(found) for name, found in totals.items()}
     return {name: found[0] / found[1].clamp_min(1) for name, found in sums.items()}
 
 
-def _see_output(watch: Any, module: nn.Module, args: Any, output: Tensor) -> None:
-    watch(0, 1, output)
+@contextlib.contextmanager
+def _watching(
+    consumers: Mapping[str, Consumer],
+    see: Callable[[str, int, Tensor], None] | None = None,
+    see_output: Callable[[str, int, int, Tensor], None] | None = None,
+) -> Iterator[None]:
+    """Show what consumers are given and give, as `StackedInputs` does for experts; a linear layer is one expert."""
+
+    def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if see is not None:
+            see(name, 0, args[0][None])
+
+    def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if see_output is not None:
+            see_output(name, 0, 1, output)
+
+    stacked = {name: (found.weight, found.dim) for name, found in consumers.items() if found.stacked}
+    with contextlib.ExitStack() as stack:
+        for name in consumers.keys() - stacked.keys():
+            module = consumers[name].module
+            stack.callback(module.register_forward_pre_hook(partial(before, name)).remove)
+            stack.callback(module.register_forward_hook(partial(after, name)).remove)
+        if stacked:
+            stack.enter_context(StackedInputs(stacked, see, see_output))
+        yield
 
 
 def costs_of(
@@ -271,7 +285,6 @@ def collect_grams(stream: Stream, layer: int, consumers: Mapping[str, Consumer])
     Consumers that were given nothing are left out.
     """
     grams: dict[str, list[Statistics]] = {}
-    names = {found.parameter: name for name, found in consumers.items()}
 
     def add(name: str, first: int, x: Tensor) -> None:
         if name not in grams:
@@ -279,16 +292,7 @@ def collect_grams(stream: Stream, layer: int, consumers: Mapping[str, Consumer])
         for statistics, own in zip(grams[name][first:], x, strict=False):
             statistics.add(own, own.new_zeros(*own.shape[:-1], 0))
 
-    def see(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        add(name, 0, args[0][None])
-
-    stacked = {found.parameter: (found.weight, found.dim) for found in consumers.values() if found.stacked}
-    with contextlib.ExitStack() as stack:
-        for name, found in consumers.items():
-            if not found.stacked:
-                stack.callback(found.module.register_forward_pre_hook(partial(see, name)).remove)
-        if stacked:
-            stack.enter_context(StackedInputs(stacked, lambda parameter, *rest: add(names[parameter], *rest)))
+    with _watching(consumers, add):
         for batch, hidden in enumerate(stream.hidden):
             stream.hidden[batch] = stream.run(layer, batch, hidden)
     return grams
