@@ -274,10 +274,11 @@ class _Results:
             raise CheckpointError(f"the results could not be written to {self._path}: {error}.") from error
 
     def report(self, keys: Sequence[Key]) -> list[Values]:
-        """Write table and picture of all rows there are; return those of `keys`."""
+        """Write the table of all rows there are, and a picture if one has a point; return those of `keys`."""
         folder = self._path.parent
         (folder / "results.md").write_text(markdown_table(list(self.rows.values())), encoding="utf-8")
-        if find_spec("matplotlib") is not None:
+        drawable = any(row.get("decoder_ratio") and row["perplexity"] for row in self.rows.values())
+        if drawable and find_spec("matplotlib") is not None:
             rows = [{**row, "method": _label(key)} for key, row in self.rows.items()]
             tradeoff_picture(rows, folder / "tradeoff.png")
         return [self.rows[key] for key in keys]

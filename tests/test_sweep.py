@@ -150,6 +150,15 @@ def test_a_ratio_out_of_reach_is_noted_and_the_others_are_measured(common, tmp_p
     assert rows[2]["perplexity"] > 0
 
 
+def test_a_sweep_with_every_ratio_out_of_reach_has_a_table_and_no_picture(common, tmp_path):
+    model, tokenizer, arguments, _ = common
+    changes = {"methods": ["magnitude"], "ratios": [0.9], "settings": {"axes": ("attention",)}}
+    rows = sweep(model, tokenizer, tmp_path / "out", **arguments | changes)
+    assert "out of reach" in rows[1]["note"]
+    assert "out of reach" in (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert not (tmp_path / "out" / "tradeoff.png").exists()
+
+
 def test_search_and_a_budget_of_time(common, tmp_path, monkeypatch):
     model, tokenizer, arguments, _ = common
     table = latency_table(infer_structure(model))  # made up: a clock would sometimes put the ratios out of reach
