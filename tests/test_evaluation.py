@@ -354,6 +354,14 @@ def test_perplexity_picture_has_a_line_per_method(tmp_path: Path, monkeypatch: p
     assert "dense (41.67)" in drawn
 
 
+@pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+def test_the_same_picture_is_the_same_bytes(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, seconds in (("a", "1"), ("b", "100000")):
+        monkeypatch.setenv("SOURCE_DATE_EPOCH", seconds)  # the clock of matplotlib
+        ev.perplexity_picture(ROWS, tmp_path / f"{name}{suffix}")
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
 def test_pictures_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"found file type '\.docx'"):
         ev.perplexity_picture(ROWS, tmp_path / "a.docx")

@@ -32,6 +32,11 @@ def new_figure(path: str | Path, *, width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write `figure` to `path`; folders are made."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=160)
+    """Write `figure` to `path`; folders are made. The same picture is the same bytes: no date, no random names."""
+    from matplotlib import rc_context
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
+    with rc_context({"svg.hashsalt": "hf_prune"}):
+        figure.savefig(path, dpi=160, metadata=date)

@@ -1,14 +1,15 @@
-"""The tables of docs/results.md and README.md, from docs/results.json."""
+"""The tables of docs/results.md and README.md and the picture of both, from docs/results.json."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from results_rows import RATIOS, README_SECTION, SECTIONS, ZERO_SHOT, ZERO_SHOT_QUESTIONS, Section
 
-from hf_prune.evaluation import markdown_table
+from hf_prune.evaluation import markdown_table, perplexity_picture
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,7 +19,9 @@ Results = dict[str, Any]
 
 
 def write_pages(results: Results, root: Path) -> None:
-    """Write docs/results.md, and the short table between the markers of README.md."""
+    """Write docs/results.md, docs/results.svg, and the short table between the markers of README.md."""
+    drawn = replace(README_SECTION, rows=README_SECTION.rows[:-1])  # the last two lie on each other
+    picture(results, drawn, root / "docs" / "results.svg")
     short = "\n".join([table(results, README_SECTION, "wikitext2"), achieved_line(results)])
     readme = root / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split("<!-- results -->", 1)
@@ -28,6 +31,7 @@ def write_pages(results: Results, root: Path) -> None:
     facts = [f"- {name}: {value}" for name, value in results.items() if isinstance(value, str)]
     parts = ["# Results", "Made by `tests/benchmarks/results.py`; the numbers are in `docs/results.json`."]
     parts += ["\n".join(facts), "Columns: fraction of decoder parameters removed. Nothing was retrained unless said."]
+    parts += ["![Perplexity on WikiText-2 test against the fraction removed](results.svg)"]
     for section in SECTIONS:
         parts += [f"## {section.title}", *([section.note] if section.note else [])]
         for corpus, title in CORPORA.items():
@@ -54,6 +58,18 @@ def table(results: Results, section: Section, corpus: str) -> str:
         cells = ["–" if value is None else f"{value:.4g}" for value in (*values, *[None] * (4 - len(values)))]
         lines.append({"": f"*{label}*", **dict(zip(columns, cells, strict=True))})
     return markdown_table(lines)
+
+
+def picture(results: Results, section: Section, path: Path) -> None:
+    """Draw the section's perplexity on WikiText-2 test; seeds by their mean."""
+    points: list[dict[str, Any]] = [
+        {"method": "dense", "achieved_ratio": 0.0, "perplexity": results["dense"]["wikitext2"]["perplexity"]}
+    ]
+    for row in section.rows:
+        for ratio in RATIOS:
+            if found := _found(results, row.cells(ratio), "wikitext2"):
+                points.append({"method": row.label, "achieved_ratio": ratio, "perplexity": fmean(found)})
+    perplexity_picture(points, path, title="ref10m on WikiText-2 test, nothing retrained")
 
 
 def _found(results: Results, cells: list[dict[str, Any]], corpus: str) -> list[float]:
