@@ -20,6 +20,7 @@ from hf_prune.config import PruningConfig, selected_axes
 from hf_prune.errors import StructureError
 from hf_prune.methods.gradients import backward, differentiable, loss_scale, my_share, sum_over_processes
 from hf_prune.structure import layouts as lay
+from hf_prune.structure.consumers import consumer_kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -71,13 +72,11 @@ class _MaskGradients:
             self._find_layers(axis) if axis.kind == "layer" else self._find_consumers(axis)
 
     def _find_consumers(self, axis: Axis) -> None:
-        from hf_prune.surgery.masking import input_dim
-
         for member in self.structure.members[axis.name]:
             if member.role != "consumer":
                 continue
-            module = self.model.get_submodule(member.parameter.rpartition(".")[0])
-            if input_dim(module) == member.dim:
+            if consumer_kind(self.model, member) == "linear":
+                module = self.model.get_submodule(member.parameter.rpartition(".")[0])
                 self.inputs.append((module, member, axis.name))
             else:
                 self.weights[member.parameter] = self.model.get_parameter(member.parameter)

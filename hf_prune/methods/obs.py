@@ -27,6 +27,7 @@ from hf_prune.methods.calibration import StackedInputs, checked_ids, eager_exper
 from hf_prune.methods.gradients import backward, differentiable, loss_scale, my_share, sum_over_processes
 from hf_prune.methods.streams import Stream
 from hf_prune.structure import layouts as lay
+from hf_prune.structure.consumers import consumer_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -265,18 +266,14 @@ def _costs(inverse: Tensor, weight: Tensor, entries: list[Tensor]) -> Tensor:
 
 def only_consumer(model: nn.Module, structure: Structure, axis: Axis) -> Consumer | None:
     """What consumes an attention or MLP axis; `None` if that is neither just one linear layer nor experts."""
-    from hf_prune.surgery.masking import input_dim
-
     members = [member for member in structure.members[axis.name] if member.role == "consumer"]
     if len(members) != 1 or axis.kind not in ("attention", "mlp"):
         return None
     name, dim = members[0].parameter, members[0].dim
-    path, _, leaf = name.rpartition(".")
-    module, layouts = model.get_submodule(path), structure.layouts[name]
-    linear = leaf == "weight" and len(layouts) == 2 and input_dim(module) == dim
-    if not linear and not (len(layouts) == 3 and dim > 0):
+    if consumer_kind(model, members[0]) is None:
         return None
-    return Consumer(name, module, dim, lay.unit_ids(layouts[dim], axis.name))
+    module = model.get_submodule(name.rpartition(".")[0])
+    return Consumer(name, module, dim, lay.unit_ids(structure.layouts[name][dim], axis.name))
 
 
 def collect_grams(stream: Stream, layer: int, consumers: Mapping[str, Consumer]) -> dict[str, list[Statistics]]:

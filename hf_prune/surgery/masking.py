@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_prune.errors import PlanError, StructureError
 from hf_prune.structure import layouts as lay
+from hf_prune.structure.consumers import consumer_kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -108,7 +108,7 @@ def _hook_consumers(
         raise StructureError(f"{axis}: its units cannot be masked row by row; leave this axis out.")
     for member in consumers:
         module = model.get_submodule(member.parameter.rpartition(".")[0])
-        if input_dim(module) != member.dim:
+        if consumer_kind(model, member) != "linear":
             raise StructureError(
                 f"{axis}: {member.parameter} is not a linear layer that sees one row after another, as masking rows "
                 "needs; protect this axis or ask for other axes."
@@ -162,18 +162,11 @@ def _rows_chosen(kept: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
     return chosen.view_as(values)
 
 
-def input_dim(module: nn.Module) -> int | None:
-    """Which dimension of a module's weight its input's last one meets; `None` where hooks cannot reach the input."""
-    if isinstance(module, nn.Linear):
-        return 1
-    return 0 if isinstance(module, Conv1D) else None
-
-
 @contextlib.contextmanager
 def _mask_member(model: nn.Module, member: Member, entries: Tensor) -> Iterator[None]:
     path, _, name = member.parameter.rpartition(".")
     module = model.get_submodule(path)
-    if input_dim(module) == member.dim:
+    if consumer_kind(model, member) == "linear":
         handle = module.register_forward_pre_hook(lambda _, args: (_scaled(args[0], entries), *args[1:]))
         try:
             yield

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from hf_prune.structure import layouts as lay
-from hf_prune.surgery.masking import input_dim
+from hf_prune.structure.consumers import Kind, consumer_kind
 from hf_prune.surgery.slicing import pruned_name, renumber
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Consumer:
 
     name: str
     """Of the weight, in the dense model."""
-    kind: Literal["linear", "experts"]
+    kind: Kind
     dim: int
     """Of the weight, along which it sums."""
     kept_inputs: Tensor
@@ -125,21 +125,19 @@ def _consumers(
         for member in structure.members[axis.name]:
             if member.role != "consumer" or member.parameter in found:
                 continue
-            path, _, leaf = member.parameter.rpartition(".")
-            module = dense.get_submodule(path)
-            layouts = structure.layouts[member.parameter]
-            linear = len(layouts) == 2 and input_dim(module) == member.dim and leaf == "weight"
-            if not linear and not (len(layouts) == 3 and member.dim > 0):
+            kind = consumer_kind(dense, member)
+            if kind is None:
                 continue
-            out = layouts[(1 if linear else 3) - member.dim]
+            layouts = structure.layouts[member.parameter]
+            out = layouts[(1 if kind == "linear" else 3) - member.dim]
             new = pruned_name(member.parameter, structure, plan)
             found[member.parameter] = Consumer(
                 name=member.parameter,
-                kind="linear" if linear else "experts",
+                kind=kind,
                 dim=member.dim,
                 kept_inputs=lay.indices(layouts[member.dim], plan.kept_indices),
                 kept_outputs=lay.indices(out, plan.kept_indices),
-                dense=module,
+                dense=dense.get_submodule(member.parameter.rpartition(".")[0]),
                 pruned=None if new is None else pruned.get_submodule(new.rpartition(".")[0]),
             )
     return list(found.values())

@@ -1,0 +1,32 @@
+"""How a weight that sums over an axis meets its inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from hf_prune.structure.structure import Member
+
+Kind = Literal["linear", "experts"]
+
+
+def consumer_kind(model: nn.Module, member: Member) -> Kind | None:
+    """What a consumer is.
+
+    Args:
+        model: a causal LM, dense or pruned.
+        member: a consumer of one of its axes.
+
+    Returns:
+        "linear": the weight of an `nn.Linear` or `Conv1D` that meets the last dimension of the module's input, so a
+        hook sees the units. "experts": a weight `[experts, ...]`, used somewhere inside its module. `None`: something
+        else, as a convolution.
+    """
+    path, _, name = member.parameter.rpartition(".")
+    module = model.get_submodule(path)
+    if name == "weight" and isinstance(module, (nn.Linear, Conv1D)):
+        return "linear" if member.dim == (1 if isinstance(module, nn.Linear) else 0) else None
+    return "experts" if module.get_parameter(name).dim() == 3 and member.dim > 0 else None
