@@ -7,7 +7,7 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from results_rows import RATIOS, README_SECTION, SECTIONS, ZERO_SHOT, ZERO_SHOT_QUESTIONS, Section
+from results_rows import RATIOS, README_SECTION, REPAIR, SECTIONS, ZERO_SHOT, ZERO_SHOT_QUESTIONS, Section
 
 from hf_prune.evaluation import markdown_table, perplexity_picture
 
@@ -36,6 +36,7 @@ def write_pages(results: Results, root: Path) -> None:
         parts += [f"## {section.title}", *([section.note] if section.note else [])]
         for corpus, title in CORPORA.items():
             parts += [f"Perplexity on {title}:", table(results, section, corpus).rstrip()]
+            parts += [repair_line(results, corpus)] if section is REPAIR else []
     if results.get("zero_shot"):
         parts += zero_shot_table(results)
     if results.get("rank_correlation"):
@@ -81,6 +82,22 @@ def _cell(values: list[float]) -> str:
         return "–"
     mean = f"{fmean(values):,.4g}"
     return mean if len(values) == 1 else f"{mean} ({min(values):,.4g}–{max(values):,.4g})"
+
+
+def repair_line(results: Results, corpus: str) -> str:
+    """Where repair lowers perplexity, and where not."""
+    rows = {row.label: row for row in REPAIR.rows}
+    pairs = [(label, row, rows[f"{label} + repair"]) for label, row in rows.items() if f"{label} + repair" in rows]
+    gains, losses = 0, []
+    for ratio in RATIOS:
+        for label, row, repaired in pairs:
+            before, after = (_found(results, found.cells(ratio), corpus) for found in (row, repaired))
+            if before and after and after < before:
+                gains += 1
+            elif before and after:
+                losses.append(f"{label}, {100 * ratio:.0f} %")
+    where = f"; not for {'; '.join(losses)}" if losses else ""
+    return f"Repair lowers perplexity in {gains} of {gains + len(losses)} pairs{where}."
 
 
 def achieved_line(results: Results) -> str:

@@ -129,7 +129,7 @@ REPAIR = Section(
     ),
     note="Repair is least squares towards the dense residual stream on WikiText-2 train; why novels can lose by it: "
     "[repair.md](repair.md). random and the learned: seed 0. OBS scores count on repair. PruneNet prunes MLP channels "
-    "only.",
+    "only. With search repair changes the widths too: plans are judged as repair leaves them.",
     published={
         "FLAP (WIFV, AL-AM) with its bias": (44.58, 46.48, 76.04),
         "FLAP without": (46.49, 49.20, 106.1),
