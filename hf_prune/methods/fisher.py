@@ -75,8 +75,8 @@ class _MaskGradients:
         for member in self.structure.members[axis.name]:
             if member.role != "consumer":
                 continue
-            if consumer_kind(self.model, member) == "linear":
-                module = self.model.get_submodule(member.parameter.rpartition(".")[0])
+            module = self.model.get_submodule(member.parameter.rpartition(".")[0])
+            if consumer_kind(module, member) == "linear":
                 self.inputs.append((module, member, axis.name))
             else:
                 self.weights[member.parameter] = self.model.get_parameter(member.parameter)

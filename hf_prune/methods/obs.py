@@ -172,24 +172,27 @@ def _watching(
     see_output: Callable[[str, int, int, Tensor], None] | None = None,
 ) -> Iterator[None]:
     """Show what consumers are given and give, as `StackedInputs` does for experts; a linear layer is one expert."""
-
-    def before(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if see is not None:
-            see(name, 0, args[0][None])
-
-    def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if see_output is not None:
-            see_output(name, 0, 1, output)
-
     stacked = {name: (found.weight, found.dim) for name, found in consumers.items() if found.stacked}
     with contextlib.ExitStack() as stack:
         for name in consumers.keys() - stacked.keys():
             module = consumers[name].module
-            stack.callback(module.register_forward_pre_hook(partial(before, name)).remove)
-            stack.callback(module.register_forward_hook(partial(after, name)).remove)
+            if see is not None:
+                stack.callback(module.register_forward_pre_hook(partial(_given, see, name)).remove)
+            if see_output is not None:
+                stack.callback(module.register_forward_hook(partial(_gives, see_output, name)).remove)
         if stacked:
             stack.enter_context(StackedInputs(stacked, see, see_output))
         yield
+
+
+def _given(see: Callable[[str, int, Tensor], None], name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+    see(name, 0, args[0][None])
+
+
+def _gives(
+    see: Callable[[str, int, int, Tensor], None], name: str, _: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> None:
+    see(name, 0, 1, output)
 
 
 def costs_of(
@@ -270,9 +273,9 @@ def only_consumer(model: nn.Module, structure: Structure, axis: Axis) -> Consume
     if len(members) != 1 or axis.kind not in ("attention", "mlp"):
         return None
     name, dim = members[0].parameter, members[0].dim
-    if consumer_kind(model, members[0]) is None:
-        return None
     module = model.get_submodule(name.rpartition(".")[0])
+    if consumer_kind(module, members[0]) is None:
+        return None
     return Consumer(name, module, dim, lay.unit_ids(structure.layouts[name][dim], axis.name))
 
 

@@ -108,7 +108,7 @@ def _hook_consumers(
         raise StructureError(f"{axis}: its units cannot be masked row by row; leave this axis out.")
     for member in consumers:
         module = model.get_submodule(member.parameter.rpartition(".")[0])
-        if consumer_kind(model, member) != "linear":
+        if consumer_kind(module, member) != "linear":
             raise StructureError(
                 f"{axis}: {member.parameter} is not a linear layer that sees one row after another, as masking rows "
                 "needs; protect this axis or ask for other axes."
@@ -166,7 +166,7 @@ def _rows_chosen(kept: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
 def _mask_member(model: nn.Module, member: Member, entries: Tensor) -> Iterator[None]:
     path, _, name = member.parameter.rpartition(".")
     module = model.get_submodule(path)
-    if consumer_kind(model, member) == "linear":
+    if consumer_kind(module, member) == "linear":
         handle = module.register_forward_pre_hook(lambda _, args: (_scaled(args[0], entries), *args[1:]))
         try:
             yield

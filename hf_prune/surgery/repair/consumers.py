@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from hf_prune.structure import layouts as lay
-from hf_prune.structure.consumers import Kind, consumer_kind
+from hf_prune.structure.consumers import ConsumerKind, consumer_kind
 from hf_prune.surgery.slicing import pruned_name, renumber
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Consumer:
 
     name: str
     """Of the weight, in the dense model."""
-    kind: Kind
+    kind: ConsumerKind
     dim: int
     """Of the weight, along which it sums."""
     kept_inputs: Tensor
@@ -125,7 +125,8 @@ def _consumers(
         for member in structure.members[axis.name]:
             if member.role != "consumer" or member.parameter in found:
                 continue
-            kind = consumer_kind(dense, member)
+            module = dense.get_submodule(member.parameter.rpartition(".")[0])
+            kind = consumer_kind(module, member)
             if kind is None:
                 continue
             layouts = structure.layouts[member.parameter]
@@ -137,7 +138,7 @@ def _consumers(
                 dim=member.dim,
                 kept_inputs=lay.indices(layouts[member.dim], plan.kept_indices),
                 kept_outputs=lay.indices(out, plan.kept_indices),
-                dense=dense.get_submodule(member.parameter.rpartition(".")[0]),
+                dense=module,
                 pruned=None if new is None else pruned.get_submodule(new.rpartition(".")[0]),
             )
     return list(found.values())
