@@ -14,7 +14,7 @@ from hf_prune.config import LAYER_AXES, AxisKind, PruningConfig, is_protected, l
 from hf_prune.errors import ConfigError
 from hf_prune.plan import PruningPlan, make_plan
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.repair.preview import RepairPreview
+from hf_prune.repair.preview import RepairPreview
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_prune.latency import LatencyTable
-    from hf_prune.methods.calibration import Batch
+    from hf_prune.layers.walk import Batch
+    from hf_prune.layers.work import WorkDir
     from hf_prune.structure.structure import Axis, Structure
 
 Scores = dict[str, "Tensor"]
@@ -39,6 +40,7 @@ def plan_in_steps(
     carry_out: Callable[[PruningPlan], PreTrainedModel],
     batches: Sequence[Batch] | None = None,
     latency: LatencyTable | None = None,
+    work: WorkDir | None = None,
 ) -> PruningPlan:
     """A plan for the dense `model`, found in `config.num_steps` equal steps (LLM-Pruner's linear schedule).
 
@@ -82,6 +84,7 @@ def plan_in_steps(
             batches=batches,
             latency=latency if config.num_steps == 1 else None,
             preview=preview,
+            work=work,
             base_model_name_or_path=base_model_name_or_path,
         )
         done = plan if config.num_steps == 1 else compose(structure, config, done, plan)

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import itertools
+import json
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.errors import CalibrationError
+import torch
+
+from hf_prune.config import PolicyGradientConfig
+from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.evaluation.latency import measure_latency
 from hf_prune.iterative import plan_in_steps
+from hf_prune.layers.price import price_of
+from hf_prune.layers.walk import Walk
+from hf_prune.layers.weights import check_offload, fingerprint, is_on_disk, open_model
+from hf_prune.layers.work import WorkDir
+from hf_prune.loading import load_tokenizer
 from hf_prune.methods import METHODS, check_scores, score
 from hf_prune.methods.learned import LearnedScores
+from hf_prune.repair import repair_, select_repairable
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.pruning import apply_plan
-from hf_prune.surgery.repair import repair_, select_repairable
+from hf_prune.surgery.pruning import PrunedLayers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,11 +36,19 @@ if TYPE_CHECKING:
 
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
+    from hf_prune.layers.weights import LayersOn
     from hf_prune.methods.learned import Step
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
 logger = logging.getLogger(__name__)
+
+_WITH_RATIO = ("pruning_ratio", "budget", "allocation", "min_units", "round_to")
+_AFTER_SCORES = (
+    *_WITH_RATIO, "standardise", "num_steps", "selection", "repair", "repair_target", "spectral_epsilon",
+    "search_evaluations", "search_samples", "state_dir", "state_steps", "save_policy",
+)
+"""Settings that scores do not depend on, unless the method learns for a ratio."""
 
 Calibration = str | Sequence[Mapping[str, Any]]
 
@@ -51,7 +73,7 @@ class PruningResult:
 
 
 def prune(
-    model: PreTrainedModel,
+    source: PreTrainedModel | str | Path,
     config: PruningConfig,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -59,17 +81,30 @@ def prune(
     batch_size: int = 8,
     latency: LatencyTable | None = None,
     scores: Mapping[str, Tensor] | None = None,
+    layers_on: LayersOn = "auto",
+    work_dir: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
 ) -> PruningResult:
-    """Prune a causal LM in memory. `model` itself is not changed.
+    """Prune a causal LM, in memory or with its decoder layers on disk. What is given is not changed.
+
+    Of a model on disk one layer is in memory at a time, in all methods, repair and allocations; scores and plan are
+    those of the model in memory, bit for bit (float32 on a CPU). The pruned model is then on disk too, in temporary
+    files or in `work_dir`; `save_pruned` writes it as a checkpoint.
 
     Args:
-        model: any causal LM of transformers, its weights in memory.
+        source: any causal LM of transformers, or the directory or Hub id of one.
         config: what to remove, and how.
-        tokenizer: needed if `calibration` is text.
+        tokenizer: needed if `calibration` is text; default: that of `source` where it is a directory or id.
         calibration: for methods that need data: a text file, a Hub dataset, or batches with `input_ids` `[B, T]`.
         batch_size: windows per forward pass while scoring; does not change the result beyond rounding.
         latency: table of `measure_latency`, for the budget `latency` (default: measured where the model is).
         scores: scores of this model, if they are known (`PruningResult.scores` of a run at another ratio).
+        layers_on: where the layers of a directory or id are: see `open_model`.
+        work_dir: keeps hidden states, scores and pruned layers: the same call resumes an interrupted run and ends with
+            the same bits, and a call with another ratio or allocation needs no new scores.
+        device: where layers run, for a directory or id; default: the CPU.
+        dtype: of the weights in memory, likewise; default: the checkpoint's own.
 
     Returns:
         The pruned model with its plan, structure and scores.
@@ -77,16 +112,49 @@ def prune(
     Raises:
         HFPruneError: bad input, with what was found, what was expected and what to do; before anything is changed.
     """
+    work = None if work_dir is None else WorkDir(Path(work_dir))
+    model, tokenizer = _opened(source, config, tokenizer, calibration, layers_on, work, device, dtype)
     structure = infer_structure(model)
     batches = calibration_data(config, tokenizer, calibration, batch_size)
     if config.budget == "latency" and latency is None:
+        if is_on_disk(model):
+            raise ConfigError(
+                "budget 'latency' found a model on disk, whose time cannot be measured; pass a latency table that was "
+                "measured where the model fits."
+            )
         latency = measure_latency(model, structure)
-    plan, found = decide(model, structure, config, batches, latency=latency, scores=scores)
-    pruned = carry_out(model, structure, plan, config, batches)
+    check_before(model, structure, config, batches)
+    if work is not None:
+        work.claim(identity(model, config, batches))
+    if is_on_disk(model) or work is not None:
+        logger.info("%s", price_of(structure, config, batches, model).text)
+    plan, found = decide(model, structure, config, batches, latency=latency, scores=scores, work=work)
+    pruned = carry_out(model, structure, plan, config, batches, work)
     if history := history_of(found):
         pruned._learning_history = plan, history  # type: ignore[assignment]  # for the picture in checkpoints
     logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
     return PruningResult(pruned, plan, structure, found)
+
+
+def _opened(
+    source: PreTrainedModel | str | Path,
+    config: PruningConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Calibration | None,
+    layers_on: LayersOn,
+    work: WorkDir | None,
+    device: str | None,
+    dtype: str | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model of `source` and its tokenizer, if one is needed."""
+    if not isinstance(source, (str, Path)):
+        if layers_on == "disk" and not is_on_disk(source):
+            raise ConfigError("layers_on='disk' found a model in memory; pass the directory or Hub id of the model.")
+        return source, tokenizer
+    if tokenizer is None and isinstance(calibration, str):
+        tokenizer = load_tokenizer(str(source), required=True)
+    folder = None if work is None else work.path / "converted"
+    return open_model(source, layers_on=layers_on, device=device, dtype=dtype, folder=folder), tokenizer
 
 
 def decide(
@@ -97,16 +165,19 @@ def decide(
     *,
     latency: LatencyTable | None = None,
     scores: Mapping[str, Tensor] | None = None,
+    work: WorkDir | None = None,
 ) -> tuple[PruningPlan, dict[str, Tensor]]:
     """The first half of `prune`: which units stay, and the scores of the dense model. See there."""
     known: dict[str, Tensor] = {} if scores is None else check_scores(scores, structure, config)
+    steps = itertools.count()
 
     def step(current: PreTrainedModel, now: Structure, own: PruningConfig) -> dict[str, Tensor]:
         nonlocal known
+        stage = None if work is None else work.stage(f"scores-{next(steps)}")
         if current is not model:
-            return score(current, now, own, batches=batches)
+            return _scored(current, now, own, batches, stage)
         if not known:
-            known = score(model, structure, own, batches=batches)  # as it is: it may carry a history
+            known = _scored(model, structure, own, batches, stage)  # as it is: it may carry a history
         return known
 
     plan = plan_in_steps(
@@ -115,14 +186,39 @@ def decide(
         config,
         step,
         base_model_of(model),
-        carry_out=lambda done: carry_out(model, structure, done, config, batches),
+        carry_out=lambda done: carry_out(model, structure, done, config, batches, work),
         batches=batches,
         latency=latency,
+        work=work,
     )
     if config.selection == "obs":
         assert batches is not None
-        plan = select_repairable(model, structure, plan, batches, ridge=config.repair_ridge)
+        own = None if work is None else work.stage(f"selection-{_digest(plan.to_json())}")
+        plan = select_repairable(model, structure, plan, batches, ridge=config.repair_ridge, work=own)
     return plan, known
+
+
+def _scored(
+    model: PreTrainedModel,
+    structure: Structure,
+    config: PruningConfig,
+    batches: Sequence[Mapping[str, Any]] | None,
+    work: WorkDir | None,
+) -> dict[str, Tensor]:
+    """`score`, or what `work` keeps of it: for the same units, and where they depend on it for the same ratio."""
+    if work is None:
+        return score(model, structure, config, batches=batches)
+    key = f"{config.method}-{_digest(json.dumps(scoring_settings(config), sort_keys=True))}"
+    if (found := work.load(key)) is not None:
+        tensors, note = found
+        return LearnedScores(tensors, note["history"]) if note["history"] else tensors
+    own = work.stage(key)
+    if isinstance(config, PolicyGradientConfig) and config.state_dir is None:
+        config = dataclasses.replace(config, state_dir=str(own.path))
+    scores = score(model, structure, config, batches=batches, work=own)
+    work.save(key, scores, {"history": history_of(scores)})
+    shutil.rmtree(own.path)  # hidden states: no longer needed
+    return scores
 
 
 def carry_out(
@@ -131,14 +227,68 @@ def carry_out(
     plan: PruningPlan,
     config: PruningConfig,
     batches: Sequence[Mapping[str, Any]] | None,
+    work: WorkDir | None = None,
 ) -> PreTrainedModel:
     """The second half of `prune`: a new model without the units that `plan` removes, repaired as `config` says."""
-    pruned = apply_plan(model, structure, plan)
-    if config.repair != "none":
+    own = None if work is None else work.stage(f"pruned-{_digest(plan.to_json())}")
+    layers = PrunedLayers(model, structure, plan, None if own is None else own.path)
+    if config.repair == "none":
+        for layer in range(len(structure.layer_paths)) if is_on_disk(model) else ():
+            if not layers.known(layer):
+                with layers.layer(layer):
+                    pass
+    else:
         data = batches if config.repair == "least_squares" else None
         target, ridge = config.repair_target, config.repair_ridge
-        repair_(pruned, model, structure, plan, data, target=target, ridge=ridge, seed=config.seed)
-    return pruned
+        repair_(
+            layers.model, model, structure, plan, data, target=target, ridge=ridge, seed=config.seed, layers=layers,
+            work=own,
+        )
+    return layers.finish()
+
+
+def check_before(
+    model: PreTrainedModel,
+    structure: Structure,
+    config: PruningConfig,
+    batches: Sequence[Mapping[str, Any]] | None,
+) -> None:
+    """Refuse what would fail after hours of scoring.
+
+    Raises:
+        StructureError: the layers must be run one at a time, and cannot be.
+        CheckpointError: weights that are nowhere.
+    """
+    check_offload(model)
+    repaired = config.repair != "none" or config.selection == "obs"
+    if is_on_disk(model) or repaired:
+        first = [batch["input_ids"][:1] for batch in (batches or ())[:1]]
+        walk = Walk(model, structure.layer_paths, first or [torch.zeros(1, 2, dtype=torch.int64)])
+        walk.check_layered()
+
+
+def scoring_settings(config: PruningConfig) -> dict[str, Any]:
+    """The settings that scores depend on: those of allocation, repair and surgery aside."""
+    found = config.to_dict()
+    ratio = METHODS[config.method].uses_ratio if config.method in METHODS else False
+    learned = ("pruning_ratio", "budget", "allocation", "min_units", "round_to") if ratio else ()
+    return {name: value for name, value in found.items() if name in learned or name not in _AFTER_SCORES}
+
+
+def identity(
+    model: PreTrainedModel, config: PruningConfig, batches: Sequence[Mapping[str, Any]] | None
+) -> dict[str, Any]:
+    """What a work directory belongs to: model, text, and method."""
+    text = hashlib.sha256()
+    for batch in batches or ():
+        ids = batch["input_ids"]
+        text.update(f"{tuple(ids.shape)}".encode() + ids.to("cpu", torch.int64).numpy().tobytes())
+    settings = {name: value for name, value in scoring_settings(config).items() if name not in _WITH_RATIO}
+    return {"model": fingerprint(model), "text": text.hexdigest(), **settings}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def history_of(scores: Mapping[str, Tensor]) -> list[Step]:

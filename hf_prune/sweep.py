@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from hf_prune.methods.calibration import Batch
+    from hf_prune.layers.walk import Batch
     from hf_prune.pipeline import Calibration, PruningResult
     from hf_prune.structure.structure import Structure
 

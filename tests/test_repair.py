@@ -34,8 +34,8 @@ from hf_prune.methods.obs import removal_costs
 from hf_prune.methods.streams import Call, Stream, replaced_forward
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.masking import masked
-from hf_prune.surgery.repair import repair_, select_repairable
-from hf_prune.surgery.repair.preview import RepairPreview
+from hf_prune.repair import repair_, select_repairable
+from hf_prune.repair.preview import RepairPreview
 from hf_prune.surgery.slicing import renumber
 
 TARGETS = ("own", "asymmetric", "residual")

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from hf_prune.allocation.ladders import Ladder
     from hf_prune.allocation.search import Preview
     from hf_prune.latency import LatencyTable
-    from hf_prune.methods.calibration import Batch
+    from hf_prune.layers.walk import Batch
+    from hf_prune.layers.work import WorkDir
     from hf_prune.structure.structure import Structure
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ def allocate(
     latency: LatencyTable | None = None,
     exponents: Mapping[int, float] | None = None,
     preview: Preview | None = None,
+    work: WorkDir | None = None,
     base_model_name_or_path: str | None = None,
 ) -> PruningPlan:
     """Decide which units stay.
@@ -70,6 +72,7 @@ def allocate(
         latency: table of measured latencies, for the budget `latency`; otherwise only recorded.
         exponents: decoder layer → Hill exponent, if already known; saves `spectral` and `search` the spectra.
         preview: for `search` of plans that will be repaired: see `search`.
+        work: for `search`: keeps what was measured.
         base_model_name_or_path: recorded in the plan.
 
     Returns:
@@ -105,6 +108,7 @@ def allocate(
             batches,
             latency,
             preview,
+            work,
         )
     else:
         start = _start(ladders, structure, config, latency, exponents or {})

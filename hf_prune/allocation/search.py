@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,33 +23,37 @@ from tqdm.auto import tqdm
 from hf_prune.allocation.budgets import spending_of
 from hf_prune.allocation.ladders import state_after
 from hf_prune.allocation.sequences import Share, by_fraction, nearest_prefix
+from hf_prune.atomic import replaced_file
 from hf_prune.errors import BudgetError, CalibrationError, ConfigError
-from hf_prune.methods.calibration import checked_ids, evaluating, input_device
+from hf_prune.layers.losses import divergence
+from hf_prune.layers.processes import sum_over_processes
+from hf_prune.layers.walk import Walk, checked_ids
+from hf_prune.layers.weights import evaluating
 from hf_prune.plan import make_plan
 from hf_prune.surgery.masking import masked
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from hf_prune.allocation.ladders import Ladder
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
-    from hf_prune.methods.calibration import Batch
+    from hf_prune.layers.walk import Batch
+    from hf_prune.layers.work import WorkDir
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
-    Preview = Callable[[PruningPlan], AbstractContextManager[None]]
+    Preview = Callable[[PruningPlan, int | None], AbstractContextManager[None]]
 
 POPULATION = 8
 """Plans that may have children."""
+GENERATION = 4
+"""Plans that are measured together: a model on disk is read once for all of them."""
 MOST_FAILURES = 200
 """Children in a row that are known or miss the budget, after which the search ends."""
 NEAR = 0.001
 """Of the dense model: how far from the asked budget any plan may be."""
-_CHUNK_ELEMENTS = 1 << 24
-"""Logits compared at a time (64 MiB in float32), whatever the vocabulary."""
-
 Kept = dict[str, tuple[int, ...]]
 
 
@@ -75,13 +81,14 @@ def search(
     batches: Iterable[Batch],
     latency: LatencyTable | None,
     preview: Preview | None = None,
+    work: WorkDir | None = None,
 ) -> Individual:
     """The plan with the least KL divergence found; on its windows never worse than the best of `starts`.
 
     Plans further from the budget than the nearest start (and than `NEAR`) do not count: removing less is no merit.
     Varied are the fraction that each axis loses and, of layer axes, which units go. Random draws come from a generator
-    seeded with `config.seed`. The dense log-probabilities of the windows stay in memory, in the dtype of the logits:
-    `search_samples · seq_len · vocab_size` numbers.
+    seeded with `config.seed`. The last hidden states of the dense model stay in memory, `search_samples · seq_len ·
+    hidden_size` numbers, not its logits. Of a model on disk, `GENERATION` plans go through a layer together.
 
     Args:
         model: the dense model; left as it was.
@@ -92,6 +99,7 @@ def search(
         latency: table for the budget `latency`.
         preview: context in which the dense model, masked by a plan, is also repaired; `None`: plans are judged as they
             are before repair.
+        work: keeps what was measured, so that an interrupted search is resumed.
 
     Raises:
         ConfigError: the hidden axis is to be pruned, which cannot be masked.
@@ -108,24 +116,34 @@ def search(
         evaluating(model),
         tqdm(total=config.search_evaluations, desc="search", unit="plan", leave=False) as bar,
     ):
-        judge = _Judge(model, structure, config, windows, preview)
+        judge = _Judge(model, structure, config, windows, preview, work)
         misses = [_miss(start, structure, config, latency) for start in starts]
         most = max(NEAR, min(misses)) + 1e-9
-        population = [judge.judged(start) for start, miss in zip(starts, misses, strict=True) if miss <= most]
+        population = judge.judged([start for start, miss in zip(starts, misses, strict=True) if miss <= most])
         spread, failures = 0.5, 0
         while judge.num_evaluations < config.search_evaluations and failures < MOST_FAILURES:
             population = sorted(population, key=lambda one: one.divergence)[:POPULATION]
             bar.n = judge.num_evaluations
             bar.set_postfix(kl=f"{population[0].divergence:.4f}")
-            child = _child(population, structure, config, latency, spread, generator)
-            if child is None or judge.knows(child) or _miss(child, structure, config, latency) > most:
-                failures += 1  # few plans meet the budget, or all near ones are known: look further
-                spread = min(1.5, spread * 1.1)
-                continue
-            failures = 0
-            population.append(judge.judged(child))
-            better = population[-1].divergence < population[0].divergence
-            spread = min(1.5, spread * 1.5) if better else max(0.05, spread * 0.95)  # one child in about ten is better
+            children: list[Start] = []
+            keys: set[str] = set()
+            wanted = min(GENERATION, config.search_evaluations - judge.num_evaluations)
+            while len(children) < wanted and failures < MOST_FAILURES:
+                child = _child(population, structure, config, latency, spread, generator)
+                known = child is None or judge.knows(child) or judge.key(child) in keys
+                if child is None or known or _miss(child, structure, config, latency) > most:
+                    failures += 1  # few plans meet the budget, or all near ones are known: look further
+                    spread = min(1.5, spread * 1.1)
+                    continue
+                failures = 0
+                children.append(child)
+                keys.add(judge.key(child))
+            best = population[0].divergence
+            for born in judge.judged(children):
+                population.append(born)
+                better = born.divergence < best
+                # one child in about ten is better
+                spread = min(1.5, spread * 1.5) if better else max(0.05, spread * 0.95)
     return min(population, key=lambda one: one.divergence)
 
 
@@ -189,7 +207,7 @@ def _swapped(ladder: Ladder, steps: int, draws: np.ndarray[tuple[int], np.dtype[
 
 
 class _Judge:
-    """Measures plans on the same windows, each plan once."""
+    """Measures plans on the same windows, each plan once; many plans at a time read the model once."""
 
     def __init__(
         self,
@@ -198,65 +216,71 @@ class _Judge:
         config: PruningConfig,
         windows: list[Tensor],
         preview: Preview | None,
+        work: WorkDir | None,
     ) -> None:
-        self._model, self._structure, self._config, self._windows = model, structure, config, windows
-        self._preview = preview
-        self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = {}
-        self._dense = [_log_probs(self._logits(ids)) for ids in windows]
+        self._model, self._structure, self._config = model, structure, config
+        self._preview = preview or _no_preview
+        self._known: dict[str, float] = {}
+        self._file = None if work is None else work.stage("search").path / "divergences.json"
+        self._stored: dict[str, float] = {}
+        if self._file is not None and self._file.exists():
+            self._stored = json.loads(self._file.read_text(encoding="utf-8"))
+        self._walk = Walk(model, structure.layer_paths, windows)
+        self._dense = [output.offloaded() for output in self._walk.outputs()]
 
     @property
     def num_evaluations(self) -> int:
         return len(self._known)
 
     def knows(self, start: Start) -> bool:
-        return tuple(sorted(self._kept(start).items())) in self._known
+        return self.key(start) in self._known
 
-    def judged(self, start: Start) -> Individual:
-        kept = self._kept(start)
-        key = tuple(sorted(kept.items()))
-        if key not in self._known:
-            plan = make_plan(self._structure, kept, self._config, None)
-            repaired = contextlib.nullcontext() if self._preview is None else self._preview(plan)
-            with repaired, masked(self._model, self._structure, plan):
-                total = sum(
-                    _divergence(dense, self._logits(ids)) for dense, ids in zip(self._dense, self._windows, strict=True)
-                )
-            value = total / sum(ids.numel() for ids in self._windows)
-            self._known[key] = math.inf if math.isnan(value) else value
-        return Individual(start.ladders, start.taken, self._known[key])
+    def judged(self, starts: Sequence[Start]) -> list[Individual]:
+        """Plans with what they lose; those that are not known are measured together."""
+        new = {key: start for start in starts if (key := self.key(start)) not in self._known}
+        asked = {key: start for key, start in new.items() if key not in self._stored}
+        if asked:
+            plans = [make_plan(self._structure, self._kept(start), self._config, None) for start in asked.values()]
+            self._stored |= dict(zip(asked, self._divergences(plans), strict=True))
+            if self._file is not None:
+                with replaced_file(self._file) as file:
+                    file.write_text(json.dumps(self._stored), encoding="utf-8")
+        self._known |= {key: self._stored[key] for key in new}
+        return [Individual(start.ladders, start.taken, self._known[self.key(start)]) for start in starts]
+
+    def _divergences(self, plans: list[PruningPlan]) -> list[float]:
+        """Mean KL divergence of each plan, in nats per token."""
+        number = len(self._dense)
+        walk = self._walk.over(self._walk.ids * len(plans))
+        walk.ids = walk.all_ids  # this process's windows, once for each plan
+
+        @contextlib.contextmanager
+        def each(batch: int, layer: int | None) -> Iterator[None]:
+            plan = plans[batch // number]
+            with self._preview(plan, layer), masked(self._model, self._structure, plan, layer):
+                yield
+
+        totals = torch.zeros(len(plans), dtype=torch.float64)
+        for batch, output in enumerate(walk.outputs(each)):
+            for (_, _, ours), (_, _, theirs) in zip(
+                output.chunks(), self._dense[batch % number].chunks(), strict=True
+            ):
+                totals[batch // number] += divergence(theirs, ours).sum(dtype=torch.float64).cpu()
+        values = (sum_over_processes(totals) / self._walk.num_tokens).tolist()
+        return [math.inf if math.isnan(value) else value for value in values]
 
     def _kept(self, start: Start) -> Kept:
         return state_after(start.ladders, start.taken, self._structure, indices=True).kept
 
-    def _logits(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self._model(input_ids=ids.to(input_device(self._model)), use_cache=False).logits
-        return logits
+    def key(self, start: Start) -> str:
+        """Tells plans apart."""
+        kept = json.dumps(sorted(self._kept(start).items()))
+        return hashlib.sha256(kept.encode()).hexdigest()
 
 
-def _log_probs(logits: Tensor) -> Tensor:
-    """Log-probabilities `[tokens, vocab_size]`, taken in float32 (float64 for float64), in the dtype of the logits."""
-    rows = logits.flatten(0, 1)
-    for part in torch.split(rows, _rows(rows)):
-        part.copy_(part.to(_precision(rows)).log_softmax(-1))
-    return rows
-
-
-def _divergence(dense: Tensor, logits: Tensor) -> float:
-    """Sum over the tokens of the KL divergence from the dense log-probabilities `[tokens, vocab_size]`, in nats."""
-    rows, total = logits.flatten(0, 1), 0.0
-    for ours, theirs in zip(torch.split(rows, _rows(rows)), torch.split(dense, _rows(rows)), strict=True):
-        theirs = theirs.to(_precision(rows))
-        difference = theirs - ours.to(_precision(rows)).log_softmax(-1)
-        total += float((theirs.exp() * difference).sum(dtype=torch.float64))
-    return total
-
-
-def _rows(logits: Tensor) -> int:
-    return max(1, _CHUNK_ELEMENTS // logits.shape[-1])
-
-
-def _precision(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+@contextlib.contextmanager
+def _no_preview(plan: PruningPlan, layer: int | None) -> Iterator[None]:
+    yield
 
 
 def _windows(batches: Iterable[Batch], number: int) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_prune.errors import ScoreError
+from hf_prune.layers.weights import read_weight
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,7 +31,7 @@ def hill_exponents(model: nn.Module, structure: Structure, *, progress: bool = T
     3-D weight is a matrix. Matrices with fewer than three eigenvalues above zero do not count.
 
     Args:
-        model: the dense model, its weights in memory; not changed.
+        model: the dense model, in memory or on disk; not changed.
         structure: its structure.
         progress: show a progress bar.
 
@@ -38,16 +39,13 @@ def hill_exponents(model: nn.Module, structure: Structure, *, progress: bool = T
         Decoder layer → exponent, above 1.
 
     Raises:
-        ScoreError: a layer has no matrix to judge by, weights that are not finite, or offloaded weights.
+        ScoreError: a layer has no matrix to judge by, or weights that are not finite.
     """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     found: dict[int, list[float]] = {layer: [] for layer in range(len(structure.layer_paths))}
-    names = [name for name in structure.counted("decoder") if name in parameters and parameters[name].dim() >= 2]
+    names = [name for name in structure.counted("decoder") if len(structure.layouts[name]) >= 2]
     with torch.no_grad():
         for name in tqdm(names, desc="spectra", unit="matrix", leave=False, disable=not progress):
-            weight = parameters[name].detach()
-            if weight.is_meta:
-                raise ScoreError(f"{name}: its weights are offloaded; load the model whole for allocation 'spectral'.")
+            weight = read_weight(model, name)
             if not bool(weight.isfinite().all()):
                 raise ScoreError(f"{name}: found weights that are NaN or infinite; allocation needs finite ones.")
             for matrix in weight.reshape(-1, *weight.shape[-2:]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_prune.data import evaluation_windows
 from hf_prune.errors import CalibrationError, ConfigError
-from hf_prune.methods.calibration import input_device
+from hf_prune.layers.weights import inference, input_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -88,19 +87,6 @@ def perplexity(
             nll_sum += _nll_sum(model(input_ids=ids, use_cache=False).logits, ids)
     num_tokens = len(windows) * (window - 1)
     return PerplexityReport(_exp(nll_sum / num_tokens), nll_sum, num_tokens, window)
-
-
-@contextlib.contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Use `model` in evaluation mode and without gradients; afterwards every module has its own mode again."""
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training:
-            module.training = mode
 
 
 def _embedding(model: nn.Module) -> Tensor:

@@ -1,9 +1,10 @@
 """Methods give every unit a score. A method knows nothing of ratios, allocation or slicing.
 
-Each is one function `scores(model, structure, config, *, batches=None, generator=None)` that returns, for every axis of
-`selected_axes(structure, config)`, a finite float32 tensor `[num_units]` on the CPU; higher = keep. It leaves the model
-as it found it and draws randomness only from `generator` (default: seeded with `config.seed`). A method that learns may
-return `LearnedScores`, a dict with the `history` of learning: `score` hands it on.
+Each is one function `scores(walk, structure, config, generator)` that returns, for every axis of
+`selected_axes(structure, config)`, a finite float32 tensor `[num_units]` on the CPU; higher = keep. It reaches weights
+and activations through the walk alone, so it works for models on disk; it leaves the model as it found it and draws
+randomness only from `generator`. A method that learns may return `LearnedScores`, a dict with the `history` of learning:
+`score` hands it on.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_prune.config import PruningConfig, selected_axes
 from hf_prune.errors import CalibrationError, ConfigError, ScoreError
+from hf_prune.layers.walk import Walk
 from hf_prune.methods.baselines import magnitude_scores, random_scores, wanda_scores
 from hf_prune.methods.learned import LearnedScores
 from hf_prune.methods.llm_pruner import llm_pruner_scores
@@ -26,7 +28,8 @@ from hf_prune.methods.prunenet import prunenet_scores
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from hf_prune.methods.calibration import Batch
+    from hf_prune.layers.walk import Batch
+    from hf_prune.layers.work import WorkDir
     from hf_prune.structure.structure import Structure
 
 
@@ -34,13 +37,7 @@ class ScoreFunction(Protocol):
     """What every method is."""
 
     def __call__(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        config: PruningConfig,
-        *,
-        batches: Iterable[Batch] | None = None,
-        generator: torch.Generator | None = None,
+        self, walk: Walk, structure: Structure, config: PruningConfig, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Scores of the selected axes, as the module's docstring says."""
 
@@ -72,15 +69,17 @@ def score(
     config: PruningConfig,
     batches: Iterable[Batch] | None = None,
     generator: torch.Generator | None = None,
+    work: WorkDir | None = None,
 ) -> dict[str, Tensor]:
     """Score the selected axes with the method of `config`, and check what it returns.
 
     Args:
-        model: the dense causal LM.
+        model: the dense causal LM, in memory or on disk (see `hf_prune.layers.weights.open_model`).
         structure: its structure.
         config: which method, and its settings.
         batches: calibration batches (`input_ids`, int64 `[B, T]`), for methods that need them.
         generator: source of randomness; default: seeded with `config.seed`.
+        work: keeps hidden states and sums, so that an interrupted pass is resumed.
 
     Returns:
         float32 `[num_units]` per selected axis, on the CPU; higher = keep.
@@ -93,9 +92,13 @@ def score(
     if config.method not in METHODS:
         raise ConfigError(f"method: found {config.method!r}, which scores nothing; expected one of {list(METHODS)}.")
     method = METHODS[config.method]
-    if method.needs_calibration and batches is None:
-        raise CalibrationError(f"method {config.method!r} needs calibration batches: give a calibration text.")
-    scores = method.scores(model, structure, config, batches=batches, generator=generator)
+    walk = Walk(model, structure.layer_paths, list(batches or ()), work=work)
+    if method.needs_calibration and not walk.all_ids:
+        raise CalibrationError(
+            f"method {config.method!r} needs calibration batches and found none: give a calibration text."
+        )
+    generator = torch.Generator().manual_seed(config.seed) if generator is None else generator
+    scores = method.scores(walk, structure, config, generator)
     return check_scores(scores, structure, config)
 
 

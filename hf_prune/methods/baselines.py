@@ -2,88 +2,68 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from hf_prune.config import MagnitudeConfig, PruningConfig, selected_axes
-from hf_prune.errors import CalibrationError, StructureError
-from hf_prune.methods.calibration import Batch, input_norms
+from hf_prune.errors import StructureError
+from hf_prune.layers.processes import sum_over_processes
+from hf_prune.layers.watch import watching
+from hf_prune.layers.weights import eager_experts, read_weight
 from hf_prune.structure import layouts as lay
+from hf_prune.structure.consumers import Consumer, consumers_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from hf_prune.structure.structure import Axis, Member, Structure
+    from hf_prune.layers.walk import Found, Part, Walk
+    from hf_prune.structure.structure import Axis, Structure
 
 logger = logging.getLogger(__name__)
 
 
 def random_scores(
-    model: nn.Module,
-    structure: Structure,
-    config: PruningConfig,
-    *,
-    batches: Iterable[Batch] | None = None,
-    generator: torch.Generator | None = None,
+    walk: Walk, structure: Structure, config: PruningConfig, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Uniform random scores in [0, 1): float32 `[num_units]` per selected axis, on the CPU.
-
-    Draws from `generator`, or from a new one seeded with `config.seed`. Uses neither weights nor `batches`.
-    """
-    if generator is None:
-        generator = torch.Generator().manual_seed(config.seed)
+    """Uniform random scores in [0, 1): float32 `[num_units]` per selected axis, on the CPU. Looks at nothing."""
     return {axis.name: torch.rand(axis.num_units, generator=generator) for axis in selected_axes(structure, config)}
 
 
+@torch.no_grad()
 def magnitude_scores(
-    model: nn.Module,
-    structure: Structure,
-    config: PruningConfig,
-    *,
-    batches: Iterable[Batch] | None = None,
-    generator: torch.Generator | None = None,
+    walk: Walk, structure: Structure, config: PruningConfig, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Norm of each unit's group: L1 = Σ|w|, L2 = √Σw², over all parameters that carry the unit, biases included.
 
-    A unit of a layer axis is the whole layer, or its branch. Summed in float32; a tied parameter counts once.
+    A unit of a layer axis is the whole layer, or its branch. Summed in float32; a tied parameter counts once. One
+    parameter is in memory at a time.
 
     Returns:
         float32 `[num_units]` per selected axis, on the CPU.
     """
     l1 = isinstance(config, MagnitudeConfig) and config.norm == "l1"
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-
-    def powers(weight: Tensor) -> Tensor:
-        return weight.float().abs() if l1 else weight.float().square()
-
-    scores = {}
-    with torch.no_grad():
-        for axis in selected_axes(structure, config):
-            total = torch.zeros(axis.num_units)
+    totals = {axis.name: torch.zeros(axis.num_units) for axis in selected_axes(structure, config)}
+    uses: dict[str, list[Axis]] = {}
+    for axis in selected_axes(structure, config):
+        for name in structure.group(axis):
+            uses.setdefault(name, []).append(axis)
+    in_order = [name for name in structure.layouts if name in uses]
+    for name in tqdm(in_order, desc="magnitude", unit="matrix", leave=False):
+        weight = read_weight(walk.model, name).float()
+        powers = weight.abs() if l1 else weight.square()
+        for axis in uses[name]:
             if axis.kind == "layer":
-                for unit in range(axis.num_units):
-                    for name in structure.parameters_of_layer(axis.name, unit):
-                        total[unit] += powers(parameters[name]).sum().cpu()
+                totals[axis.name][structure.owners[name].layer] += powers.sum().cpu()
             else:
-                members = structure.members[axis.name]
-                for name in sorted(
-                    {structure.aliases.get(m.parameter, m.parameter) for m in members} & set(parameters)
-                ):
-                    total += lay.reduce(powers(parameters[name]), structure.layouts[name], axis.name).cpu()
-            scores[axis.name] = total if l1 else total.sqrt()
-    return scores
+                totals[axis.name] += lay.reduce(powers, structure.layouts[name], axis.name).cpu()
+    return totals if l1 else {name: total.sqrt() for name, total in totals.items()}
 
 
 def wanda_scores(
-    model: nn.Module,
-    structure: Structure,
-    config: PruningConfig,
-    *,
-    batches: Iterable[Batch] | None = None,
-    generator: torch.Generator | None = None,
+    walk: Walk, structure: Structure, config: PruningConfig, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Weight times input norm, S_ij = |W_ij|·‖X_j‖₂, summed over each unit (Wanda, arXiv 2306.11695, eq. 1).
 
@@ -91,43 +71,65 @@ def wanda_scores(
     it (columns of `down_proj`, of `o_proj`; for `hidden`, columns of everything that reads the stream). X are the
     inputs over all calibration tokens, for an expert those routed to it. A unit of a layer axis has the sum over all
     linear weights of the layer, or of its branch. Where no consumer's input can be observed, S_ij = |W_ij| for that
-    axis, and a warning names it. Deterministic; summed in float32; the model is left as it was.
+    axis, and a warning names it. Deterministic; summed in float32; one forward pass.
 
     Returns:
         float32 `[num_units]` per selected axis, on the CPU.
-
-    Raises:
-        CalibrationError: no `batches`, or unusable ones.
     """
-    if batches is None:
-        raise CalibrationError("method 'wanda' needs calibration batches and found none: give a calibration text.")
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    everything = _consumers(structure, parameters)
-    selected = selected_axes(structure, config)
-    wanted = {axis.name: _consumers_of(structure, axis, everything) for axis in selected}
-    inputs = {member.parameter: member.dim for units in wanted.values() for members in units for member in members}
-    norms = input_norms(model, inputs, batches)
-
-    scores = {}
-    with torch.no_grad():
-        for axis in selected:
-            seen = any(member.parameter in norms for members in wanted[axis.name] for member in members)
-            if not seen:
-                logger.warning("%s: no input of its consumers could be observed; wanda uses |W| there", axis.name)
-            total = torch.zeros(axis.num_units)
-            for unit, members in enumerate(wanted[axis.name]):
-                for member in members:
-                    if seen and member.parameter not in norms:
-                        continue  # |W| is on another scale than |W|·‖X‖
-                    metric = _metric(parameters[member.parameter], member.dim, norms.get(member.parameter))
-                    if axis.kind == "layer":
-                        total[unit] += metric.sum().cpu()
-                    else:
-                        total += lay.reduce_dim(
-                            metric, structure.layouts[member.parameter][member.dim], member.dim, axis.name
-                        ).cpu()
-            scores[axis.name] = total
+    axes = selected_axes(structure, config)
+    wanted = _consumers(walk, structure, axes)
+    uses = {consumer: [axis for axis in axes if consumer in wanted[axis.name]] for axis in axes for consumer in wanted[axis.name]}
+    norms = input_norms(walk, list(uses))
+    seen = {axis.name: any(consumer.parameter in norms for consumer in wanted[axis.name]) for axis in axes}
+    for axis in axes:
+        if not seen[axis.name]:
+            logger.warning("%s: no input of its consumers could be observed; wanda uses |W| there", axis.name)
+    scores = {axis.name: torch.zeros(axis.num_units) for axis in axes}
+    for consumer, own in uses.items():
+        name, norm = consumer.parameter, norms.get(consumer.parameter)
+        metric = _metric(read_weight(walk.model, name), consumer.dim, norm)
+        for axis in own:
+            if norm is None and seen[axis.name]:
+                continue  # |W| is on another scale than |W|·‖X‖
+            if axis.kind == "layer":
+                scores[axis.name][structure.owners[name].layer] += metric.sum().cpu()
+            else:
+                layout = structure.layouts[name][consumer.dim]
+                scores[axis.name] += lay.reduce_dim(metric, layout, consumer.dim, axis.name).cpu()
     return scores
+
+
+def input_norms(walk: Walk, consumers: list[Consumer]) -> dict[str, Tensor]:
+    """Measure the norm of every input channel of weights, over all calibration tokens, in one forward pass.
+
+    Returns:
+        For each weight whose input was seen: float32 `[channels]`, or `[experts, channels]` for weights of experts: the
+        root of the sum of squares (summed in float32). Weights never seen are left out.
+    """
+
+    def visit(part: Part) -> Found:
+        sums: Found = {}
+
+        def add(consumer: Consumer, first: int, x: Tensor) -> None:
+            squares = x.float().square().flatten(1, -2).sum(1)
+            if consumer.kind == "experts":
+                experts = len(walk.model.get_parameter(consumer.parameter))
+                total = squares.new_zeros(experts, squares.shape[1])
+                total[first : first + len(x)] = squares
+            else:
+                total = squares[0]
+            name = consumer.parameter
+            sums[name] = sums[name] + total if name in sums else total
+
+        here = [consumer for consumer in consumers if part.holds(consumer.parameter)]
+        with watching(walk.model, here, given=add):
+            part.run()
+        return sums
+
+    outside = any(walk.layer_of(consumer.parameter) is None for consumer in consumers)
+    with eager_experts(walk.model) if any(c.kind == "experts" for c in consumers) else contextlib.nullcontext():
+        found = walk.forward(visit, "wanda", outside=outside)
+    return {name: sum_over_processes(squares).sqrt() for name, squares in found.items()}
 
 
 def _metric(weight: Tensor, dim: int, norms: Tensor | None) -> Tensor:
@@ -141,24 +143,22 @@ def _metric(weight: Tensor, dim: int, norms: Tensor | None) -> Tensor:
     return weight.float().abs() * norms.to(weight.device).reshape(shape)
 
 
-def _consumers(structure: Structure, parameters: dict[str, nn.Parameter]) -> dict[str, Member]:
-    """The consumer dimension of each weight that has one; a tied weight under the name that consumes."""
-    return {
-        member.parameter: member
-        for members in structure.members.values()
-        for member in members
-        if member.role == "consumer" and member.parameter in parameters and parameters[member.parameter].dim() >= 2
-    }
-
-
-def _consumers_of(structure: Structure, axis: Axis, everything: dict[str, Member]) -> list[list[Member]]:
-    """Consumers of each unit of a layer axis; of any other axis one list for all units."""
-    if axis.kind == "layer":
-        return [
-            [everything[name] for name in structure.parameters_of_layer(axis.name, unit) if name in everything]
-            for unit in range(axis.num_units)
-        ]
-    members = [m for m in structure.members[axis.name] if m.role == "consumer" and m.parameter in everything]
-    if not members:
-        raise StructureError(f"{axis.name}: no operation consumes this axis, so 'wanda' cannot score it; protect it.")
-    return [members]
+def _consumers(walk: Walk, structure: Structure, axes: list[Axis]) -> dict[str, list[Consumer]]:
+    """The weight matrices that consume each axis; of an axis of layers, all that the layers consume with."""
+    everything: dict[str, Consumer] = {}
+    for name in structure.members:
+        for consumer in consumers_of(walk.model, structure, name):
+            if consumer.parameter not in structure.buffers and len(structure.layouts[consumer.parameter]) >= 2:
+                everything[consumer.parameter] = consumer
+    found = {}
+    for axis in axes:
+        if axis.kind == "layer":
+            names = structure.group(axis)
+        else:
+            names = [member.parameter for member in structure.members[axis.name] if member.role == "consumer"]
+        found[axis.name] = [everything[name] for name in dict.fromkeys(names) if name in everything]
+        if not found[axis.name]:
+            raise StructureError(
+                f"{axis.name}: no operation consumes this axis, so 'wanda' cannot score it; protect it."
+            )
+    return found

@@ -14,24 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from hf_prune.config import PruningConfig, selected_axes
 from hf_prune.errors import StructureError
-from hf_prune.methods.gradients import backward, differentiable, loss_scale, my_share, sum_over_processes
+from hf_prune.layers.processes import sum_over_processes
+from hf_prune.layers.walk import hidden_of, with_hidden
+from hf_prune.layers.watch import watching
 from hf_prune.structure import layouts as lay
-from hf_prune.structure.consumers import consumer_kind
+from hf_prune.structure.consumers import Consumer, consumers_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
-    from hf_prune.methods.calibration import Batch
-    from hf_prune.structure.structure import Axis, Member, Structure
+    from hf_prune.layers.walk import Found, Part, Walk
+    from hf_prune.structure.structure import Axis, Structure
 
 
-def fisher_scores(
-    model: nn.Module, structure: Structure, config: PruningConfig, batches: Sequence[Batch]
-) -> dict[str, Tensor]:
+def fisher_scores(walk: Walk, structure: Structure, config: PruningConfig) -> dict[str, Tensor]:
     """Mean over the samples of the squared derivative of the sample's mean loss by each unit's mask.
 
     Where no module input shows what a unit is consumed by (experts, convolutions), the same derivative is read off the
@@ -42,122 +41,130 @@ def fisher_scores(
         float32 `[num_units]` per selected axis, on the CPU; higher = keep.
     """
     axes = selected_axes(structure, config)
-    masks = _MaskGradients(model, structure, axes)
-    shares = my_share(batches, per_sample=bool(masks.weights))
-    with differentiable(model, masks.weights), masks.watching():
-        scale = loss_scale(model, batches[0]["input_ids"], masks.weights)
-        masks.scale = scale
-        for ids in tqdm(shares, desc="fisher importance", unit="batch", leave=False):
-            masks.start(len(ids))
-            backward(model, ids, masks.weights, masks.add_weight, scale)
-            masks.finish()
-    num_samples = sum(len(batch["input_ids"]) for batch in batches)
-    return {axis.name: sum_over_processes(masks.squares[axis.name]) / num_samples for axis in axes}
+    inputs: list[Consumer] = []
+    weights: dict[str, list[Consumer]] = {}
+    outputs: list[tuple[str, str, int]] = []
+    for axis in axes:
+        if axis.kind == "layer":
+            outputs += _branch_outputs(structure, axis)
+        for consumer in consumers_of(walk.model, structure, axis.name) if axis.kind != "layer" else ():
+            if consumer.kind == "linear":
+                inputs.append(consumer)
+            else:
+                weights.setdefault(consumer.parameter, []).append(consumer)
+    walk = walk.per_sample() if weights else walk
+    masks = _MaskGradients(walk, structure, axes, inputs, weights, outputs)
+    outside = any(walk.layer_of(consumer.parameter) is None for consumer in inputs)
+    found = walk.backward(
+        masks.visit, "fisher importance", wanted=list(weights), consume=masks.add_weight, outside=outside
+    )
+    for axis in axes:
+        if axis.kind == "hidden":  # its units are in all parts: squared once these are added up, in a fixed order
+            parts = [found[key] for key in sorted(found) if key.startswith(f"{axis.name}@")]
+            found[axis.name] = torch.stack(parts).sum(0).square().sum(0)
+    return {axis.name: sum_over_processes(found[axis.name]) / walk.num_samples for axis in axes}
+
+
+def _branch_outputs(structure: Structure, axis: Axis) -> list[tuple[str, str, int]]:
+    """`(module path, axis, layer)` of the branches whose outputs are the units of an axis of layers."""
+    found = []
+    for branch in ("attention", "mlp") if axis.name == "layers" else (axis.name.partition(".")[2],):
+        for layer, path in enumerate(structure.layer_paths):
+            module = structure.branch_modules.get(f"layers.{layer}.{branch}")
+            if module is None:
+                raise StructureError(
+                    f"the {branch} of layer {layer} is not one module; 'fisher' cannot score {axis.name}."
+                )
+            found.append((f"{path}.{module.path}", axis.name, layer))
+    return found
 
 
 class _MaskGradients:
-    """Collects v for each sample of a pass, then adds up v²."""
+    """Collects v for each sample of a batch, then adds up v²."""
 
-    def __init__(self, model: nn.Module, structure: Structure, axes: list[Axis]) -> None:
-        self.model, self.structure = model, structure
-        self.squares = {axis.name: torch.zeros(axis.num_units) for axis in axes}
-        self.inputs: list[tuple[nn.Module, Member, str]] = []
-        self.outputs: list[tuple[nn.Module, str, int]] = []
-        self.weights: dict[str, nn.Parameter] = {}
-        self.weight_axes: dict[str, list[tuple[Member, str]]] = {}
-        self.scale = 1.0
+    def __init__(
+        self,
+        walk: Walk,
+        structure: Structure,
+        axes: list[Axis],
+        inputs: list[Consumer],
+        weights: dict[str, list[Consumer]],
+        outputs: list[tuple[str, str, int]],
+    ) -> None:
+        self.walk, self.structure = walk, structure
+        self.inputs, self.weights, self.outputs = inputs, weights, outputs
+        self.num_units = {axis.name: axis.num_units for axis in axes}
+        self.spread = {axis.name for axis in axes if axis.kind == "hidden"}
+        self.units = {consumer: consumer.units(structure) for consumer in inputs}
         self.samples = 0
         self.derivatives: dict[str, Tensor] = {}
-        for axis in axes:
-            self._find_layers(axis) if axis.kind == "layer" else self._find_consumers(axis)
 
-    def _find_consumers(self, axis: Axis) -> None:
-        for member in self.structure.members[axis.name]:
-            if member.role != "consumer":
-                continue
-            module = self.model.get_submodule(member.parameter.rpartition(".")[0])
-            if consumer_kind(module, member) == "linear":
-                self.inputs.append((module, member, axis.name))
-            else:
-                self.weights[member.parameter] = self.model.get_parameter(member.parameter)
-                self.weight_axes.setdefault(member.parameter, []).append((member, axis.name))
-
-    def _find_layers(self, axis: Axis) -> None:
-        for branch in ("attention", "mlp") if axis.name == "layers" else (axis.name.partition(".")[2],):
-            for layer, path in enumerate(self.structure.layer_paths):
-                module = self.structure.branch_modules.get(f"layers.{layer}.{branch}")
-                if module is None:
-                    raise StructureError(
-                        f"the {branch} of layer {layer} is not one module; 'fisher' cannot score {axis.name}."
-                    )
-                self.outputs.append((self.model.get_submodule(f"{path}.{module.path}"), axis.name, layer))
+    def visit(self, part: Part) -> Found:
+        """Sums of v² over the batches, of the axes that have units in this part."""
+        model = self.walk.model
+        found: Found = {}
+        here = [consumer for consumer in self.inputs if part.holds(consumer.parameter)]
+        names = {consumer.axis for consumer in here}
+        names |= {one.axis for name, own in self.weights.items() if part.holds(name) for one in own}
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(watching(model, here, input_gradient=self._add_input))
+            for path, axis, layer in self.outputs:
+                if part.has_layer(layer):
+                    names.add(axis)
+                    hook = partial(self._watch_output, axis, layer)
+                    stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+            found.update({name: torch.zeros(self.num_units[name]) for name in names - self.spread})
+            part.run(partial(self._batch, found))
+        return found
 
     @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Hooks on the consumers and on the branches."""
-        with contextlib.ExitStack() as stack:
-            for module, member, axis in self.inputs:
-                layout = self.structure.layouts[member.parameter][member.dim]
-                ids = lay.unit_ids(layout, axis)
-                stack.callback(module.register_forward_pre_hook(partial(self._watch_input, axis, ids)).remove)
-            for module, axis, layer in self.outputs:
-                stack.callback(module.register_forward_hook(partial(self._watch_output, axis, layer)).remove)
-            yield
+    def _batch(self, found: Found, batch: int) -> Iterator[None]:
+        self.samples, self.derivatives = len(self.walk.ids[batch]), {}
+        yield
+        for key, v in self.derivatives.items():
+            axis = key.partition("@")[0]
+            if axis in self.spread:
+                found[key] = torch.cat([found[key], v.cpu()]) if key in found else v.cpu()
+            else:
+                found[axis] += v.square().sum(0).cpu()
+        self.samples, self.derivatives = 0, {}
 
-    def start(self, samples: int) -> None:
-        """Begin a pass over so many samples."""
-        self.samples, self.derivatives = samples, {}
-
-    def finish(self) -> None:
-        """Square the derivatives of the pass."""
-        for axis, v in self.derivatives.items():
-            self.squares[axis] += v.square().sum(0).cpu()
-        self.derivatives = {}
-
-    def _watch_input(self, axis: str, ids: Tensor, module: nn.Module, args: tuple[Any, ...]) -> Any:
-        x = args[0]
-        if not x.requires_grad:  # the first of the two forward passes of gradient checkpointing
-            return None
-        alias = x.view_as(x)  # its gradient comes through this consumer alone
-        saved = x.detach()
-        alias.register_hook(lambda gradient: self._add_input(axis, ids, saved, gradient))
-        return (alias, *args[1:])
-
-    def _add_input(self, axis: str, ids: Tensor, x: Tensor, gradient: Tensor) -> None:
-        if self.samples == 0:  # the trial pass for the loss scale
-            return
-        x, gradient = (t.reshape(self.samples, -1, t.shape[-1]).float() for t in (x, gradient))
-        product = (x * gradient).sum(1) / self.scale
-        ids = ids.to(product.device)
-        v = product.new_zeros(self.samples, self.squares[axis].numel())
-        self._add(axis, v.index_add_(1, ids[ids >= 0], product[:, ids >= 0]))
+    def _add_input(self, consumer: Consumer, x: Tensor, gradient: Tensor) -> None:
+        rows = slice(None) if self.walk.row is None else slice(self.walk.row, self.walk.row + 1)
+        samples = self.samples if self.walk.row is None else 1  # the head sees one sample at a time
+        x, gradient = (t.reshape(samples, -1, t.shape[-1]).float() for t in (x, gradient))
+        product = (x * gradient).sum(1) / self.walk.scale
+        ids = self.units[consumer].to(product.device)
+        v = product.new_zeros(self.samples, self.num_units[consumer.axis])
+        v[rows] = v[rows].index_add(1, ids[ids >= 0], product[:, ids >= 0])
+        self._add(consumer.axis, consumer.parameter, v)
 
     def _watch_output(self, axis: str, layer: int, module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden_of(output)
         if not hidden.requires_grad:
             return output
         alias = hidden.view_as(hidden)
         saved = hidden.detach()
         alias.register_hook(lambda gradient: self._add_output(axis, layer, saved, gradient))
-        return (alias, *output[1:]) if isinstance(output, tuple) else alias
+        return with_hidden(output, alias)
 
     def _add_output(self, axis: str, layer: int, hidden: Tensor, gradient: Tensor) -> None:
-        if self.samples == 0:
-            return
-        product = (hidden.float() * gradient.float()).reshape(self.samples, -1).sum(1) / self.scale
-        v = product.new_zeros(self.samples, self.squares[axis].numel())
+        product = (hidden.float() * gradient.float()).reshape(self.samples, -1).sum(1) / self.walk.scale
+        v = product.new_zeros(self.samples, self.num_units[axis])
         v[:, layer] = product
-        self._add(axis, v)
+        self._add(axis, "", v)
 
     def add_weight(self, name: str, gradient: Tensor) -> None:
-        """The derivative by the masks from a consumer's weight: one sample per pass."""
-        if self.samples == 0:
-            return
-        product = self.weights[name].detach().float() * gradient.float()
-        for member, axis in self.weight_axes[name]:
-            own = self.structure.layouts[name][member.dim]
-            self._add(axis, lay.reduce_dim(product, own, member.dim, axis)[None])
+        """The derivative by the masks from a consumer's weight: one sample per batch."""
+        product = self.walk.model.get_parameter(name).detach().float() * gradient.float()
+        for consumer in self.weights[name]:
+            layout = self.structure.layouts[name][consumer.dim]
+            self._add(consumer.axis, name, lay.reduce_dim(product, layout, consumer.dim, consumer.axis)[None])
 
-    def _add(self, axis: str, v: Tensor) -> None:
-        found = self.derivatives.get(axis)
-        self.derivatives[axis] = v if found is None else found + v.to(found.device)
+    def _add(self, axis: str, parameter: str, v: Tensor) -> None:
+        key = axis
+        if axis in self.spread:
+            layer = self.walk.layer_of(parameter)
+            key = f"{axis}@{self.walk.num_layers if layer is None else layer:05}"
+        found = self.derivatives.get(key)
+        self.derivatives[key] = v if found is None else found + v.to(found.device)

@@ -12,20 +12,16 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 
 from hf_prune.config import LLMPrunerConfig, PruningConfig, selected_axes
-from hf_prune.errors import CalibrationError
+from hf_prune.layers.processes import sum_over_processes
 from hf_prune.methods.fisher import fisher_scores
-from hf_prune.methods.gradients import backward, differentiable, loss_scale, my_share, sum_over_processes
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.structure import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from hf_prune.methods.calibration import Batch
+    from hf_prune.layers.walk import Found, Part, Walk
     from hf_prune.structure.structure import Axis, Structure
 
 PER_SAMPLE = ("second_order", "mixed")
@@ -33,71 +29,60 @@ PER_SAMPLE = ("second_order", "mixed")
 
 
 def llm_pruner_scores(
-    model: nn.Module,
-    structure: Structure,
-    config: PruningConfig,
-    *,
-    batches: Iterable[Batch] | None = None,
-    generator: torch.Generator | None = None,
+    walk: Walk, structure: Structure, config: PruningConfig, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Importance of every unit: float32 `[num_units]` per selected axis, on the CPU; higher = keep.
 
     Sums are taken in float32 whatever the dtype of the weights. Each parameter's gradient is reduced to unit scores as
     soon as it is ready, and freed. `mixed`, and `first_order` with more than one batch or process, must add gradients
-    up element by element before they take absolute values: they hold two (one) float32 tensors per touched parameter.
-
-    Args:
-        model: a causal LM; left as it was. Works with `device_map`, and with gradient checkpointing as the caller set
-            it.
-        structure: its structure.
-        config: an `LLMPrunerConfig`.
-        batches: calibration batches; each process gets the same list, and they share the work.
-        generator: not used: the method is deterministic.
+    up element by element before they take absolute values: they hold two (one) float32 tensors per touched parameter
+    that is in memory. Works with `device_map`, and with gradient checkpointing as the caller set it. Deterministic.
 
     Raises:
-        CalibrationError: no batches.
         ScoreError: a loss is not finite.
     """
     assert isinstance(config, LLMPrunerConfig)
-    batches = list(batches or ())
-    if not batches:
-        raise CalibrationError("method 'llm_pruner' needs calibration batches and found none: give a calibration text.")
     if config.criterion == "fisher":
-        return fisher_scores(model, structure, config, batches)
+        return fisher_scores(walk, structure, config)
     axes = selected_axes(structure, config)
-    shares = my_share(batches, per_sample=config.criterion in PER_SAMPLE)
-    one_pass = len(batches) == 1 and PartialState().num_processes == 1
-    importance = _Importance(model, structure, axes, config, one_pass)
-    with differentiable(model, importance.parameters):
-        scale = loss_scale(model, batches[0]["input_ids"], importance.parameters)
-        for ids in tqdm(shares, desc=f"{config.criterion} importance", unit="batch", leave=False):
-            backward(model, ids, importance.parameters, importance.add, scale)
-    return importance.scores(num_samples=sum(len(batch["input_ids"]) for batch in batches))
+    one_pass = len(walk.all_ids) == 1 and PartialState().num_processes == 1
+    walk = walk.per_sample() if config.criterion in PER_SAMPLE else walk
+    importance = _Importance(walk, structure, axes, config, one_pass)
+    name = f"{config.criterion} importance"
+    found = walk.backward(importance.visit, name, wanted=importance.parameters, consume=importance.add)
+    return importance.scores(found)
 
 
 class _Importance:
     """Adds up what the gradients say: sums of units where samples simply add, of elements where |·| comes last."""
 
     def __init__(
-        self, model: nn.Module, structure: Structure, axes: list[Axis], config: LLMPrunerConfig, one_pass: bool
+        self, walk: Walk, structure: Structure, axes: list[Axis], config: LLMPrunerConfig, one_pass: bool
     ) -> None:
-        known = dict(model.named_parameters(remove_duplicate=False))
-        self.structure, self.axes, self.config = structure, axes, config
-        self.groups = {axis.name: group(structure, axis) for axis in axes}
-        names = dict.fromkeys(name for names in self.groups.values() for name in names)
-        self.parameters: dict[str, nn.Parameter] = {name: known[name] for name in names}
+        self.walk, self.structure, self.axes, self.config = walk, structure, axes, config
+        self.groups = {axis.name: structure.group(axis) for axis in axes}
+        self.parameters = list(dict.fromkeys(name for names in self.groups.values() for name in names))
         additive = config.criterion in ("vector", "second_order")
         self.by_units = additive or (config.criterion == "first_order" and one_pass)
-        self.unit_sums: dict[tuple[str, str], Tensor] = {}
-        self.vectors: dict[tuple[str, str, int], Tensor] = {}
+        self.sums: Found = {}
         self.gradients: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
+
+    def visit(self, part: Part) -> Found:
+        """Sums over the batches for the parameters of this part: by axis, name and, for vectors, dimension."""
+        self.sums = {}
+        part.run()
+        if not self.by_units:
+            for name in self.parameters:
+                if part.holds(name):
+                    self._reduce(name, self._salience(name).abs_())
+        return self.sums
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Take in the gradient of one parameter in one pass."""
         gradient = gradient.float()
         if self.by_units:
-            salience = self.parameters[name].detach() * gradient  # in float32: the gradient is
+            salience = self.walk.model.get_parameter(name).detach() * gradient  # in float32: the gradient is
             if self.config.criterion == "second_order":
                 salience.square_()
             elif self.config.criterion == "first_order":
@@ -110,28 +95,29 @@ class _Importance:
                 self.squares[name].addcmul_(gradient, gradient) if name in self.squares else gradient**2
             )
 
-    def scores(self, num_samples: int) -> dict[str, Tensor]:
+    def _salience(self, name: str) -> Tensor:
+        """w·g, or w·g − ½·w²·F, of the mean loss over all samples of all processes."""
+        num_samples = self.walk.num_samples
+        weight = self.walk.model.get_parameter(name).detach().float()
+        salience = weight * self._over_processes(self.gradients, name, weight) / num_samples
+        if self.config.criterion == "mixed":
+            squares = self._over_processes(self.squares, name, weight)
+            salience -= weight.square() * squares / (2 * num_samples if self.config.normalisation == "mean" else 2)
+        return salience
+
+    def scores(self, found: Found) -> dict[str, Tensor]:
         """Scores of the mean loss over all samples of all processes."""
-        mean_of_squares = self.config.normalisation == "mean"
-        if not self.by_units:
-            for name, parameter in self.parameters.items():
-                weight = parameter.detach().float()
-                salience = weight * self._over_processes(self.gradients, name, weight) / num_samples
-                if self.config.criterion == "mixed":
-                    squares = self._over_processes(self.squares, name, weight)
-                    salience -= weight.square() * squares / (2 * num_samples if mean_of_squares else 2)
-                self._reduce(name, salience.abs_())
-        summed = self.config.criterion == "second_order" and not mean_of_squares
+        num_samples = self.walk.num_samples
+        summed = self.config.criterion == "second_order" and self.config.normalisation == "sum"
         divisor = 1 if summed or not self.by_units else num_samples
         scores = {}
         for axis in self.axes:
             per_parameter = {}
             for name in self.groups[axis.name]:
                 if self.config.criterion == "vector" and axis.kind != "layer":
-                    per_parameter[name] = self._vector_scores(axis, name) / num_samples
+                    per_parameter[name] = self._vector_scores(axis, name, found) / num_samples
                     continue
-                zeros = torch.zeros(axis.num_units)
-                values = self.unit_sums.get((axis.name, name), zeros).cpu()
+                values = found.get(_key(axis.name, name), torch.zeros(axis.num_units)).cpu()
                 per_parameter[name] = (sum_over_processes(values) if self.by_units else values).abs() / divisor
             scores[axis.name] = self._aggregate(axis, per_parameter)
         return scores
@@ -148,16 +134,17 @@ class _Importance:
                 for dim, layout in enumerate(self.structure.layouts[name]):
                     if axis.name in lay.axes(layout):
                         others = [d for d in range(salience.dim()) if d != dim]
-                        line = (salience.sum(others) if others else salience).float()
-                        key = (axis.name, name, dim)
-                        self.vectors[key] = self.vectors[key] + line if key in self.vectors else line
+                        self._sum(_key(axis.name, name, dim), (salience.sum(others) if others else salience).float())
 
-    def _vector_scores(self, axis: Axis, name: str) -> Tensor:
+    def _sum(self, key: str, values: Tensor) -> None:
+        self.sums[key] = self.sums[key] + values if key in self.sums else values
+
+    def _vector_scores(self, axis: Axis, name: str, found: Found) -> Tensor:
         """|sum of each row or column|, added up over those of a unit: `[num_units]`."""
         total = torch.zeros(axis.num_units)
         for dim, layout in enumerate(self.structure.layouts[name]):
             if axis.name in lay.axes(layout):
-                line = self.vectors.get((axis.name, name, dim), torch.zeros(lay.size(layout, {}))).cpu()
+                line = found.get(_key(axis.name, name, dim), torch.zeros(lay.size(layout, {}))).cpu()
                 ids = lay.unit_ids(layout, axis.name)
                 total.index_add_(0, ids[ids >= 0], sum_over_processes(line).abs()[ids >= 0])
         return total
@@ -171,8 +158,7 @@ class _Importance:
                 part[self.structure.owners[name].layer] = salience.sum()
             else:
                 part = lay.reduce(salience, self.structure.layouts[name], axis.name)
-            key = (axis.name, name)
-            self.unit_sums[key] = self.unit_sums[key] + part if key in self.unit_sums else part
+            self._sum(_key(axis.name, name), part)
 
     def _aggregate(self, axis: Axis, per_parameter: dict[str, Tensor]) -> Tensor:
         """One score per unit from the scores of the group's members."""
@@ -190,12 +176,8 @@ class _Importance:
         return _combine(torch.stack([per_parameter[name] for name in names]), how)
 
 
-def group(structure: Structure, axis: Axis) -> list[str]:
-    """Parameters of the coupled groups of `axis`; tied ones once."""
-    if axis.kind == "layer":
-        return [name for unit in range(axis.num_units) for name in structure.parameters_of_layer(axis.name, unit)]
-    names = dict.fromkeys(member.parameter for member in structure.members[axis.name])
-    return [name for name in names if name not in structure.aliases and name not in structure.buffers]
+def _key(axis: str, name: str, dim: int | None = None) -> str:
+    return f"{axis} {name}" if dim is None else f"{axis} {name} {dim}"
 
 
 def _combine(scores: Tensor, how: str) -> Tensor:

@@ -135,6 +135,13 @@ class Structure:
             and name not in self.buffers
         ]
 
+    def group(self, axis: Axis) -> list[str]:
+        """Parameters of the coupled groups of an axis; tied ones once."""
+        if axis.kind == "layer":
+            return [name for unit in range(axis.num_units) for name in self.parameters_of_layer(axis.name, unit)]
+        names = {self.aliases.get(m.parameter, m.parameter): None for m in self.members[axis.name]}
+        return [name for name in names if name not in self.buffers]
+
     def num_parameters(self, widths: Widths | None = None, budget: Literal["decoder", "model"] = "model") -> int:
         """Exact parameter count at `widths` (default: dense); tied parameters count once.
 

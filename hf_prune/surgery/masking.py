@@ -18,35 +18,46 @@ from torch import Tensor, nn
 
 from hf_prune.errors import PlanError, StructureError
 from hf_prune.structure import layouts as lay
-from hf_prune.structure.consumers import consumer_kind
+from hf_prune.structure.consumers import Consumer, consumers_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Member, Structure
+    from hf_prune.structure.structure import Structure
 
 
 @contextlib.contextmanager
-def masked(model: nn.Module, structure: Structure, plan: PruningPlan) -> Iterator[nn.Module]:
+def masked(
+    model: nn.Module, structure: Structure, plan: PruningPlan, layer: int | None = None
+) -> Iterator[nn.Module]:
     """In this context the dense `model` computes what the model pruned by `plan` does; afterwards it is as before.
+
+    Args:
+        model: the dense model.
+        structure: its structure.
+        plan: what to mask.
+        layer: mask only in this decoder layer, the one that is in memory; `None`: everywhere.
 
     Raises:
         PlanError: the plan prunes the hidden axis, which cannot be masked exactly (norms see every channel).
     """
     if "hidden" in plan.kept_indices:
         raise PlanError("the hidden axis cannot be masked: norms see every channel. Compare the sliced model instead.")
-    keep_masks = {name: keep_mask(structure.axes[name].num_units, kept) for name, kept in plan.kept_indices.items()}
     with contextlib.ExitStack() as stack:
-        for name, mask in keep_masks.items():
-            if structure.axes[name].kind != "layer":
-                stack.enter_context(mask_axis(model, structure, name, mask))
-        for layer, branch in plan.removed_branches:
-            path = f"{structure.layer_paths[layer]}.{structure.branch_modules[f'layers.{layer}.{branch}'].path}"
-            stack.callback(model.get_submodule(path).register_forward_hook(_zero_output, with_kwargs=True).remove)
-        for layer in plan.removed_layers:
-            module = model.get_submodule(structure.layer_paths[layer])
-            stack.callback(module.register_forward_hook(_pass_through, with_kwargs=True).remove)
+        for name, kept in plan.kept_indices.items():
+            axis = structure.axes[name]
+            if axis.kind != "layer" and layer in (None, axis.layer):
+                stack.enter_context(mask_axis(model, structure, name, keep_mask(axis.num_units, kept)))
+        for number, branch in plan.removed_branches:
+            if layer in (None, number):
+                module = structure.branch_modules[f"layers.{number}.{branch}"]
+                branch_module = model.get_submodule(f"{structure.layer_paths[number]}.{module.path}")
+                stack.callback(branch_module.register_forward_hook(_zero_output, with_kwargs=True).remove)
+        for number in plan.removed_layers:
+            if layer in (None, number):
+                whole = model.get_submodule(structure.layer_paths[number])
+                stack.callback(whole.register_forward_hook(_pass_through, with_kwargs=True).remove)
         yield model
 
 
@@ -61,12 +72,10 @@ def keep_mask(num_units: int, kept: tuple[int, ...]) -> Tensor:
 def mask_axis(model: nn.Module, structure: Structure, axis: str, mask: Tensor) -> Iterator[None]:
     """Multiply what the consumers of `axis` receive by `mask` (`[num_units]`, bool or float)."""
     with contextlib.ExitStack() as stack:
-        for member in structure.members[axis]:
-            if member.role == "consumer":
-                layout = structure.layouts[member.parameter][member.dim]
-                ids = lay.unit_ids(layout, axis)
-                entries = torch.where(ids >= 0, mask[ids.clamp_min(0)].to(torch.float64), 1.0)
-                stack.enter_context(_mask_member(model, member, entries))
+        for consumer in consumers_of(model, structure, axis):
+            ids = consumer.units(structure)
+            entries = torch.where(ids >= 0, mask[ids.clamp_min(0)].to(torch.float64), 1.0)
+            stack.enter_context(_mask_consumer(model, consumer, entries))
         yield
 
 
@@ -103,22 +112,21 @@ def masked_rows(model: nn.Module, structure: Structure, axes: Sequence[str]) -> 
 def _hook_consumers(
     stack: contextlib.ExitStack, model: nn.Module, structure: Structure, axis: str, masks: dict[str, Tensor]
 ) -> None:
-    consumers = [member for member in structure.members[axis] if member.role == "consumer"]
+    consumers = consumers_of(model, structure, axis)
     if structure.axes[axis].kind == "hidden" or not consumers:
         raise StructureError(f"{axis}: its units cannot be masked row by row; leave this axis out.")
-    for member in consumers:
-        module = model.get_submodule(member.parameter.rpartition(".")[0])
-        if consumer_kind(module, member) != "linear":
+    for consumer in consumers:
+        if consumer.kind != "linear":
             raise StructureError(
-                f"{axis}: {member.parameter} is not a linear layer that sees one row after another, as masking rows "
+                f"{axis}: {consumer.parameter} is not a linear layer that sees one row after another, as masking rows "
                 "needs; protect this axis or ask for other axes."
             )
-        ids = lay.unit_ids(structure.layouts[member.parameter][member.dim], axis)
+        ids = consumer.units(structure)
 
         def hook(_: nn.Module, args: tuple[Any, ...], ids: Tensor = ids) -> tuple[Any, ...] | None:
             return (_rows_scaled(args[0], masks[axis], ids), *args[1:]) if axis in masks else None
 
-        stack.callback(module.register_forward_pre_hook(hook).remove)
+        stack.callback(model.get_submodule(consumer.module_path).register_forward_pre_hook(hook).remove)
 
 
 def _hook_layers(
@@ -163,10 +171,9 @@ def _rows_chosen(kept: Tensor, values: Tensor, otherwise: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _mask_member(model: nn.Module, member: Member, entries: Tensor) -> Iterator[None]:
-    path, _, name = member.parameter.rpartition(".")
-    module = model.get_submodule(path)
-    if consumer_kind(module, member) == "linear":
+def _mask_consumer(model: nn.Module, consumer: Consumer, entries: Tensor) -> Iterator[None]:
+    module = model.get_submodule(consumer.module_path)
+    if consumer.kind == "linear":
         handle = module.register_forward_pre_hook(lambda _, args: (_scaled(args[0], entries), *args[1:]))
         try:
             yield
@@ -174,10 +181,11 @@ def _mask_member(model: nn.Module, member: Member, entries: Tensor) -> Iterator[
             handle.remove()
         return
     # Experts and convolutions use their weights inside one forward: zero columns of the weight do the same.
+    name = consumer.parameter.rpartition(".")[2]
     original = module._parameters[name]
     assert original is not None
     shape = [1] * original.dim()
-    shape[member.dim] = -1
+    shape[consumer.dim] = -1
     module._parameters[name] = nn.Parameter(_scaled(original.detach(), entries.view(shape)), original.requires_grad)
     try:
         yield

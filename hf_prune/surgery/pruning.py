@@ -1,17 +1,29 @@
-"""Apply a plan to a model in memory: a new, smaller model of the same class."""
+"""Apply a plan: a new, smaller model of the same class, in memory or layer by layer on disk."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.errors import PlanError
+import torch
+from accelerate import dispatch_model
+from torch import Tensor, nn
+
+from hf_prune.errors import CheckpointError, PlanError
+from hf_prune.layers.weights import device_map_of, input_device, is_on_disk, resident
+from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.structure.building import build_empty, fresh_config
 from hf_prune.surgery.configuring import pruned_config
-from hf_prune.surgery.slicing import check_tensor, pruned_name, renumber, slice_state_dict
+from hf_prune.surgery.slicing import check_tensor, pruned_name, renumber, slice_state_dict, slice_tensor
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
     from hf_prune.plan import PruningPlan
@@ -34,13 +46,12 @@ def apply_plan(model: PreTrainedModel, structure: Structure, plan: PruningPlan) 
         StructureError: no config can describe the pruned model.
     """
     plan.check(structure)
+    if is_on_disk(model):
+        raise PlanError("the model has offloaded weights; use PrunedLayers, which writes pruned layers to the disk too.")
     state = model.state_dict(keep_vars=True)
-    if any(tensor.is_meta for tensor in state.values()):
-        raise PlanError("the model has offloaded weights; load it whole (without `device_map` offloading) to prune it.")
     for name, tensor in state.items():
         check_tensor(name, tensor, structure)
-    config = pruned_config(model.config, structure, plan, type(model))
-    pruned = build_empty(fresh_config(config), type(model))
+    pruned = _empty(model, structure, plan)
     sliced = slice_state_dict(state, structure, plan)
     pruned.load_state_dict(sliced, strict=True, assign=True)
     pruned.tie_weights()
@@ -48,13 +59,168 @@ def apply_plan(model: PreTrainedModel, structure: Structure, plan: PruningPlan) 
     for name, tensor in pruned.named_parameters():
         tensor.requires_grad_(name not in frozen)
     _copy_buffers(model, pruned, structure, plan)
+    return pruned.train(model.training)
+
+
+class PrunedLayers:
+    """The pruned model while it is made, one decoder layer after the other.
+
+    In memory it is `apply_plan`. Of a model on disk, a layer is loaded, sliced, perhaps changed by the caller, written
+    to `folder` and unloaded: the pruned model is on disk as the dense one is.
+
+    Args:
+        model: the dense model, in memory or on disk.
+        structure: its structure.
+        plan: kept units.
+        folder: where pruned layers are written; those that are there already are taken from it. `None`: in memory, or
+            for a model on disk in a temporary directory that goes with the pruned model.
+
+    Raises:
+        PlanError: the plan or the structure is not for this model.
+        StructureError: no config can describe the pruned model.
+        CheckpointError: the folder cannot be written, or has no room.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, structure: Structure, plan: PruningPlan, folder: Path | None = None
+    ) -> None:
+        self._dense, self._structure, self._plan = model, structure, plan
+        self._on_disk = is_on_disk(model)
+        self._temporary = None
+        if self._on_disk and folder is None:
+            self._temporary = folder = Path(tempfile.mkdtemp(prefix="hf_prune-"))
+        self._folder = folder
+        if self._on_disk:
+            plan.check(structure)
+            self._check_room()
+            self.model = self._outside()
+        else:
+            self.model = apply_plan(model, structure, plan)
+        self._stay = [layer for layer in range(len(structure.layer_paths)) if layer not in plan.removed_layers]
+
+    @contextlib.contextmanager
+    def layer(self, layer: int) -> Iterator[None]:
+        """Within, a dense layer and the pruned one (if it stays) are in memory; what is done to the latter counts."""
+        path = self._structure.layer_paths[layer]
+        if layer in self._plan.removed_layers:
+            with resident(self._dense.get_submodule(path)):
+                yield
+            return
+        new = renumber(path, layer, self._structure, self._plan)
+        module = self.model.get_submodule(new)
+        with resident(self._dense.get_submodule(path)):
+            if self._on_disk:
+                self._load(module, layer)
+            yield
+        if self._folder is not None:
+            names = {f"{new}.{name}": tensor for name, tensor in module.state_dict().items()}
+            write_tensors(self._file(layer), names)
+        if self._on_disk:
+            for name, parameter in list(module.named_parameters()):
+                _assign(module, name, parameter.to("meta"), parameter.requires_grad)
+
+    def known(self, layer: int) -> bool:
+        """Whether a layer was written already, so that nothing is left to do for it; in memory it is loaded."""
+        if layer in self._plan.removed_layers:
+            return True
+        if self._folder is None or not self._file(layer).exists():
+            return False
+        path = renumber(self._structure.layer_paths[layer], layer, self._structure, self._plan)
+        module = self.model.get_submodule(path)
+        tensors, _ = read_tensors(self._file(layer))
+        own = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
+        buffers = {name for name, _ in module.named_buffers()}
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if name in buffers and self._on_disk:
+                    _assign(module, name, tensor, None)
+                elif not self._on_disk:
+                    module.state_dict(keep_vars=True)[name].copy_(tensor)
+        return True
+
+    def finish(self) -> PreTrainedModel:
+        """The pruned model, once all layers are done."""
+        if not self._on_disk:
+            return self.model
+        index: dict[str, dict[str, str]] = {}
+        for layer in self._stay:
+            path = renumber(self._structure.layer_paths[layer], layer, self._structure, self._plan)
+            file = str(self._file(layer).absolute())
+            for name, parameter in self.model.get_submodule(path).named_parameters():
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                index[f"{path}.{name}"] = {"safetensors_file": file, "weight_name": f"{path}.{name}", "dtype": dtype}
+        paths = [renumber(self._structure.layer_paths[i], i, self._structure, self._plan) for i in self._stay]
+        device_map = device_map_of(self.model, paths, str(input_device(self.model)))
+        dispatch_model(self.model, device_map, offload_dir=str(self._folder), offload_index=index)
+        if self._temporary is not None:
+            weakref.finalize(self.model, shutil.rmtree, self._temporary, ignore_errors=True)
+        return self.model
+
+    def _outside(self) -> PreTrainedModel:
+        """The pruned model with all weights but those of its layers."""
+        model, structure, plan = self._dense, self._structure, self._plan
+        pruned = _empty(model, structure, plan)
+        state = {
+            name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in structure.owners
+        }
+        pruned.load_state_dict(slice_state_dict(state, structure, plan), strict=False, assign=True)
+        pruned.tie_weights()
+        for name, parameter in model.named_parameters():
+            if (new := pruned_name(name, structure, plan)) is not None:
+                pruned.get_parameter(new).requires_grad_(parameter.requires_grad)
+        _copy_buffers(model, pruned, structure, plan)
+        return pruned.train(model.training)
+
+    def _load(self, module: nn.Module, layer: int) -> None:
+        """Slice the dense layer, which is in memory, into the pruned one."""
+        path = self._structure.layer_paths[layer]
+        new = renumber(path, layer, self._structure, self._plan)
+        for name, tensor in self._dense.get_submodule(path).state_dict(keep_vars=True).items():
+            full = f"{path}.{name}"
+            if (renamed := pruned_name(full, self._structure, self._plan)) is not None:
+                sliced = slice_tensor(full, tensor, self._structure, self._plan)
+                wanted = tensor.requires_grad if isinstance(tensor, nn.Parameter) else None
+                _assign(module, renamed.removeprefix(f"{new}."), sliced, wanted)
+
+    def _file(self, layer: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"layer-{layer:05}.safetensors"
+
+    def _check_room(self) -> None:
+        assert self._folder is not None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        itemsize = max(parameter.element_size() for parameter in self._dense.parameters())
+        needed = self._plan.num_parameters(self._structure) * itemsize
+        there = sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
+        free = shutil.disk_usage(self._folder).free
+        if needed - there > free:
+            raise CheckpointError(
+                f"the pruned layers take {needed:,} bytes, {free:,} are free in {self._folder}. Free disk space, or "
+                "choose another work_dir."
+            )
+
+
+def _empty(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> PreTrainedModel:
+    """The pruned model without weights, with the configs that it will have."""
+    config = pruned_config(model.config, structure, plan, type(model))
+    pruned = build_empty(fresh_config(config), type(model))
     pruned.generation_config = copy.deepcopy(model.generation_config)
     pruned.config._name_or_path = model.config._name_or_path
     pruned.config._attn_implementation = model.config._attn_implementation
     pruned.config._experts_implementation = model.config._experts_implementation
     pruned.config.dtype = model.config.dtype
     pruned._pruning_plan = plan  # type: ignore[assignment]  # `save_pretrained` writes it beside the weights
-    return pruned.train(model.training)
+    return pruned
+
+
+def _assign(module: nn.Module, name: str, tensor: Tensor, requires_grad: bool | None) -> None:
+    """Put a tensor in the place of a parameter (or, without `requires_grad`, of a buffer)."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if requires_grad is None:
+        owner._buffers[leaf] = tensor
+    else:
+        owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=requires_grad)
 
 
 def _copy_buffers(model: nn.Module, pruned: nn.Module, structure: Structure, plan: PruningPlan) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_prune import RandomConfig, allocate, apply_plan, infer_structure
 from hf_prune.methods import score
-from hf_prune.surgery.repair import repair_
+from hf_prune.repair import repair_
 
 
 def peak_gib() -> float:

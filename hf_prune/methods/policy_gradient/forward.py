@@ -6,19 +6,20 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from hf_prune.methods.calibration import evaluating, input_device
-from hf_prune.methods.gradients import sum_over_processes
+from hf_prune.layers.losses import divergence, next_token
+from hf_prune.layers.processes import sum_over_processes
+from hf_prune.layers.weights import evaluating, input_device, is_on_disk
 from hf_prune.structure import layouts as lay
 from hf_prune.surgery.masking import masked_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from hf_prune.config.policy_gradient import Reward
+    from hf_prune.layers.walk import Outputs, Walk
     from hf_prune.methods.policy_gradient.policy import Units
     from hf_prune.structure.structure import Axis, Structure
 
@@ -28,7 +29,7 @@ class MaskedModel:
 
     def __init__(
         self,
-        model: nn.Module,
+        walk: Walk,
         structure: Structure,
         units: Units,
         masks: dict[str, Tensor],
@@ -37,12 +38,12 @@ class MaskedModel:
         forward_rows: int,
         sliced: Sequence[Axis] = (),
     ) -> None:
-        self.model, self.structure, self.units, self._masks = model, structure, units, masks
+        self.walk, self.structure, self.units, self._masks = walk, structure, units, masks
         self.reward, self.forward_rows = reward, forward_rows
         self._sliced = {axis.name: axis for axis in sliced}
 
     def losses(self, windows: Tensor, masks: Tensor, windows_per_mask: int) -> Tensor:
-        """Mean loss of each mask over its windows. No value is read here: only transformers looks once per pass.
+        """Mean loss of each mask over its windows. In memory no value is read here, so no device is waited for.
 
         Args:
             windows: token ids, int64 `[W, T]`.
@@ -53,7 +54,7 @@ class MaskedModel:
             `[W / windows_per_mask, K]` in nats per token, float32, summed over processes: the next-token loss, or the
             Kullback-Leibler divergence from the dense model to the masked one.
         """
-        device = input_device(self.model)
+        device = input_device(self.walk.model)
         state = PartialState()
         losses = torch.zeros(len(windows), masks.shape[1], device=device)
         mine = range(len(windows))[state.process_index :: state.num_processes]
@@ -64,66 +65,76 @@ class MaskedModel:
                     losses[shared] = self._one_mask_after_another(windows[shared].to(device), own)
         else:
             per_pass = max(1, self.forward_rows // (masks.shape[1] + (self.reward == "kl")))
-            for start in range(0, len(mine), per_pass):
-                part = mine[start : start + per_pass]
-                # slices and views: a list of indices would be copied to the device, which waits for it
-                rows = slice(part.start, part.stop, part.step)
-                ids = windows[rows].to(device, non_blocking=True)
-                losses[rows] = self._all_at_once(ids, torch.stack([masks[w // windows_per_mask] for w in part]))
+            parts = [mine[start : start + per_pass] for start in range(0, len(mine), per_pass)]
+            # slices and views: a list of indices would be copied to the device, which waits for it
+            rows = [slice(part.start, part.stop, part.step) for part in parts]
+            ids = [windows[own].to(device, non_blocking=True) for own in rows]
+            found = self._all_at_once(ids, [torch.stack([masks[w // windows_per_mask] for w in part]) for part in parts])
+            for own, values in zip(rows, found, strict=True):
+                losses[own] = values
         return sum_over_processes(losses).view(len(masks), windows_per_mask, -1).mean(1)
 
-    def logits(self, ids: Tensor, masks: Tensor | None) -> Tensor:
-        """Logits `[R, T, V]` of rows `ids` `[R, T]`, each under its row of `masks` `[R, N]` (`None`: dense)."""
-        self._masks.clear()
-        if masks is not None:
-            self._masks.update(self.units.split(masks))
-        output: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        self._masks.clear()
-        return output
+    def outputs(self, ids: Sequence[Tensor], masks: Sequence[Mapping[str, Tensor]]) -> Iterator[Outputs]:
+        """What the model gives for batches of rows `[R, T]`, each row under its row of the masks `[R, num_units]`."""
 
-    def _all_at_once(self, ids: Tensor, masks: Tensor) -> Tensor:
-        """`[W, T]` and `[W, K, N]` → `[W, K]`; for `kl` the dense model is one more row of each window."""
-        if self.reward == "kl":
-            masks = torch.cat([torch.ones_like(masks[:, :1]), masks], 1)
-        num_windows, num_masks, _ = masks.shape
-        logits = self.logits(ids.repeat_interleave(num_masks, 0), masks.flatten(0, 1))
-        logits = logits.view(num_windows, num_masks, *logits.shape[1:])
-        if self.reward == "lm":
-            return torch.stack([_next_token(own, row.to(logits.device)) for own, row in zip(logits, ids, strict=True)])
-        return torch.stack([_divergence(own[1:], own[0]) for own in logits])
+        @contextlib.contextmanager
+        def each(batch: int, layer: int | None) -> Iterator[None]:
+            self._masks.update(masks[batch])
+            yield
+            self._masks.clear()
+
+        walk = self.walk.over(ids)
+        walk.ids = walk.all_ids  # each process has its own windows already
+        yield from walk.outputs(each)
+
+    def _all_at_once(self, ids: Sequence[Tensor], masks: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Batches `[W, T]` and `[W, K, N]` → `[W, K]`; for `kl` the dense model is one more row of each window."""
+        kl = self.reward == "kl"
+        full = [torch.cat([torch.ones_like(own[:, :1]), own], 1) if kl else own for own in masks]
+        rows = [own.repeat_interleave(x.shape[1], 0) for own, x in zip(ids, full, strict=True)]
+        for own, output in zip(full, self.outputs(rows, [self.units.split(x.flatten(0, 1)) for x in full]), strict=True):
+            found = self._of_rows(output, None if not kl else own.shape[1])
+            yield found.view(*own.shape[:2])[:, 1 if kl else 0 :]
+
+    def _of_rows(self, output: Outputs, dense_every: int | None, dense: Outputs | None = None) -> Tensor:
+        """Mean loss of each row `[R]`: next-token, or divergence from the dense row, which is one of `dense_every` rows
+        of `output` or the same row of `dense`."""
+        num_rows, num_tokens = output.ids.shape
+        totals: list[Tensor | float] = [0.0] * num_rows
+        theirs: dict[int, Tensor] = {}
+        others = dense.chunks() if dense is not None else None
+        for row, start, logits in output.chunks():
+            if dense_every is not None and row % dense_every == 0:
+                theirs[start] = logits
+            elif self.reward == "kl":
+                reference = next(others)[2] if others is not None else theirs[start]
+                totals[row] = totals[row] + divergence(reference, logits).sum() / num_tokens
+            else:
+                targets = output.ids[row, start + 1 : start + 1 + len(logits)]
+                losses = next_token(logits[: len(targets)], targets)
+                totals[row] = totals[row] + losses.sum() / (num_tokens - 1)
+        device = input_device(self.walk.model)
+        return torch.stack([torch.as_tensor(total, device=device).float() for total in totals])
 
     def _one_mask_after_another(self, ids: Tensor, masks: Tensor) -> Tensor:
         """`[W, T]` and `[K, N]` → `[W, K]`: the MLP weights are sliced for each mask and serve all windows."""
         parts = [ids[start : start + self.forward_rows] for start in range(0, len(ids), self.forward_rows)]
-        dense = [self.logits(part, None) for part in parts] if self.reward == "kl" else []
+        nothing: list[Mapping[str, Tensor]] = [{}] * len(parts)
+        dense = list(self.outputs(parts, nothing)) if self.reward == "kl" else [None] * len(parts)
         found = []
         for mask in masks:
             kept = self.units.split(mask)
-            rows = []
-            with sliced_weights(self.model, self.structure, {name: kept[name] for name in self._sliced}):
-                for i, part in enumerate(parts):
-                    logits = self._partly_sliced(part, mask)
-                    rows += [
-                        _next_token(own[None], row.to(own.device))
-                        if self.reward == "lm"
-                        else _divergence(own[None], dense[i][j])
-                        for j, (own, row) in enumerate(zip(logits, part, strict=True))
-                    ]
-            found.append(torch.cat(rows))
+            with sliced_weights(self.walk.model, self.structure, {name: kept[name] for name in self._sliced}):
+                others = {name: part for name, part in kept.items() if name not in self._sliced}
+                rows = [{name: values.expand(len(part), -1) for name, values in others.items()} for part in parts]
+                outputs = self.outputs(parts, rows)
+                found.append(torch.cat([self._of_rows(o, None, d) for o, d in zip(outputs, dense, strict=True)]))
         return torch.stack(found, 1)
-
-    def _partly_sliced(self, ids: Tensor, mask: Tensor) -> Tensor:
-        self._masks.clear()
-        others = {name: part for name, part in self.units.split(mask).items() if name not in self._sliced}
-        self._masks.update({name: part.expand(len(ids), -1) for name, part in others.items()})
-        output: Tensor = self.model(input_ids=ids, use_cache=False).logits
-        self._masks.clear()
-        return output
 
 
 @contextlib.contextmanager
 def open_model(
-    model: nn.Module,
+    walk: Walk,
     structure: Structure,
     units: Units,
     *,
@@ -136,10 +147,12 @@ def open_model(
     Raises:
         StructureError: units of an axis cannot be masked row by row.
     """
-    sliced = [axis for axis in units.axes if sliced_forward and _sliceable(model, structure, axis)]
+    model = walk.model
+    may_slice = sliced_forward and not is_on_disk(model)
+    sliced = [axis for axis in units.axes if may_slice and _sliceable(model, structure, axis)]
     names = [axis.name for axis in units.axes if axis not in sliced]
     with evaluating(model), torch.no_grad(), masked_rows(model, structure, names) as masks:
-        yield MaskedModel(model, structure, units, masks, reward=reward, forward_rows=forward_rows, sliced=sliced)
+        yield MaskedModel(walk, structure, units, masks, reward=reward, forward_rows=forward_rows, sliced=sliced)
 
 
 @contextlib.contextmanager
@@ -169,20 +182,3 @@ def _sliceable(model: nn.Module, structure: Structure, axis: Axis) -> bool:
     members = structure.members[axis.name]
     modules = [model.get_submodule(member.parameter.rpartition(".")[0]) for member in members]
     return axis.kind == "mlp" and all(type(module) is nn.Linear for module in modules)
-
-
-def _next_token(logits: Tensor, ids: Tensor) -> Tensor:
-    """`[K, T, V]` and `[T]` → `[K]`, in float32, a row at a time."""
-    return torch.stack([F.cross_entropy(row[:-1].float(), ids[1:]) for row in logits])
-
-
-def _divergence(logits: Tensor, dense: Tensor) -> Tensor:
-    """`[K, T, V]` and `[T, V]` → `[K]`: mean over the tokens of Σ p·(ln p − ln q), in float32."""
-    log_p = dense.float().log_softmax(-1)
-    p = log_p.exp()
-    negative_entropy = (p * log_p).sum(-1)
-    found = []
-    for row in logits:
-        row = row.float()
-        found.append((negative_entropy - (p * row).sum(-1) + row.logsumexp(-1)).mean())
-    return torch.stack(found)

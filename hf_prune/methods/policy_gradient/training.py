@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_prune.errors import CalibrationError, ConfigError, ScoreError
-from hf_prune.methods.calibration import checked_ids, input_device
+from hf_prune.layers.weights import input_device
 from hf_prune.methods.policy_gradient import estimators
 from hf_prune.methods.policy_gradient.forward import MaskedModel, open_model
 from hf_prune.methods.policy_gradient.policy import (
@@ -28,10 +28,10 @@ from hf_prune.methods.policy_gradient.policy import (
 from hf_prune.methods.policy_gradient.state import LearningState, StateFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from hf_prune.config import PolicyGradientConfig
-    from hf_prune.methods.calibration import Batch
+    from hf_prune.layers.walk import Walk
     from hf_prune.structure.structure import Structure
 
 LOG_STEPS = 10
@@ -54,21 +54,20 @@ class LearnedPolicy:
 
 
 def learn_policy(
-    model: nn.Module,
+    walk: Walk,
     structure: Structure,
     config: PolicyGradientConfig,
-    batches: Iterable[Batch],
     initial_scores: Mapping[str, Tensor],
     generator: torch.Generator,
 ) -> LearnedPolicy:
     """Learn keep-probabilities that minimise the expected loss of sampled masks under the budget.
 
     Args:
-        model: a causal LM; left as it was. Works with `device_map`, in any floating dtype, and with several processes
+        walk: a model and windows of equal length, drawn in a new random order each time all were used. Works with
+            `device_map`, in any floating dtype, from disk (the model is read once per step), and with several processes
             (`accelerate launch`): all draw the same masks and share the windows.
         structure: its structure.
         config: settings; `config.state_dir` makes it resumable.
-        batches: windows of equal length, drawn in a new random order each time all were used.
         initial_scores: per axis, higher = keep: the order of the units, and where probabilities start.
         generator: one number is drawn from it, which seeds everything random here.
 
@@ -82,11 +81,11 @@ def learn_policy(
     """
     if config.budget == "latency":
         raise ConfigError("budget: found 'latency', expected decoder, model or units: learning counts parameters.")
-    windows = all_windows(batches, config)
+    windows = all_windows(walk, config)
     seed = int(torch.randint(2**62, (1,), generator=generator))
-    units = find_units(structure, config, input_device(model))
+    units = find_units(structure, config, input_device(walk.model))
     with open_model(
-        model,
+        walk,
         structure,
         units,
         reward=config.reward,
@@ -98,13 +97,9 @@ def learn_policy(
         return learning.result()
 
 
-def all_windows(batches: Iterable[Batch], config: PolicyGradientConfig) -> Tensor:
+def all_windows(walk: Walk, config: PolicyGradientConfig) -> Tensor:
     """All windows of the batches, int64 `[W, T]`."""
-    found = [checked_ids(batch) for batch in batches]
-    if not found:
-        raise CalibrationError(
-            "method 'policy_gradient' needs calibration batches and found none: give a calibration text."
-        )
+    found = walk.all_ids
     lengths = sorted({ids.shape[1] for ids in found})
     if len(lengths) > 1 or lengths[0] < 2:
         raise CalibrationError(f"found windows of {lengths} tokens, expected one length of 2 or more in all batches.")

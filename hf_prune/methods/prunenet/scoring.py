@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_prune.config import PruneNetConfig, PruningConfig, selected_axes
 from hf_prune.errors import ConfigError, ScoreError
+from hf_prune.layers.weights import read_weight
 from hf_prune.methods.prunenet.policy import Policy, sample
 from hf_prune.methods.prunenet.rows import UnitRows, unit_rows
 from hf_prune.methods.prunenet.spectra import Spectrum
@@ -17,23 +19,14 @@ from hf_prune.methods.prunenet.training import features_of, train
 from hf_prune.methods.prunenet.updates import relative_updates
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from hf_prune.methods.calibration import Batch
-    from hf_prune.methods.prunenet.rows import Read
+    from hf_prune.layers.walk import Walk
     from hf_prune.structure.structure import Axis, Structure
 
 NUM_KNOTS = 32
 
 
 def prunenet_scores(
-    model: nn.Module,
-    structure: Structure,
-    config: PruningConfig,
-    *,
-    batches: Iterable[Batch] | None = None,
-    generator: torch.Generator | None = None,
-    read: Read | None = None,
+    walk: Walk, structure: Structure, config: PruningConfig, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Scores of a policy: float32 `[num_units]` per selected axis, on the CPU; higher = keep.
 
@@ -42,13 +35,7 @@ def prunenet_scores(
     removed units), times the layer's weight: scores of all layers compare, so that the reward decides how much each
     loses.
 
-    Args:
-        model: a causal LM; left as it was. Its weights are read; it runs only for `layer_weight="update"`.
-        structure: its structure.
-        config: a `PruneNetConfig`.
-        batches: not used.
-        generator: source of randomness; default: seeded with `config.seed`.
-        read: gives parameters by name, where they are not in the model.
+    Weights are read one layer at a time; the model runs only for `layer_weight="update"`.
 
     Raises:
         CheckpointError: the saved policy is missing or damaged.
@@ -56,54 +43,38 @@ def prunenet_scores(
         ScoreError: weights are not finite.
     """
     assert isinstance(config, PruneNetConfig)
-    generator = torch.Generator().manual_seed(config.seed) if generator is None else generator
-    job = _Job(model, structure, config, generator, read)
+    job = _Job(walk, structure, config, generator)
     policy = _loaded(config) if config.policy is not None else job.train()
     if config.save_policy is not None:
         policy.save(config.save_policy)
     return {axis.name: job.scores(policy, axis) for axis in job.axes}
 
 
-def train_policy(
-    model: nn.Module,
-    structure: Structure,
-    config: PruneNetConfig,
-    *,
-    generator: torch.Generator | None = None,
-) -> Policy:
+def train_policy(walk: Walk, structure: Structure, config: PruneNetConfig, generator: torch.Generator) -> Policy:
     """Train a policy on a model's weights, without scoring. Arguments as for `prunenet_scores`."""
-    generator = torch.Generator().manual_seed(config.seed) if generator is None else generator
-    return _Job(model, structure, config, generator, None).train()
+    return _Job(walk, structure, config, generator).train()
 
 
 class _Job:
     """One model, its selected axes, and what their layers count."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        config: PruneNetConfig,
-        generator: torch.Generator,
-        read: Read | None,
-    ) -> None:
-        self.structure, self.config, self.generator = structure, config, generator
+    def __init__(self, walk: Walk, structure: Structure, config: PruneNetConfig, generator: torch.Generator) -> None:
+        self.walk, self.structure, self.config, self.generator = walk, structure, config, generator
         self.axes = selected_axes(structure, config)
         if not set(config.axes) <= {"mlp", "attention"}:
             raise ConfigError(f"axes: found {config.axes}; 'prunenet' scores rows of 'mlp' and 'attention' axes only.")
-        self.read: Read = read or dict(model.named_parameters(remove_duplicate=False)).__getitem__
         last = max(len(structure.layer_paths) - 1, 1)
         self.depths = {axis.name: (axis.layer or 0) / last for axis in self.axes}
         tokens = torch.Generator().manual_seed(config.seed)
         updates: dict[str, float] = {}
         if config.layer_weight == "update":
-            updates = relative_updates(model, structure, self.axes, tokens)
+            updates = relative_updates(walk, structure, self.axes, tokens)
         self.weights = {
             axis.name: updates.get(axis.name, 1.0) * config.discount ** (axis.layer or 0) for axis in self.axes
         }
 
     def rows(self, name: str) -> UnitRows:
-        return unit_rows(self.read, self.structure, self.structure.axes[name], self.config.state)
+        return unit_rows(partial(read_weight, self.walk.model), self.structure, self.structure.axes[name], self.config.state)
 
     def train(self) -> Policy:
         ratio = self.config.train_ratio or units_ratio(self.structure, self.config, self.axes)

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import ScoreError
-from hf_prune.methods.calibration import evaluating
+from hf_prune.layers.walk import hidden_of
 from hf_prune.surgery.masking import mask_axis
 
 if TYPE_CHECKING:
+    from hf_prune.layers.walk import Found, Part, Walk
     from hf_prune.structure.structure import Axis, Structure
 
 NUM_TOKENS = 256
 
 
 def relative_updates(
-    model: nn.Module, structure: Structure, axes: list[Axis], generator: torch.Generator
+    walk: Walk, structure: Structure, axes: list[Axis], generator: torch.Generator
 ) -> dict[str, float]:
     """Share of the residual stream that the units of each axis write: mean over tokens of ‖Δ‖² / ‖h‖², at most 1.
 
@@ -33,40 +34,41 @@ def relative_updates(
     Raises:
         ScoreError: the hidden states are not finite.
     """
+    model = walk.model
     embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
     weight = embedding.weight
     assert isinstance(weight, Tensor)
-    ids = torch.randint(0, len(weight), (NUM_TOKENS, 1), generator=generator).to(weight.device)
+    ids = torch.randint(0, len(weight), (NUM_TOKENS, 1), generator=generator)
     wanted: dict[int, list[Axis]] = {}
     for axis in axes:
         assert axis.layer is not None
         wanted.setdefault(axis.layer, []).append(axis)
-    shares: dict[str, float] = {}
 
-    def measure(layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        whole = _hidden(output)
-        for axis in wanted[layer]:
-            with mask_axis(model, structure, axis.name, torch.zeros(axis.num_units)):
-                change = whole - _hidden(module.forward(*args, **kwargs))
-            share = (change.square().sum(-1) / whole.square().sum(-1).clamp_min(1e-30)).mean().item()
-            if not share < float("inf"):
-                raise ScoreError(
-                    f"layer {layer}: hidden states are NaN or infinite; load the model in bfloat16 or float32."
-                )
-            shares[axis.name] = min(share, 1.0)
+    def visit(part: Part) -> Found:
+        shares: Found = {}
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluating(model))
-        for layer in wanted:
-            module = model.get_submodule(structure.layer_paths[layer])
-            # first of all hooks: a streamed layer gives its weights back in a hook of its own
-            handle = module.register_forward_hook(partial(measure, layer), with_kwargs=True, prepend=True)
-            stack.callback(handle.remove)
-        getattr(model, "base_model", model)(input_ids=ids, use_cache=False)  # without the output embeddings
-    return shares
+        def measure(layer: int, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            whole = hidden_of(output).detach().float()
+            for axis in wanted[layer]:
+                with mask_axis(model, structure, axis.name, torch.zeros(axis.num_units)):
+                    change = whole - hidden_of(module.forward(*args, **kwargs)).detach().float()
+                share = (change.square().sum(-1) / whole.square().sum(-1).clamp_min(1e-30)).mean()
+                if not bool(share.isfinite()):
+                    raise ScoreError(
+                        f"layer {layer}: hidden states are NaN or infinite; load the model in bfloat16 or float32."
+                    )
+                shares[axis.name] = share.double().clamp_max(1.0).cpu()
 
+        with contextlib.ExitStack() as stack:
+            for layer in wanted:
+                if part.has_layer(layer):
+                    module = model.get_submodule(structure.layer_paths[layer])
+                    stack.callback(module.register_forward_hook(partial(measure, layer), with_kwargs=True).remove)
+            part.run()
+        return shares
 
-def _hidden(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden.detach().float()
+    # not shared among processes: it is short, and all must agree
+    whole = walk.over([ids])
+    whole.ids = whole.all_ids
+    found = whole.forward(visit, "relative updates")
+    return {name: float(share) for name, share in found.items()}

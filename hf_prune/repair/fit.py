@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.least_squares import Solution, Statistics, solve
-from hf_prune.methods.calibration import StackedInputs
-from hf_prune.methods.streams import Stop, Stream, first, replaced_forward, with_first
-from hf_prune.surgery.repair.consumers import BRANCHES
+from hf_prune.layers.processes import of_main_process
+from hf_prune.layers.statistics import Solution, Statistics, solve
+from hf_prune.layers.walk import StopForward, Walk, hidden_of, replaced_forward, with_hidden
+from hf_prune.layers.watch import watching
+from hf_prune.repair.consumers import BRANCHES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from hf_prune.repair.consumers import Branches, Refit
+    from hf_prune.structure.consumers import Consumer
     from hf_prune.structure.structure import Branch
-    from hf_prune.surgery.repair.consumers import Branches, Consumer
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +67,8 @@ class LayerRepair:
 
     def __init__(
         self,
-        dense: Stream,
-        pruned: Stream,
+        dense: Walk,
+        pruned: Walk,
         change: tuple[int, int],
         kept_hidden: Sequence[int] | None,
         target: str,
@@ -93,11 +95,11 @@ class LayerRepair:
             if (found.layer, BRANCHES.index(branch)) < self.change:
                 continue
             consumers = [consumer for consumer in found.consumers[branch] if consumer.pruned is not None]
-            linear = [consumer for consumer in consumers if consumer.kind == "linear"]
+            linear = [consumer for consumer in consumers if consumer.consumer.kind == "linear"]
             if linear:
                 result.update(self._repair_linear(found, branch, linear, dense, outputs))
             for consumer in consumers:
-                if consumer.kind == "experts":
+                if consumer.consumer.kind == "experts":
                     result.update(self._repair_experts(found, branch, consumer, dense, outputs))
         for batch, hidden in enumerate(self.pruned.hidden):
             with self._repaired(found, dense, outputs, batch):
@@ -113,12 +115,12 @@ class LayerRepair:
 
     def _run_dense(self, found: Branches) -> _Dense:
         """Run the dense layer on all batches: on its own hidden states, or for `own` on the pruned model's."""
-        dense = _Dense(given={c.name: [] for c in found.all() if c.kind == "linear"})
+        dense = _Dense(given={c.name: [] for c in found.all() if c.consumer.kind == "linear"})
         returned: dict[Branch, Any] = {}
         for batch, hidden in enumerate(self.pruned.hidden if self.target == "own" else self.dense.hidden):
             with contextlib.ExitStack() as stack:
                 for consumer in found.all():
-                    if consumer.kind == "linear":
+                    if consumer.consumer.kind == "linear":
                         keep = dense.given[consumer.name].append
                         stack.callback(consumer.dense.register_forward_hook(_keeper(keep)).remove)
                 for branch, module in found.dense.items() if batch == 0 else ():
@@ -127,6 +129,7 @@ class LayerRepair:
                 dense.outputs.append(self.dense.run(found.layer, batch, hidden))
             if batch == 0:
                 self._look_at(dense, found, returned, hidden)
+        dense.additive = of_main_process(dense.additive)
         return dense
 
     def _look_at(self, dense: _Dense, found: Branches, returned: dict[Branch, Any], hidden: Tensor) -> None:
@@ -139,10 +142,10 @@ class LayerRepair:
             given = dense.given[only.name] if only is not None else []
             if len(given) == 1:
                 output = _rows(given[0])
-                if branch in returned and _equal(output, _rows(first(returned[branch]))):
+                if branch in returned and _equal(output, _rows(hidden_of(returned[branch]))):
                     dense.returned[branch] = returned[branch]
             elif branch == BRANCHES[-1] and branch in returned:  # experts
-                output = _rows(first(returned[branch]))
+                output = _rows(hidden_of(returned[branch]))
             else:
                 known = False
                 continue
@@ -157,13 +160,18 @@ class LayerRepair:
         self,
         found: Branches,
         branch: Branch,
-        consumers: list[Consumer],
+        consumers: list[Refit],
         dense: _Dense,
         outputs: Outputs,
     ) -> dict[str, Repaired]:
         """Fit the consumers of one branch; adds the new output of the branch to `outputs` where it has only one."""
         inputs: dict[str, list[Tensor]] = {consumer.name: [] for consumer in consumers}
-        statistics: dict[str, Statistics] = {}
+        statistics = {
+            consumer.name: Statistics(
+                len(consumer.kept_inputs), len(consumer.kept_outputs), consumer.weight.device
+            )
+            for consumer in consumers
+        }
         only = _only(found.consumers[branch])
         for batch in range(len(self.pruned.hidden)):
             self._collect(found, consumers, inputs, dense, outputs, batch)
@@ -174,19 +182,14 @@ class LayerRepair:
                 target = _rows(given[batch]).index_select(1, consumer.kept_outputs)
                 if self.target == "residual" and dense.additive and consumer is only:
                     target = target + self._missing(found, branch, dense, outputs, batch)
-                if consumer.name not in statistics:
-                    statistics[consumer.name] = Statistics(
-                        len(consumer.kept_inputs), len(consumer.kept_outputs), consumer.weight.device
-                    )
                 statistics[consumer.name].add(seen[batch], target)
         solutions = {}
-        num_tokens = sum(_tokens(hidden) for hidden in self.pruned.hidden)
         for consumer in consumers:
-            sums = statistics.get(consumer.name)
-            if sums is None or sums.num_tokens != num_tokens:
+            sums = statistics.pop(consumer.name).over_processes()
+            if sums.num_tokens != self.pruned.num_tokens:
                 logger.warning("%s is not given every token once in both models; it stays as it is.", consumer.name)
                 continue
-            solutions[consumer] = solve(sums, consumer.matrix(consumer.weight), consumer.bias, self.ridge)
+            solutions[consumer] = solve(sums, consumer.consumer.matrix(consumer.weight), consumer.bias, self.ridge)
         for consumer, solution in solutions.items():
             consumer.write_(solution.weight, solution.bias)
         if only is not None and only.pruned is not None and only in solutions:
@@ -211,7 +214,7 @@ class LayerRepair:
     def _collect(
         self,
         found: Branches,
-        consumers: list[Consumer],
+        consumers: list[Refit],
         inputs: dict[str, list[Tensor]],
         dense: _Dense,
         outputs: Outputs,
@@ -224,14 +227,14 @@ class LayerRepair:
             inputs[name].append(args[0].cpu())
             waiting.discard(name)
             if not waiting:
-                raise Stop
+                raise StopForward
 
         with self._repaired(found, dense, outputs, batch), contextlib.ExitStack() as stack:
             for consumer in consumers:
                 assert consumer.pruned is not None
                 hook = partial(see, consumer.name)
                 stack.callback(consumer.pruned.register_forward_pre_hook(hook).remove)
-            with contextlib.suppress(Stop):
+            with contextlib.suppress(StopForward):
                 self.pruned.run(found.pruned_layer, batch, self.pruned.hidden[batch])
 
     @contextlib.contextmanager
@@ -249,7 +252,7 @@ class LayerRepair:
     # --- experts ----------------------------------------------------------------------------------------------------
 
     def _repair_experts(
-        self, found: Branches, branch: Branch, consumer: Consumer, dense: _Dense, outputs: Outputs
+        self, found: Branches, branch: Branch, consumer: Refit, dense: _Dense, outputs: Outputs
     ) -> dict[str, Repaired]:
         """Fit each expert to the dense one on the tokens that are routed to it in the pruned model."""
         if branch not in found.pruned or self.kept_hidden is not None:
@@ -260,24 +263,25 @@ class LayerRepair:
             Statistics(len(consumer.kept_inputs), len(consumer.kept_outputs), consumer.weight.device) for _ in weight
         ]
 
-        def see(name: str, start: int, x: Tensor) -> None:
+        def see(_: Consumer, start: int, x: Tensor) -> None:
             for expert, own in enumerate(x, start):
                 if len(own):
-                    target = own @ consumer.matrix(weight[expert]).T
+                    target = own @ consumer.consumer.matrix(weight[expert]).T
                     statistics[expert].add(own.index_select(1, consumer.kept_inputs.to(own.device)), target)
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            with StackedInputs({consumer.name: (weight, consumer.dim)}, see):
+            with watching(self.dense.model, [consumer.consumer], given=see):
                 found.dense[branch](*args, **kwargs)
-            raise Stop
+            raise StopForward
 
         handle = found.pruned[branch].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             for batch, hidden in enumerate(self.pruned.hidden):
-                with self._repaired(found, dense, outputs, batch), contextlib.suppress(Stop):
+                with self._repaired(found, dense, outputs, batch), contextlib.suppress(StopForward):
                     self.pruned.run(found.pruned_layer, batch, hidden)
         finally:
             handle.remove()
+        statistics = [sums.over_processes() for sums in statistics]
         enough = math.ceil(MIN_TOKENS_PER_INPUT * len(consumer.kept_inputs))
         few = [expert for expert, sums in enumerate(statistics) if sums.num_tokens < enough]
         if few:
@@ -285,7 +289,7 @@ class LayerRepair:
                 "%s: experts %s saw fewer than %d tokens; they stay as they are.", consumer.name, few, enough
             )
         solutions = {
-            expert: solve(sums, consumer.matrix(consumer.weight[expert]), None, self.ridge)
+            expert: solve(sums, consumer.consumer.matrix(consumer.weight[expert]), None, self.ridge)
             for expert, sums in enumerate(statistics)
             if expert not in few
         }
@@ -300,9 +304,9 @@ class LayerRepair:
         return {name: Repaired(s.error_before, s.error_after, s.ridge) for name, s in solutions.items()}
 
 
-def _only(consumers: list[Consumer]) -> Consumer | None:
+def _only(consumers: list[Refit]) -> Refit | None:
     """The consumer of a branch that is a single linear layer."""
-    return consumers[0] if len(consumers) == 1 and consumers[0].kind == "linear" else None
+    return consumers[0] if len(consumers) == 1 and consumers[0].consumer.kind == "linear" else None
 
 
 def _rows(hidden: Tensor) -> Tensor:
@@ -323,11 +327,11 @@ def _keeper(keep: Callable[[Any], None]) -> Callable[..., None]:
     """A hook that keeps a copy of what a module returned: some layers add to it in place."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep(with_first(output, first(output).to("cpu", copy=True)))
+        keep(with_hidden(output, hidden_of(output).to("cpu", copy=True)))
 
     return hook
 
 
 def _give(returned: Any, known: Tensor, device: torch.device, *args: Any, **kwargs: Any) -> Any:
     """What a module returned once, with other hidden states."""
-    return with_first(returned, known.to(device, copy=True))
+    return with_hidden(returned, known.to(device, copy=True))

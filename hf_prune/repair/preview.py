@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import CalibrationError
-from hf_prune.least_squares import factorised
-from hf_prune.methods.calibration import checked_ids, evaluating
-from hf_prune.methods.obs import Consumer, collect_grams, only_consumer
-from hf_prune.methods.streams import Stream
+from hf_prune.layers.statistics import factorised
+from hf_prune.layers.walk import Walk
+from hf_prune.methods.obs import collecting
+from hf_prune.structure.consumers import Consumer, only_consumer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from hf_prune.methods.calibration import Batch
+    from hf_prune.layers.walk import Batch, Found, Part
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
@@ -47,47 +47,49 @@ class RepairPreview:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, structure: Structure, batches: Iterable[Batch], ridge: float) -> None:
-        ids = [checked_ids(batch) for batch in batches]
-        if not ids:
+        walk = Walk(model, structure.layer_paths, list(batches))
+        if not walk.all_ids:
             raise CalibrationError("repair found no calibration batch, expected one or more: give a calibration text.")
-        self._ridge = ridge
-        self._consumers: dict[str, Consumer] = {}
-        self._grams: dict[str, Tensor] = {}
+        walk.check_layered()
+        self._model, self._structure, self._ridge = model, structure, ridge
+        found = [only_consumer(model, structure, axis.name) for axis in structure.axes.values() if axis.prunable]
+        linear = {consumer.axis: consumer for consumer in found if consumer is not None and consumer.kind == "linear"}
         self._cache: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-        with evaluating(model):
-            stream = Stream(model, structure.layer_paths)
-            stream.start(ids)
-            for layer in range(len(structure.layer_paths)):
-                axes = [axis for axis in structure.axes.values() if axis.layer == layer and axis.prunable]
-                found = {axis.name: place for axis in axes if (place := only_consumer(model, structure, axis))}
-                found = {name: consumer for name, consumer in found.items() if not consumer.stacked}
-                for name, (statistics,) in collect_grams(stream, layer, found).items():
-                    self._consumers[name] = found[name]
-                    self._grams[name] = statistics.symmetric_gram(centred=False)
+
+        def visit(part: Part) -> Found:
+            here = [consumer for consumer in linear.values() if part.holds(consumer.parameter)]
+            with collecting(model, structure, here) as grams:
+                part.run()
+            sums = {consumer.axis: own[0].over_processes() for consumer, own in grams.items()}
+            return {axis: own.symmetric_gram(centred=False) for axis, own in sums.items() if own.num_tokens}
+
+        self._grams = walk.forward(visit, "repair preview", layered=True)
+        self._consumers: dict[str, Consumer] = {axis: linear[axis] for axis in self._grams}
 
     @contextlib.contextmanager
-    def applied(self, plan: PruningPlan) -> Iterator[None]:
-        """Within, the consumers of the dense model have the weights that repair would give them under `plan`."""
-        originals: dict[nn.Module, Tensor] = {}
+    def applied(self, plan: PruningPlan, layer: int | None = None) -> Iterator[None]:
+        """Within, the consumers of the dense model (of one layer) have the weights that repair would give them."""
+        originals: dict[nn.Parameter, Tensor] = {}
         try:
             for name, kept in plan.kept_indices.items():
-                if name in self._consumers:
-                    module, weight = self._consumers[name].module, self._consumers[name].weight
-                    originals[module] = weight.data
+                if name in self._consumers and layer in (None, self._structure.axes[name].layer):
+                    weight = self._model.get_parameter(self._consumers[name].parameter)
+                    originals[weight] = weight.data
                     weight.data = self._repaired(name, kept)
             yield
         finally:
-            for module, data in originals.items():
-                module.weight.data = data  # type: ignore[union-attr]
+            for weight, data in originals.items():
+                weight.data = data
 
     def _repaired(self, name: str, kept: tuple[int, ...]) -> Tensor:
         """The weight of an axis's consumer, zero where units are gone, in its own layout and dtype."""
         key = (name, kept)
         if key not in self._cache:
             consumer = self._consumers[name]
-            stored, ids = consumer.weight.data, consumer.units
-            weight = consumer.matrices()[0].to(self._grams[name])
-            stays = torch.isin(ids, torch.tensor(kept)) | (ids < 0)
+            stored = self._model.get_parameter(consumer.parameter).data
+            ids = consumer.units(self._structure).to(stored.device)
+            weight = consumer.matrix(stored).to(self._grams[name])
+            stays = torch.isin(ids, torch.tensor(kept, device=ids.device)) | (ids < 0)
             inside, outside = torch.nonzero(stays)[:, 0], torch.nonzero(~stays)[:, 0]
             gram = self._grams[name]
             factor, *_ = factorised(gram[inside][:, inside], self._ridge)

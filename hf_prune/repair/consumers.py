@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from hf_prune.structure import layouts as lay
-from hf_prune.structure.consumers import ConsumerKind, consumer_kind
+from hf_prune.structure.consumers import Consumer, consumers_of
 from hf_prune.surgery.slicing import pruned_name, renumber
 
 if TYPE_CHECKING:
@@ -20,14 +20,11 @@ BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
 
 
 @dataclass(frozen=True, eq=False)
-class Consumer:
-    """One weight whose inputs were pruned, or come from a pruned model."""
+class Refit:
+    """One consumer whose inputs were pruned, or come from a pruned model."""
 
-    name: str
-    """Of the weight, in the dense model."""
-    kind: ConsumerKind
-    dim: int
-    """Of the weight, along which it sums."""
+    consumer: Consumer
+    """Of the dense model."""
     kept_inputs: Tensor
     """int64 `[K]`: which of the dense inputs the pruned weight has."""
     kept_outputs: Tensor
@@ -38,6 +35,11 @@ class Consumer:
     """And in the pruned one: `None` if the whole branch was removed."""
 
     @property
+    def name(self) -> str:
+        """Of the weight, in the dense model."""
+        return self.consumer.parameter
+
+    @property
     def weight(self) -> Tensor:
         """The pruned weight as it is now."""
         assert self.pruned is not None
@@ -46,16 +48,12 @@ class Consumer:
     @property
     def bias(self) -> Tensor | None:
         """The pruned bias `[D]` as it is now; biases of experts are not repaired."""
-        found = getattr(self.pruned, "bias", None) if self.kind == "linear" else None
+        found = getattr(self.pruned, "bias", None) if self.consumer.kind == "linear" else None
         return found if isinstance(found, Tensor) else None
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """A weight of this consumer's layout (of one expert, without the first dimension) as `[D, K]`."""
-        return weight.T if self.dim == (0 if self.kind == "linear" else 1) else weight
 
     def write_(self, weight: Tensor, bias: Tensor | None = None, expert: int | None = None) -> None:
         """Put a weight `[D, K]` (and a bias `[D]`) into the pruned model, in its dtype and layout."""
-        self.matrix(self.weight if expert is None else self.weight[expert]).copy_(weight)
+        self.consumer.matrix(self.weight if expert is None else self.weight[expert]).copy_(weight)
         if bias is not None and self.bias is not None:
             self.bias.copy_(bias)
 
@@ -70,11 +68,11 @@ class Branches:
     layer: int
     pruned_layer: int
     """Its number in the pruned model."""
-    consumers: dict[Branch, list[Consumer]]
+    consumers: dict[Branch, list[Refit]]
     dense: dict[Branch, nn.Module]
     pruned: dict[Branch, nn.Module]
 
-    def all(self) -> list[Consumer]:
+    def all(self) -> list[Refit]:
         """The consumers of both branches."""
         return [consumer for branch in BRANCHES for consumer in self.consumers[branch]]
 
@@ -90,7 +88,7 @@ def find_branches(dense: nn.Module, pruned: nn.Module, structure: Structure, pla
             continue
         before = sum(1 for removed in plan.removed_layers if removed < layer)
         modules: tuple[dict[Branch, nn.Module], dict[Branch, nn.Module]] = ({}, {})
-        consumers: dict[Branch, list[Consumer]] = {"attention": [], "mlp": []}
+        consumers: dict[Branch, list[Refit]] = {"attention": [], "mlp": []}
         for branch in BRANCHES:
             if (module := structure.branch_modules.get(f"layers.{layer}.{branch}")) is not None:
                 path = f"{structure.layer_paths[layer]}.{module.path}"
@@ -117,28 +115,21 @@ def first_change(structure: Structure, plan: PruningPlan) -> tuple[int, int]:
 
 def _consumers(
     dense: nn.Module, pruned: nn.Module, structure: Structure, plan: PruningPlan, layer: int, branch: Branch
-) -> list[Consumer]:
-    found: dict[str, Consumer] = {}
+) -> list[Refit]:
+    found: dict[str, Refit] = {}
     for axis in structure.axes.values():
         if axis.layer != layer or axis.kind != branch:
             continue
-        for member in structure.members[axis.name]:
-            if member.role != "consumer" or member.parameter in found:
+        for consumer in consumers_of(dense, structure, axis.name):
+            if consumer.kind == "other" or consumer.parameter in found:
                 continue
-            module = dense.get_submodule(member.parameter.rpartition(".")[0])
-            kind = consumer_kind(module, member)
-            if kind is None:
-                continue
-            layouts = structure.layouts[member.parameter]
-            out = layouts[(1 if kind == "linear" else 3) - member.dim]
-            new = pruned_name(member.parameter, structure, plan)
-            found[member.parameter] = Consumer(
-                name=member.parameter,
-                kind=kind,
-                dim=member.dim,
-                kept_inputs=lay.indices(layouts[member.dim], plan.kept_indices),
-                kept_outputs=lay.indices(out, plan.kept_indices),
-                dense=module,
+            layouts = structure.layouts[consumer.parameter]
+            new = pruned_name(consumer.parameter, structure, plan)
+            found[consumer.parameter] = Refit(
+                consumer=consumer,
+                kept_inputs=lay.indices(layouts[consumer.dim], plan.kept_indices),
+                kept_outputs=lay.indices(layouts[consumer.output_dim], plan.kept_indices),
+                dense=dense.get_submodule(consumer.module_path),
                 pruned=None if new is None else pruned.get_submodule(new.rpartition(".")[0]),
             )
     return list(found.values())

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from hf_prune.errors import CalibrationError
+from hf_prune.layers.processes import sum_numbers, sum_over_processes
 
 _BLOCKS = 4
 """The Gram matrix is symmetric: of so many block rows, only the blocks up to the diagonal are multiplied."""
@@ -48,6 +50,15 @@ class Statistics:
         self.squares += float(target.square().sum(dtype=torch.float64))
         self.num_tokens += len(x)
 
+    def over_processes(self) -> Statistics:
+        """The sums over all processes; this itself where there is one."""
+        if PartialState().num_processes > 1:
+            self.gram, self.cross = sum_over_processes(self.gram), sum_over_processes(self.cross)
+            self.inputs, self.targets = sum_over_processes(self.inputs), sum_over_processes(self.targets)
+            tokens, self.squares = sum_numbers(self.num_tokens, self.squares)
+            self.num_tokens = round(tokens)
+        return self
+
     def symmetric_gram(self, centred: bool) -> Tensor:
         """Σ x xᵀ, or Σ (x − x̄)(x − x̄)ᵀ, both triangles; `CalibrationError` if the sums are not finite."""
         if not bool(self.gram.isfinite().all() and self.cross.isfinite().all()):
@@ -56,7 +67,7 @@ class Statistics:
                 "numbers. Check that the dense model works, and repair it in bfloat16 or float32."
             )
         gram = self.gram.tril() + self.gram.tril(-1).T
-        return gram - torch.outer(self.inputs, self.inputs) / self.num_tokens if centred else gram
+        return gram - torch.outer(self.inputs, self.inputs) / max(self.num_tokens, 1) if centred else gram
 
 
 @dataclass(frozen=True)

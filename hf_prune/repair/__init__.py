@@ -13,6 +13,7 @@ repaired layers before it hand on. The target t is
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Literal
 
@@ -20,20 +21,23 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_prune.errors import CalibrationError, PlanError
-from hf_prune.methods.calibration import Batch, checked_ids, eager_experts, evaluating
-from hf_prune.methods.streams import Stream
-from hf_prune.surgery.repair.consumers import find_branches, first_change
-from hf_prune.surgery.repair.layers import LayerRepair, Repaired
-from hf_prune.surgery.repair.selection import select_repairable
+from hf_prune.layers.walk import Protocol, Walk
+from hf_prune.layers.weights import eager_experts, evaluating
+from hf_prune.repair.consumers import find_branches, first_change
+from hf_prune.repair.fit import LayerRepair, Repaired
+from hf_prune.repair.reselect import select_repairable
 from hf_prune.surgery.slicing import renumber
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from torch import nn
 
+    from hf_prune.layers.walk import Batch
+    from hf_prune.layers.work import WorkDir
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
+    from hf_prune.surgery.pruning import PrunedLayers
 
 __all__ = ["Repaired", "repair_", "select_repairable"]
 
@@ -57,6 +61,8 @@ def repair_(
     target: Target = "residual",
     ridge: float = 1e-2,
     seed: int = 0,
+    layers: PrunedLayers | None = None,
+    work: WorkDir | None = None,
 ) -> dict[str, Repaired]:
     """Refit the consumers of the pruned model to the dense one. Modifies `pruned` in place; `dense` is left as it was.
 
@@ -76,6 +82,8 @@ def repair_(
             experts always `own`.
         ridge: λ as a fraction of the mean squared norm of the inputs, 0 or more.
         seed: of the noise.
+        layers: makes `pruned` layer by layer, of a model on disk; `None`: both models are in memory.
+        work: keeps the hidden states after each layer, so that an interrupted repair is resumed.
 
     Returns:
         For each consumer that was repaired, by its name in the dense model, the error of its output.
@@ -89,28 +97,66 @@ def repair_(
     target = "own" if batches is None else target
     if target == "own" and "hidden" in plan.kept_indices:
         raise PlanError("repair target 'own' found pruned hidden channels; use 'asymmetric' or 'residual' with them.")
-    ids = _any_ids(dense) if batches is None else [checked_ids(batch) for batch in batches]
-    if not ids:
+    walk = Walk(dense, structure.layer_paths, _any_ids(dense) if batches is None else list(batches), layered=True)
+    if not walk.all_ids:
         raise CalibrationError("repair found no calibration batch, expected one or more: give a calibration text.")
-    layers = {found.layer: found for found in find_branches(dense, pruned, structure, plan)}
-    paths = [renumber(structure.layer_paths[layer], layer, structure, plan) for layer in layers]
+    branches = {found.layer: found for found in find_branches(dense, pruned, structure, plan)}
+    if batches is None:
+        walk.ids = walk.all_ids  # the noise is drawn by every process
     result: dict[str, Repaired] = {}
     generator = torch.Generator().manual_seed(seed)
     with contextlib.ExitStack() as stack:
-        for model in (dense, pruned):
-            stack.enter_context(evaluating(model))
-            if any(consumer.kind == "experts" for found in layers.values() for consumer in found.all()):
-                stack.enter_context(eager_experts(model))
-        streams = _streams(dense, pruned, structure.layer_paths, paths, ids)
-        walk = LayerRepair(*streams, first_change(structure, plan), plan.kept_indices.get("hidden"), target, ridge)
-        for layer in tqdm(range(len(structure.layer_paths)), desc="repair", unit="layer", leave=False):
+        stack.enter_context(evaluating(dense, pruned))
+        if any(refit.consumer.kind == "experts" for found in branches.values() for refit in found.all()):
+            stack.enter_context(eager_experts(dense, pruned))
+        walk.start()
+        outputs = tuple(walk.protocol.outputs[layer] for layer in branches)
+        paths = [renumber(structure.layer_paths[layer], layer, structure, plan) for layer in branches]
+        other = Walk(pruned, paths, walk.all_ids, layered=True, protocol=Protocol(outputs, True, ""))
+        other.ids = walk.ids
+        other.start()
+        fit = LayerRepair(walk, other, first_change(structure, plan), plan.kept_indices.get("hidden"), target, ridge)
+        done = _resume(work, walk, other, generator, result)
+        for layer in range(done) if layers is not None else ():
+            layers.known(layer)
+        for layer in tqdm(range(done, walk.num_layers), desc="repair", unit="layer", leave=False):
             if batches is None:
-                streams[1].hidden = [_noise(hidden, generator) for hidden in streams[1].hidden]
-            if layer in layers:
-                result.update(walk.repair(layers[layer]))
-            else:
-                walk.skip(layer)
+                other.hidden = [_noise(hidden, generator) for hidden in other.hidden]
+            with walk.resident(layer) if layers is None else layers.layer(layer):
+                if layer in branches:
+                    result.update(fit.repair(branches[layer]))
+                else:
+                    fit.skip(layer)
+            if work is not None:
+                _keep(work, layer + 1, walk, other, generator, result)
     return result
+
+
+def _keep(
+    work: WorkDir, done: int, dense: Walk, pruned: Walk, generator: torch.Generator, result: dict[str, Repaired]
+) -> None:
+    tensors = {f"{kind} {i}": x for kind, walk in _walks(dense, pruned) for i, x in enumerate(walk.hidden)}
+    tensors["generator"] = generator.get_state()
+    work.save("repair", tensors, {"done": done, "result": {name: dataclasses.astuple(x) for name, x in result.items()}})
+
+
+def _resume(
+    work: WorkDir | None, dense: Walk, pruned: Walk, generator: torch.Generator, result: dict[str, Repaired]
+) -> int:
+    """Take up where an interrupted repair was: the number of layers that are done."""
+    found = None if work is None else work.load("repair")
+    if found is None:
+        return 0
+    tensors, note = found
+    for kind, walk in _walks(dense, pruned):
+        walk.hidden = [tensors[f"{kind} {i}"] for i in range(len(walk.hidden))]
+    generator.set_state(tensors["generator"])
+    result.update({name: Repaired(*values) for name, values in note["result"].items()})
+    return int(note["done"])
+
+
+def _walks(dense: Walk, pruned: Walk) -> tuple[tuple[str, Walk], tuple[str, Walk]]:
+    return ("dense", dense), ("pruned", pruned)
 
 
 def _any_ids(model: nn.Module) -> list[torch.Tensor]:
@@ -122,12 +168,3 @@ def _any_ids(model: nn.Module) -> list[torch.Tensor]:
 
 def _noise(hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (NOISE_SCALE * torch.randn(hidden.shape, generator=generator)).to(hidden)
-
-
-def _streams(
-    dense: nn.Module, pruned: nn.Module, dense_paths: Sequence[str], paths: Sequence[str], ids: list[torch.Tensor]
-) -> tuple[Stream, Stream]:
-    streams = Stream(dense, dense_paths), Stream(pruned, paths)
-    for stream in streams:
-        stream.start(ids)
-    return streams

@@ -1,0 +1,98 @@
+"""Hidden states between the layers of a model, in memory or on disk, all of them or some."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_prune.errors import CalibrationError
+from hf_prune.layers.work import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MEMORY_BYTES = 1 << 31
+"""Boundaries that take more than this are kept on disk."""
+
+Rerun = Callable[[range, Sequence["Tensor"]], Iterator[list["Tensor"]]]
+
+
+class Boundaries:
+    """The hidden states before each layer and after the last: per boundary one tensor `[B, T, D]` per batch.
+
+    Args:
+        first: those before the first layer.
+        num_layers: of the model.
+        every: only every so many are kept, 1 or more; the others are computed again by `rerun`.
+        rerun: the hidden states after each of some layers, from those before the first of these.
+        folder: where they are kept, and found again by a resumed run; `None`: in memory, or in a temporary directory if
+            they are large.
+
+    Raises:
+        CalibrationError: the disk has no room for them.
+    """
+
+    def __init__(
+        self, first: list[Tensor], num_layers: int, every: int, rerun: Rerun, folder: Path | None = None
+    ) -> None:
+        self._num_layers, self._every, self._rerun = num_layers, every, rerun
+        self._memory: dict[int, list[Tensor]] = {}
+        self._segment: dict[int, list[Tensor]] = {}
+        kept = len({*range(0, num_layers + 1, every), num_layers})
+        needed = kept * sum(hidden.nbytes for hidden in first)
+        self._temporary = None
+        if folder is None and needed > MEMORY_BYTES:
+            self._temporary = tempfile.TemporaryDirectory(prefix="hf_prune-")
+            folder = Path(self._temporary.name)
+        self._folder = folder
+        if folder is not None:
+            there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+            free = shutil.disk_usage(folder).free
+            if needed - there > free:
+                raise CalibrationError(
+                    f"the hidden states between the layers take {needed:,} bytes, {free:,} are free in {folder}. Free "
+                    "disk space, choose another work_dir (or TMPDIR), or fewer or shorter calibration samples."
+                )
+        if not self._has(0):
+            self.put(0, first)
+
+    def put(self, layer: int, hidden: Sequence[Tensor]) -> None:
+        """Keep the hidden states before a layer (`num_layers`: after the last), if this boundary is one to keep."""
+        if layer % self._every and layer != self._num_layers:
+            return
+        if self._folder is None:
+            self._memory[layer] = list(hidden)
+        else:
+            write_tensors(self._path(layer), {str(batch): values for batch, values in enumerate(hidden)})
+
+    def get(self, layer: int) -> list[Tensor]:
+        """The hidden states before a layer, or after the last."""
+        if self._has(layer):
+            return self._read(layer)
+        if layer not in self._segment:
+            start = layer - layer % self._every
+            layers = range(start, layer)
+            rerun = self._rerun(layers, self._read(start))
+            self._segment = {below + 1: hidden for below, hidden in zip(layers, rerun, strict=True)}
+        return self._segment[layer]
+
+    def latest(self) -> tuple[int, list[Tensor]]:
+        """The last boundary that is known, and its hidden states."""
+        layer = max(layer for layer in range(self._num_layers + 1) if self._has(layer))
+        return layer, self._read(layer)
+
+    def _has(self, layer: int) -> bool:
+        return layer in self._memory or (self._folder is not None and self._path(layer).exists())
+
+    def _read(self, layer: int) -> list[Tensor]:
+        if layer in self._memory:
+            return list(self._memory[layer])
+        tensors, _ = read_tensors(self._path(layer))
+        return [tensors[str(batch)] for batch in range(len(tensors))]
+
+    def _path(self, layer: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{layer:05}.safetensors"

@@ -1,0 +1,32 @@
+"""Losses from logits, a chunk of tokens at a time: the logits of a whole batch need never be in memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits at a time: 64 MiB in float32, whatever the vocabulary."""
+
+
+def precision(values: Tensor) -> torch.dtype:
+    """The dtype that losses are taken in: float32, or float64 for float64 logits."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32
+
+
+def next_token(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of each target, in nats: `[..., T, V]` and `[..., T]` → `[..., T]`."""
+    rows = logits.to(precision(logits)).flatten(0, -2)
+    return F.cross_entropy(rows, targets.to(rows.device).flatten(), reduction="none").view(targets.shape)
+
+
+def divergence(dense: Tensor, logits: Tensor) -> Tensor:
+    """Kullback-Leibler divergence Σ p·(ln p − ln q) of each token, in nats, p of the dense: `[..., V]` twice → `[...]`."""
+    log_p = dense.to(precision(dense)).log_softmax(-1)
+    log_q = logits.to(log_p).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

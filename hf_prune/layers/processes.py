@@ -1,0 +1,43 @@
+"""Several processes (`accelerate launch`): each walks its share of the samples, and sums are taken over all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, reduce
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def my_share(items: Sequence[T]) -> list[T]:
+    """What this process handles: the items are dealt out in turn."""
+    state = PartialState()
+    return list(items[state.process_index :: state.num_processes])
+
+
+def sum_over_processes(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes, where `values` lie; they themselves where there is one process."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return values
+    total: Tensor = reduce(values.to(state.device, copy=True), reduction="sum")
+    return total.to(values.device)
+
+
+def sum_numbers(*values: float) -> list[float]:
+    """The sums of some numbers over all processes."""
+    found: list[float] = sum_over_processes(torch.tensor(values, dtype=torch.float64)).tolist()
+    return found
+
+
+def of_main_process(value: Any) -> Any:
+    """What the main process has; for decisions that all must take alike."""
+    if PartialState().num_processes == 1:
+        return value
+    shared = [value]
+    broadcast_object_list(shared)
+    return shared[0]
