@@ -115,10 +115,16 @@ def prune(
     batch_size: Annotated[int, typer.Option(help="Calibration windows per forward pass.")] = 8,
     device: Device = None,
     dtype: Dtype = None,
-    stream: Annotated[
-        bool,
-        typer.Option("--stream", help="Prune from file to file, layer by layer: random, magnitude, prunenet."),
-    ] = False,
+    layers_on: Annotated[
+        str,
+        typer.Option(
+            help="Where decoder layers are: memory; disk: one at a time in memory; auto: memory if the model fits."
+        ),
+    ] = "auto",
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Directory for intermediate results: the same command resumes an interrupted run."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but save: print the plan.")] = False,
     **fields: Any,
 ) -> None:
@@ -127,25 +133,28 @@ def prune(
     if output is None and not dry_run:
         raise ConfigError("no output directory was given: name one after the model, or pass --dry-run.")
 
-    if stream:
-        given = {"--calibration": calibration, "--latency-table": latency_table, "--device": device, "--dtype": dtype}
-        _prune_streaming(model, None if dry_run else output, chosen, [name for name, value in given.items() if value])
-        return
-
     from hf_prune import pipeline, printing
     from hf_prune.checkpoint.files import needs_plugin
     from hf_prune.checkpoint.saving import check_directory, save_pruned
     from hf_prune.latency import LatencyTable
-    from hf_prune.loading import load_model, load_tokenizer
+    from hf_prune.loading import load_tokenizer
 
     if output is not None and not dry_run:
         check_directory(output.absolute())
     table = LatencyTable.load(latency_table) if latency_table is not None else None
     tokenizer = load_tokenizer(model, required=calibration is not None)
-    dense = load_model(model, device=device, dtype=dtype)
     start = time.perf_counter()
     result = pipeline.prune(
-        dense, chosen, tokenizer=tokenizer, calibration=calibration, batch_size=batch_size, latency=table
+        model,
+        chosen,
+        tokenizer=tokenizer,
+        calibration=calibration,
+        batch_size=batch_size,
+        latency=table,
+        layers_on=layers_on,  # type: ignore[arg-type]  # checked there
+        work_dir=work_dir,
+        device=device,
+        dtype=dtype,
     )
     prune_s = time.perf_counter() - start
     if output is not None and not dry_run:
@@ -157,24 +166,6 @@ def prune(
         prune_s=prune_s,
         save_s=time.perf_counter() - start - prune_s,
     )
-
-
-def _prune_streaming(model: str, output: Path | None, config: PruningConfig, given: list[str]) -> None:
-    if given:
-        raise ConfigError(f"{given[0]} does not go with --stream, which reads weights alone, as they are on the disk.")
-
-    from hf_prune import printing
-    from hf_prune.checkpoint.files import needs_plugin
-    from hf_prune.loading import load_config, load_tokenizer
-    from hf_prune.streaming import stream_prune
-
-    start = time.perf_counter()
-    plan, structure = stream_prune(model, output, config, tokenizer=load_tokenizer(model, required=False))
-    seconds = time.perf_counter() - start
-    printing.print_plan(plan, structure)
-    if output is not None:
-        plugin = needs_plugin(load_config(str(output)))
-        printing.print_values({"saved": str(output), "loads with hf_prune only": str(plugin), "seconds": seconds})
 
 
 @app.command()

@@ -16,9 +16,10 @@ from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.config import LLMPrunerConfig, MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig
 from hf_prune.data import load_text
 from hf_prune.errors import CheckpointError
-from hf_prune.evaluation.perplexity import inference, perplexity
+from hf_prune.evaluation.perplexity import perplexity
 from hf_prune.evaluation.report import comparison_table, markdown_table, perplexity_picture, widths_picture
 from hf_prune.evaluation.speed import num_parameters
+from hf_prune.layers.weights import inference
 from hf_prune.loading import load_model, load_tokenizer
 from hf_prune.pipeline import prune
 from hf_prune.printing import print_plan

@@ -13,8 +13,8 @@ from hf_prune.allocation import allocate
 from hf_prune.config import LAYER_AXES, AxisKind, PruningConfig, is_protected, layer_unit_names, selected_axes
 from hf_prune.errors import ConfigError
 from hf_prune.plan import PruningPlan, make_plan
-from hf_prune.structure.inference import infer_structure
 from hf_prune.repair.preview import RepairPreview
+from hf_prune.structure.inference import infer_structure
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,6 +53,7 @@ def plan_in_steps(
         carry_out: gives the pruned (and repaired) model of a plan for the dense one.
         batches: calibration batches, for allocation `search`.
         latency: table of the dense model, for the budget `latency`.
+        work: keeps what a search measured.
 
     Raises:
         ConfigError: several steps asked for axes whose removed units leave nothing to score next time, or for the

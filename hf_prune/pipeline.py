@@ -45,8 +45,18 @@ logger = logging.getLogger(__name__)
 
 _WITH_RATIO = ("pruning_ratio", "budget", "allocation", "min_units", "round_to")
 _AFTER_SCORES = (
-    *_WITH_RATIO, "standardise", "num_steps", "selection", "repair", "repair_target", "spectral_epsilon",
-    "search_evaluations", "search_samples", "state_dir", "state_steps", "save_policy",
+    *_WITH_RATIO,
+    "standardise",
+    "num_steps",
+    "selection",
+    "repair",
+    "repair_target",
+    "spectral_epsilon",
+    "search_evaluations",
+    "search_samples",
+    "state_dir",
+    "state_steps",
+    "save_policy",
 )
 """Settings that scores do not depend on, unless the method learns for a ratio."""
 
@@ -241,7 +251,15 @@ def carry_out(
         data = batches if config.repair == "least_squares" else None
         target, ridge = config.repair_target, config.repair_ridge
         repair_(
-            layers.model, model, structure, plan, data, target=target, ridge=ridge, seed=config.seed, layers=layers,
+            layers.model,
+            model,
+            structure,
+            plan,
+            data,
+            target=target,
+            ridge=ridge,
+            seed=config.seed,
+            layers=layers,
             work=own,
         )
     return layers.finish()

@@ -11,8 +11,10 @@ from models import shared_model, shared_structure, tiny_model, token_ids
 
 from hf_prune import OBSConfig, prune
 from hf_prune.errors import CalibrationError, ConfigError, StructureError
+from hf_prune.layers.walk import Walk
 from hf_prune.methods import score
-from hf_prune.methods.obs import only_consumer, squared_gradients
+from hf_prune.methods.obs import SquaredGradients
+from hf_prune.structure.consumers import only_consumer
 from hf_prune.structure.inference import infer_structure
 
 EXACT = {"repair_ridge": 1e-9, "shrinkage": 0.0}
@@ -105,15 +107,16 @@ def reference(seen, weights, bias, units, num_tokens):
 )
 def test_scores_are_those_of_a_slow_reference(family, axis):
     model, structure, batches = tiny_model(family), shared_structure(family), calibration()
-    consumer = only_consumer(model, structure, structure.axes[axis])
+    consumer = only_consumer(model, structure, axis)
+    module = model.get_submodule(consumer.module_path)
     if family == "mixtral":
-        seen = observed_experts(model, consumer.module, batches)
+        seen = observed_experts(model, module, batches)
     else:
-        seen = [observed(model, consumer.module, batches)]
+        seen = [observed(model, module, batches)]
     num_tokens = sum(batch["input_ids"].numel() for batch in batches)
-    weight = consumer.weight.detach()
+    weight = model.get_parameter(consumer.parameter).detach()
     weights = {"llama": [weight], "gpt2": [weight.mT], "mixtral": list(weight)}[family]
-    wanted = reference(seen, weights, consumer.bias, consumer.units, num_tokens)
+    wanted = reference(seen, weights, consumer.bias(model), consumer.units(structure), num_tokens)
     found = score(model, structure, OBSConfig(0.5, **EXACT), batches)[axis].double()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.max()))
 
@@ -132,11 +135,19 @@ def test_without_trust_in_others_it_is_the_error_of_leaving_the_unit_out():
 def test_gradients_are_those_of_a_shift_of_the_output():
     model, structure, batches = tiny_model("llama"), shared_structure("llama"), calibration()
     names = ("layers.0.mlp", "layers.0.attention")
-    consumers = {name: only_consumer(model, structure, structure.axes[name]) for name in names}
-    found = squared_gradients(model, consumers, batches)
-    for name, consumer in consumers.items():
-        gradient = observed(model, consumer.module, batches)[1]
-        assert found[name].tolist() == pytest.approx([float(gradient.square().mean())], rel=1e-6)
+    consumers = [only_consumer(model, structure, name) for name in names]
+    walk = Walk(model, structure.layer_paths, batches)
+    gradients = SquaredGradients(walk, consumers)
+
+    def visit(part):
+        with gradients.watching():
+            part.run(gradients.each)
+        return {}
+
+    walk.backward(visit, "gradients")
+    for consumer in consumers:
+        gradient = observed(model, model.get_submodule(consumer.module_path), batches)[1]
+        assert gradients.mean(consumer).tolist() == pytest.approx([float(gradient.square().mean())], rel=1e-6)
 
 
 def test_checkpointing_and_float16_change_nothing_but_rounding():

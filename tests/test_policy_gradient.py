@@ -13,6 +13,7 @@ from models import make_plan, random_kept, shared_model, shared_structure, tiny_
 from hf_prune.allocation import allocate
 from hf_prune.config import PolicyGradientConfig
 from hf_prune.errors import BudgetError, CalibrationError, CheckpointError, ConfigError, ScoreError, StructureError
+from hf_prune.layers.walk import Walk
 from hf_prune.methods import METHODS, score
 from hf_prune.methods.policy_gradient import as_scores, learn_policy, training
 from hf_prune.methods.policy_gradient.forward import MaskedModel, open_model
@@ -50,7 +51,13 @@ def learn(model, config, scores=None, batches=None, seed=0):
     if scores is None:
         generator = torch.Generator().manual_seed(7)
         scores = {axis.name: torch.rand(axis.num_units, generator=generator) for axis in units.axes}
-    return learn_policy(model, structure, config, batches or samples(), scores, torch.Generator().manual_seed(seed))
+    return learn_policy(
+        Walk(model, structure.layer_paths, batches or samples()),
+        structure,
+        config,
+        scores,
+        torch.Generator().manual_seed(seed),
+    )
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------
@@ -202,7 +209,7 @@ def enumerable():
     for mask, removed in zip(masks, itertools.combinations(range(12), 4), strict=True):
         mask[list(removed)] = False
     windows = token_ids(4, length=12, seed=1)
-    with open_model(model, structure, units, reward="kl", forward_rows=2000) as run:
+    with open_model(Walk(model, structure.layer_paths), structure, units, reward="kl", forward_rows=2000) as run:
         losses = run.losses(windows, masks[None], 4)[0]
     best, second = losses.sort().values[:2].tolist()
     assert second - best > 0.05 * best
@@ -224,7 +231,13 @@ def test_it_finds_the_best_mask(enumerable, estimator):
         forward_rows=200,
     )
     flat = {axis.name: torch.zeros(6) for axis in units.axes}
-    learned = learn_policy(model, structure, config, [{"input_ids": windows}], flat, torch.Generator().manual_seed(0))
+    learned = learn_policy(
+        Walk(model, structure.layer_paths, [{"input_ids": windows}]),
+        structure,
+        config,
+        flat,
+        torch.Generator().manual_seed(0),
+    )
     plan = allocate(as_scores(units, learned.keep_probs), structure, config)
     kept = {name: tuple(part.nonzero()[:, 0].tolist()) for name, part in units.split(best).items()}
     assert {name: plan.kept_indices.get(name, tuple(range(6))) for name in kept} == kept
@@ -248,7 +261,7 @@ def test_widths_go_where_they_matter():
     for mask, plan in zip(masks[0], plans, strict=True):
         for name, part in learned.units.split(mask).items():
             part.copy_(keep_mask(len(part), plan.kept_indices.get(name, tuple(range(len(part))))))
-    with open_model(model, structure, learned.units, reward="kl") as run:
+    with open_model(Walk(model, structure.layer_paths), structure, learned.units, reward="kl") as run:
         before, after = run.losses(token_ids(12, 9, 0), masks, 12)[0].tolist()
     assert after < 0.7 * before
 
@@ -279,11 +292,11 @@ def test_every_initialisation_and_the_model_is_left_as_it_was(init):
 def test_windows_are_all_used_before_one_comes_again():
     config = PolicyGradientConfig(0.4, **QUICK)
     model = tiny_model("llama", dtype=torch.float32)
-    windows = training.all_windows(samples(), config)
     structure = infer_structure(model)
+    windows = training.all_windows(Walk(model, structure.layer_paths, samples()), config)
     units = find_units(structure, config, CPU)
     scores = {axis.name: torch.zeros(axis.num_units) for axis in units.axes}
-    with open_model(model, structure, units) as run:
+    with open_model(Walk(model, structure.layer_paths), structure, units) as run:
         learning = training._Learning(run, units, config, windows, scores, seed=5)
     epochs = [torch.cat([learning.next_windows(3 * epoch + i) for i in range(3)]) for epoch in range(2)]
     for epoch in epochs:
@@ -496,7 +509,7 @@ def test_each_process_takes_its_share_of_the_windows(monkeypatch):
     masks = torch.rand(5, 2, len(units.costs), generator=torch.Generator().manual_seed(0)) < 0.6
     monkeypatch.setattr(forward, "sum_over_processes", lambda values: values)
     parts = []
-    with open_model(model, structure, units) as run:
+    with open_model(Walk(model, structure.layer_paths), structure, units) as run:
         whole = run.losses(windows, masks, 1)
         for index in range(3):
             state = type("State", (), {"process_index": index, "num_processes": 3})

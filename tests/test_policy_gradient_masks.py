@@ -12,6 +12,7 @@ from models import FAMILIES, logits, make_plan, random_kept, shared_model, share
 
 from hf_prune.config import PolicyGradientConfig
 from hf_prune.errors import StructureError
+from hf_prune.layers.walk import Walk
 from hf_prune.methods.policy_gradient.forward import open_model
 from hf_prune.methods.policy_gradient.policy import find_units
 from hf_prune.structure.inference import infer_structure
@@ -82,7 +83,7 @@ def test_losses_are_those_of_one_mask_at_a_time(reward, windows_per_mask):
     units = find_units(structure, config, torch.device("cpu"))
     windows = token_ids(6, length=11, seed=5)
     masks = torch.rand(6 // windows_per_mask, 4, len(units.costs), generator=torch.Generator().manual_seed(1)) < 0.7
-    with open_model(model, structure, units, reward=reward, forward_rows=7) as run:
+    with open_model(Walk(model, structure.layer_paths), structure, units, reward=reward, forward_rows=7) as run:
         found = run.losses(windows, masks, windows_per_mask)
     dense = logits(model, windows)
     for group, own in enumerate(masks):
@@ -110,7 +111,9 @@ def test_sliced_forwards_give_the_losses_of_masked_ones(family, reward):
     masks = torch.rand(2, 2, len(units.costs), generator=torch.Generator().manual_seed(1)) < 0.6
     found = []
     for sliced in (False, True):
-        with open_model(model, structure, units, reward=reward, sliced_forward=sliced) as run:
+        with open_model(
+            Walk(model, structure.layer_paths), structure, units, reward=reward, sliced_forward=sliced
+        ) as run:
             assert bool(run._sliced) == (sliced and family != "gpt2")  # Conv1D keeps its size in an attribute
             found.append(run.losses(windows, masks, 2))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
@@ -127,7 +130,7 @@ def test_bfloat16_models_have_float32_losses_near_the_exact_ones():
         structure = infer_structure(model)
         units = find_units(structure, PolicyGradientConfig(0.3), torch.device("cpu"))
         masks = torch.rand(2, 2, len(units.costs), generator=torch.Generator().manual_seed(1)) < 0.6
-        with open_model(model, structure, units, reward="lm") as run:
+        with open_model(Walk(model, structure.layer_paths), structure, units, reward="lm") as run:
             found.append(run.losses(windows, masks, 1))
         assert found[-1].dtype == torch.float32
     assert torch.allclose(found[0], found[1], rtol=0.05)

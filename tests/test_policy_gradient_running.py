@@ -17,6 +17,7 @@ from hf_prune.checkpoint import saving
 from hf_prune.checkpoint.files import CURVE_NAME
 from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.config import MagnitudeConfig, PolicyGradientConfig
+from hf_prune.layers.walk import Walk
 from hf_prune.methods import LearnedScores, check_scores, score
 from hf_prune.methods.policy_gradient import learn_policy, training
 from hf_prune.methods.policy_gradient.forward import MaskedModel, open_model
@@ -35,7 +36,9 @@ def learn(model, structure, config):
     units = find_units(structure, config, torch.device("cpu"))
     generator = torch.Generator().manual_seed(7)
     scores = {axis.name: torch.rand(axis.num_units, generator=generator) for axis in units.axes}
-    return learn_policy(model, structure, config, samples(), scores, torch.Generator().manual_seed(0))
+    return learn_policy(
+        Walk(model, structure.layer_paths, samples()), structure, config, scores, torch.Generator().manual_seed(0)
+    )
 
 
 # --- models as they come ----------------------------------------------------------------------------------------------
@@ -157,13 +160,17 @@ def test_no_step_waits_for_the_device(reward, settings, monkeypatch):
     model, structure = shared_model("llama"), shared_structure("llama")
     passes, looks = [], []
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: looks.append(1))
-    logits = MaskedModel.logits
-    monkeypatch.setattr(MaskedModel, "logits", lambda self, *args: (passes.append(1), logits(self, *args))[1])
+    for name in ("_last_hidden", "head"):
+        run = getattr(Walk, name)
+        monkeypatch.setattr(Walk, name, lambda self, *args, run=run: (passes.append(1), run(self, *args))[1])
     config = PolicyGradientConfig(0.4, **QUICK, **settings, reward=reward, forward_rows=7)
-    windows = training.all_windows(samples(), config)
+    windows = training.all_windows(Walk(model, structure.layer_paths, samples()), config)
     units = find_units(structure, config, torch.device("cpu"))
     scores = {axis.name: torch.arange(axis.num_units) for axis in units.axes}
-    with open_model(model, structure, units, reward=reward, forward_rows=7) as run:
+    walk = Walk(model, structure.layer_paths, samples())
+    assert walk.protocol.layered  # a probe waits, once
+    passes.clear(), looks.clear()
+    with open_model(walk, structure, units, reward=reward, forward_rows=7) as run:
         learning = training._Learning(run, units, config, windows, scores, seed=3)
         states, found = [learning.state], []
         for _ in range(4):  # two by widths, the turn to units, two by units

@@ -14,8 +14,9 @@ from scipy.stats import ks_2samp
 from hf_prune.allocation import allocate
 from hf_prune.config import PruneNetConfig, PruningConfig
 from hf_prune.errors import CheckpointError, ConfigError, ScoreError, StructureError
+from hf_prune.layers.walk import Walk
 from hf_prune.methods import score
-from hf_prune.methods.prunenet import Policy, prunenet_scores, train_policy
+from hf_prune.methods.prunenet import Policy, train_policy
 from hf_prune.methods.prunenet.policy import log_probability, sample, scale_free_features
 from hf_prune.methods.prunenet.rows import UnitRows, unit_rows
 from hf_prune.methods.prunenet.scoring import marginal_losses
@@ -234,7 +235,9 @@ def test_states_and_attention(family, state):
 def test_permuting_units_permutes_what_a_policy_says():
     model = tiny_model("llama")
     structure = infer_structure(model)
-    policy = train_policy(model, structure, PruneNetConfig(0.3, **QUICK))
+    policy = train_policy(
+        Walk(model, structure.layer_paths), structure, PruneNetConfig(0.3, **QUICK), torch.Generator().manual_seed(0)
+    )
     config = PruneNetConfig(0.3, allocation="uniform")
     name = "layers.1.mlp"
     permutation = torch.randperm(structure.axes[name].num_units, generator=torch.Generator().manual_seed(3))
@@ -261,7 +264,9 @@ def test_relative_updates_are_the_difference_that_a_branch_makes():
     for family in ("llama", "bloom", "gemma3_text", "opt"):
         model, structure = shared_model(family), shared_structure(family)
         axes = [structure.axes["layers.1.mlp"]]
-        found = relative_updates(model, structure, axes, torch.Generator().manual_seed(0))["layers.1.mlp"]
+        found = relative_updates(Walk(model, structure.layer_paths), structure, axes, torch.Generator().manual_seed(0))[
+            "layers.1.mlp"
+        ]
         ids = torch.randint(0, 96, (256, 1), generator=torch.Generator().manual_seed(0))
         outputs = {}
         layer = model.get_submodule(structure.layer_paths[1])
@@ -313,7 +318,12 @@ def test_policy_is_saved_and_reused(tmp_path):
 def test_policies_that_do_not_fit_are_refused(tmp_path):
     model, structure = shared_model("llama"), shared_structure("llama")
     path = tmp_path / "rows"
-    train_policy(model, structure, PruneNetConfig(0.3, features="row", start="zero", state="gate", **QUICK)).save(path)
+    train_policy(
+        Walk(model, structure.layer_paths),
+        structure,
+        PruneNetConfig(0.3, features="row", start="zero", state="gate", **QUICK),
+        torch.Generator().manual_seed(0),
+    ).save(path)
     with pytest.raises(ConfigError, match="features='row'"):
         score(model, structure, PruneNetConfig(0.3, policy=str(path)))
     config = PruneNetConfig(0.3, policy=str(path), features="row", state="gate")
@@ -366,7 +376,7 @@ def test_paper_preset_and_json():
     assert (config.state, config.distance, config.features, config.discount) == ("gate", "ks", "row", 0.99)
     assert config.start == "zero"
     model, structure = shared_model("llama"), shared_structure("llama")
-    scores = prunenet_scores(model, structure, config)
+    scores = score(model, structure, config)
     plan = allocate(scores, structure, config)
     assert len({plan.widths[f"layers.{i}.mlp"] for i in range(3)}) == 1
 

@@ -262,9 +262,7 @@ class _Judge:
 
         totals = torch.zeros(len(plans), dtype=torch.float64)
         for batch, output in enumerate(walk.outputs(each)):
-            for (_, _, ours), (_, _, theirs) in zip(
-                output.chunks(), self._dense[batch % number].chunks(), strict=True
-            ):
+            for (_, _, ours), (_, _, theirs) in zip(output.chunks(), self._dense[batch % number].chunks(), strict=True):
                 totals[batch // number] += divergence(theirs, ours).sum(dtype=torch.float64).cpu()
         values = (sum_over_processes(totals) / self._walk.num_tokens).tolist()
         return [math.inf if math.isnan(value) else value for value in values]

@@ -16,8 +16,6 @@ from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.layers.weights import inference, input_device
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PreTrainedTokenizerBase
 
 _CHUNK_ELEMENTS = 1 << 24

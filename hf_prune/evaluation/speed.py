@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import ConfigError, HFPruneError
-from hf_prune.evaluation.perplexity import inference
-from hf_prune.layers.weights import input_device
+from hf_prune.layers.weights import inference, input_device
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""The only part that runs layers: where weights live, hidden states between layers, exact backward passes, statistics."""
+"""What runs layers: where weights are, hidden states between layers, exact backward passes, statistics."""

@@ -26,7 +26,7 @@ def next_token(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def divergence(dense: Tensor, logits: Tensor) -> Tensor:
-    """Kullback-Leibler divergence Σ p·(ln p − ln q) of each token, in nats, p of the dense: `[..., V]` twice → `[...]`."""
+    """Kullback-Leibler divergence Σ p·(ln p − ln q) of each token, in nats, p of `dense`: `[..., V]` → `[...]`."""
     log_p = dense.to(precision(dense)).log_softmax(-1)
     log_q = logits.to(log_p).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -32,7 +32,7 @@ class Price:
         """One line for people."""
         return (
             f"this run reads {_giga(self.bytes_read)} GB of weights, writes {_giga(self.bytes_written)} GB, keeps "
-            f"{_giga(self.boundary_bytes)} GB of hidden states and computes {self.operations / 1e12:,.1f} TFLOP in passes"
+            f"{_giga(self.boundary_bytes)} GB of hidden states and computes {self.operations / 1e12:,.1f} TFLOP"
         )
 
 

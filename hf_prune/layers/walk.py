@@ -24,9 +24,9 @@ from tqdm.auto import tqdm
 from hf_prune.errors import CalibrationError, ScoreError, StructureError
 from hf_prune.layers.boundaries import Boundaries
 from hf_prune.layers.losses import CHUNK_ELEMENTS, next_token
-from hf_prune.layers.processes import my_share, of_main_process, sum_over_processes
-from hf_prune.layers.work import Results
+from hf_prune.layers.processes import my_share, of_main_process
 from hf_prune.layers.weights import evaluating, input_device, is_on_disk, resident
+from hf_prune.layers.work import Results
 
 if TYPE_CHECKING:
     from hf_prune.layers.work import WorkDir
@@ -147,7 +147,8 @@ class Walk:
         protocol: Protocol | None = None,
     ) -> None:
         self.model, self.layer_paths, self.work, self.every = model, list(layer_paths), work, every
-        self.all_ids = [batch if isinstance(batch, Tensor) else checked_ids(batch) for batch in batches]
+        own = [isinstance(batch, Tensor) and not batch.is_floating_point() for batch in batches]
+        self.all_ids: list[Tensor] = [x if known else checked_ids(x) for x, known in zip(batches, own, strict=True)]  # type: ignore[misc, arg-type]
         self.ids = my_share(self.all_ids)
         self.hidden: list[Tensor] = []
         """Per batch the hidden states `[B, T, D]` before the next layer, on the CPU."""
@@ -157,7 +158,8 @@ class Walk:
         """Factor on the loss in a backward pass: 1 unless the model is float16."""
         self.row: int | None = None
         """The sample of a batch whose logits are being computed."""
-        self._wanted, self._layered, self._protocol = set[str](), layered or work is not None, protocol
+        self._wanted, self._layered = set[str](), layered or work is not None
+        self._known = [] if protocol is None else [protocol]  # shared by walks over the same model
         self._consume: Consume = _drop
         self._boundaries: Boundaries | None = None
         self._gradients: list[Tensor] = []
@@ -187,14 +189,16 @@ class Walk:
 
     def over(self, batches: Sequence[Batch | Tensor]) -> Walk:
         """A walk over the same model with other batches."""
-        return Walk(self.model, self.layer_paths, batches, layered=self._layered, protocol=self._protocol)
+        return self._derived(batches, None)
 
     def per_sample(self) -> Walk:
         """The same walk with one window in each batch."""
-        rows = [row[None] for ids in self.all_ids for row in ids]
-        return Walk(
-            self.model, self.layer_paths, rows, layered=self._layered, work=self.work, protocol=self._protocol
-        )
+        return self._derived([row[None] for ids in self.all_ids for row in ids], self.work)
+
+    def _derived(self, batches: Sequence[Batch | Tensor], work: WorkDir | None) -> Walk:
+        walk = Walk(self.model, self.layer_paths, batches, layered=self._layered, work=work)
+        walk._known = self._known
+        return walk
 
     @property
     def protocol(self) -> Protocol:
@@ -203,11 +207,11 @@ class Walk:
         Raises:
             CalibrationError: no batch to probe with.
         """
-        if self._protocol is None:
+        if not self._known:
             if not self.all_ids:
                 raise CalibrationError("found no calibration batch, expected one or more: give a calibration text.")
-            self._protocol = _probe(self, self.all_ids[0][:1, :PROBE_TOKENS])
-        return self._protocol
+            self._known.append(_probe(self, self.all_ids[0][:1, :PROBE_TOKENS]))
+        return self._known[0]
 
     def check_layered(self) -> None:
         """Raise `StructureError` if the layers cannot be run one at a time."""
@@ -385,9 +389,10 @@ class Walk:
         """
         self._wanted, self._consume = set(wanted), consume or _drop
         self._check_windows()
-        with self._differentiable():
+        by_layers = self._by_layers(layered)
+        with self._differentiable(checkpointing=not by_layers):
             self.scale = self._loss_scale()
-            if not self._by_layers(layered):
+            if not by_layers:
                 return _merged([visit(Part(self, None, True, partial(self._back_whole, name)))])
             return self._back_layers(visit, name, outside)
 
@@ -442,7 +447,7 @@ class Walk:
                 before = hidden.to(device, copy=True).requires_grad_()
                 with each(batch):
                     after = hidden_of(module(before.clone(), *args, **kwargs))
-                    after.backward(self._gradients[batch].to(after.device))
+                    after.backward(self._gradients[batch].to(after.device))  # type: ignore[no-untyped-call]
                 assert before.grad is not None
                 self._gradients[batch] = before.grad.cpu()
 
@@ -457,7 +462,7 @@ class Walk:
                 if any(parameter.requires_grad for parameter in outside.values()):
                     hidden, _ = _calls(self.model, self.layer_paths, self.protocol.outputs, ids)
                     if hidden.requires_grad:
-                        hidden.backward(self._gradients[batch].to(hidden.device))
+                        hidden.backward(self._gradients[batch].to(hidden.device))  # type: ignore[no-untyped-call]
                 self._hand_over(outside)
 
     def _back_whole(self, name: str, each: Each) -> None:
@@ -469,11 +474,11 @@ class Walk:
                     if self.protocol.layered:
                         hidden = self._last_hidden(ids.to(device))
                         gradient = self._head_backward(ids, hidden.detach(), outside)
-                        hidden.backward(gradient.to(hidden.device))
+                        hidden.backward(gradient.to(hidden.device))  # type: ignore[no-untyped-call]
                     else:
                         logits = self.model(input_ids=ids.to(device), use_cache=False).logits
                         losses = next_token(logits[:, :-1], ids[:, 1:])
-                        self._loss_of(losses, ids).backward()
+                        self._loss_of(losses, ids).backward()  # type: ignore[no-untyped-call]
                     self._hand_over(outside)
 
     def _head_backward(self, ids: Tensor, hidden: Tensor, outside: Mapping[str, nn.Parameter]) -> Tensor:
@@ -491,7 +496,7 @@ class Walk:
                 self.row = row
                 logits = self.head(ids[row : row + 1, start:end], leaf)
                 losses = next_token(logits, ids[row : row + 1, start + 1 : end + 1])
-                self._loss_of(losses, ids).backward()
+                self._loss_of(losses, ids).backward()  # type: ignore[no-untyped-call]
                 self.row = None
                 assert leaf.grad is not None
                 gradient[row : row + 1, start:end] = leaf.grad.cpu()
@@ -528,15 +533,15 @@ class Walk:
             for name in names:
                 parameter = self.model.get_parameter(name)
                 hook = partial(_take, self, name)
-                stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)
+                stack.callback(parameter.register_post_accumulate_grad_hook(hook).remove)  # type: ignore[no-untyped-call]
             yield
 
     @contextlib.contextmanager
-    def _differentiable(self) -> Iterator[None]:
+    def _differentiable(self, checkpointing: bool) -> Iterator[None]:
         """Within, only the wanted parameters need gradients, and activations do; afterwards all is as before.
 
-        Gradient checkpointing, if the caller enabled it on the model, stays on although its layers only use it in
-        training mode: the flag is set on the layers themselves, not on what they contain (dropout).
+        Gradient checkpointing, if the caller enabled it on the model, stays on for a whole model although its layers
+        only use it in training mode: the flag is set on the layers themselves, not on what they contain (dropout).
         """
         model = self.model
         flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -546,7 +551,7 @@ class Walk:
             stack.enter_context(evaluating(model))
             stack.enter_context(torch.enable_grad())
             for module in model.modules():
-                if getattr(module, "gradient_checkpointing", False) is True:
+                if checkpointing and getattr(module, "gradient_checkpointing", False) is True:
                     module.training = True
             embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
             if not is_on_disk(model):
@@ -591,7 +596,9 @@ class Walk:
 
     def _check_windows(self) -> None:
         if any(ids.shape[1] < 2 for ids in self.all_ids):
-            raise CalibrationError("found windows of 1 token, expected 2 or more: a token is predicted from earlier ones.")
+            raise CalibrationError(
+                "found windows of 1 token, expected 2 or more: a token is predicted from earlier ones."
+            )
 
     def _bar(self, items: Any, name: str, unit: str = "layer") -> Any:
         return tqdm(items, desc=name, unit=unit, leave=False)
@@ -661,7 +668,8 @@ def _probe(walk: Walk, ids: Tensor) -> Protocol:
             stack.callback(layer.register_forward_hook(after).remove)
         logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
     found = Protocol(tuple(outputs), False, "hand on more than hidden states")
-    ran_in_order = len(inputs) == walk.num_layers and all(
+    ran_in_order = len(inputs) == walk.num_layers and hidden_of(outputs[-1]).shape[:-1] == ids.shape
+    ran_in_order = ran_in_order and all(
         _equal(hidden_of(output), hidden) for output, hidden in zip(outputs[:-1], inputs[1:], strict=True)
     )
     if not ran_in_order:
@@ -670,9 +678,12 @@ def _probe(walk: Walk, ids: Tensor) -> Protocol:
         _, calls = _calls(model, walk.layer_paths, outputs, ids)
         if not all(_same(call, known) for call, known in zip(arguments, calls, strict=True)):
             return found
-        walk._protocol = layered = Protocol(tuple(outputs), True, "")
+        layered = Protocol(tuple(outputs), True, "")
+        trial = Walk(model, walk.layer_paths, protocol=layered)
         last, half = hidden_of(outputs[-1]), -(-ids.shape[1] // 2)
-        parts = [walk.head(ids[:, cut], last[:, cut]) for cut in (slice(half), slice(half, None)) if ids[:, cut].numel()]
+        parts = [
+            trial.head(ids[:, cut], last[:, cut]) for cut in (slice(half), slice(half, None)) if ids[:, cut].numel()
+        ]
     close = torch.isclose(torch.cat(parts, 1).float(), logits.float(), rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE)
     if bool((close | logits.isnan()).all()):
         return layered

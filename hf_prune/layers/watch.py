@@ -87,7 +87,7 @@ def _before(
         return None
     alias = x.view_as(x)  # its gradient comes through this consumer alone
     saved = x.detach()
-    alias.register_hook(lambda gradient: input_gradient(consumer, saved, gradient))
+    alias.register_hook(lambda gradient: input_gradient(consumer, saved, gradient))  # type: ignore[no-untyped-call]
     return ((alias, *args[1:]), kwargs) if args else ((), {**kwargs, next(iter(kwargs)): alias})
 
 

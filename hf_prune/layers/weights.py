@@ -1,7 +1,7 @@
 """Where the weights of a model are: all in memory, or on disk and one decoder layer at a time in memory.
 
-A model on disk is one that `from_pretrained` offloaded: its layers have meta parameters and accelerate's hooks. So every
-family that transformers loads works, whatever its tensors are called in the files.
+A model on disk is one that `from_pretrained` offloaded: its layers have meta parameters and accelerate's hooks. So
+every family that transformers loads works, whatever its tensors are called in the files.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -15,6 +14,7 @@ from hf_prune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from torch import Tensor
 
@@ -125,9 +125,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, 
         with replaced_file(path) as new:
             save_file(own, new, metadata={"note": json.dumps(note or {})})
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be written: {error}. Free disk space, or choose another work_dir.") from (
-            error
-        )
+        raise CheckpointError(
+            f"{path} could not be written: {error}. Free disk space, or choose another work_dir."
+        ) from (error)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

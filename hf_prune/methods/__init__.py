@@ -3,8 +3,8 @@
 Each is one function `scores(walk, structure, config, generator)` that returns, for every axis of
 `selected_axes(structure, config)`, a finite float32 tensor `[num_units]` on the CPU; higher = keep. It reaches weights
 and activations through the walk alone, so it works for models on disk; it leaves the model as it found it and draws
-randomness only from `generator`. A method that learns may return `LearnedScores`, a dict with the `history` of learning:
-`score` hands it on.
+randomness only from `generator`. A method that learns may return `LearnedScores`, a dict with the `history` of
+learning: `score` hands it on.
 """
 
 from __future__ import annotations

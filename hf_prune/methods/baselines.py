@@ -78,7 +78,11 @@ def wanda_scores(
     """
     axes = selected_axes(structure, config)
     wanted = _consumers(walk, structure, axes)
-    uses = {consumer: [axis for axis in axes if consumer in wanted[axis.name]] for axis in axes for consumer in wanted[axis.name]}
+    uses = {
+        consumer: [axis for axis in axes if consumer in wanted[axis.name]]
+        for axis in axes
+        for consumer in wanted[axis.name]
+    }
     norms = input_norms(walk, list(uses))
     seen = {axis.name: any(consumer.parameter in norms for consumer in wanted[axis.name]) for axis in axes}
     for axis in axes:

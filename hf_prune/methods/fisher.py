@@ -145,7 +145,7 @@ class _MaskGradients:
             return output
         alias = hidden.view_as(hidden)
         saved = hidden.detach()
-        alias.register_hook(lambda gradient: self._add_output(axis, layer, saved, gradient))
+        alias.register_hook(lambda gradient: self._add_output(axis, layer, saved, gradient))  # type: ignore[no-untyped-call]
         return with_hidden(output, alias)
 
     def _add_output(self, axis: str, layer: int, hidden: Tensor, gradient: Tensor) -> None:

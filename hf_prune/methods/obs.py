@@ -26,7 +26,7 @@ from hf_prune.methods.elimination import removal_costs
 from hf_prune.structure.consumers import Consumer, only_consumer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from hf_prune.layers.walk import Found, Part, Walk
     from hf_prune.structure.structure import Structure
@@ -104,8 +104,8 @@ class SquaredGradients:
 
     def mean(self, consumer: Consumer) -> Tensor:
         """Over all batches and processes: float64 `[1]`, or `[experts]`."""
-        squares, number = sum_over_processes(self._totals[consumer])
-        return squares / number.clamp_min(1)
+        totals = sum_over_processes(self._totals[consumer])
+        return totals[0] / totals[1].clamp_min(1)
 
     def _take(self, consumer: Consumer, first: int, used: int, gradient: Tensor) -> None:
         rows = (gradient.float() * self._factor).reshape(used, -1)

@@ -117,8 +117,9 @@ def repair_(
         other.start()
         fit = LayerRepair(walk, other, first_change(structure, plan), plan.kept_indices.get("hidden"), target, ridge)
         done = _resume(work, walk, other, generator, result)
-        for layer in range(done) if layers is not None else ():
-            layers.known(layer)
+        if layers is not None:
+            for layer in range(done):
+                layers.known(layer)
         for layer in tqdm(range(done, walk.num_layers), desc="repair", unit="layer", leave=False):
             if batches is None:
                 other.hidden = [_noise(hidden, generator) for hidden in other.hidden]

@@ -167,9 +167,7 @@ class LayerRepair:
         """Fit the consumers of one branch; adds the new output of the branch to `outputs` where it has only one."""
         inputs: dict[str, list[Tensor]] = {consumer.name: [] for consumer in consumers}
         statistics = {
-            consumer.name: Statistics(
-                len(consumer.kept_inputs), len(consumer.kept_outputs), consumer.weight.device
-            )
+            consumer.name: Statistics(len(consumer.kept_inputs), len(consumer.kept_outputs), consumer.weight.device)
             for consumer in consumers
         }
         only = _only(found.consumers[branch])

@@ -25,8 +25,8 @@ class Consumer:
     dim: int
     """Of the weight, along which it sums."""
     kind: ConsumerKind
-    """`linear`: the weight of an `nn.Linear` or `Conv1D` that meets the last dimension of the module's input, so a hook
-    sees the units; `experts`: a weight `[experts, ...]`, used somewhere inside its module; `other`: as a convolution."""
+    """`linear`: the weight of an `nn.Linear` or `Conv1D` that meets the last dimension of the input, so that a hook
+    sees units; `experts`: a weight `[experts, ...]`, used somewhere inside its module; `other`: as a convolution."""
 
     @property
     def module_path(self) -> str:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import PlanError, StructureError
-from hf_prune.structure import layouts as lay
 from hf_prune.structure.consumers import Consumer, consumers_of
 
 if TYPE_CHECKING:
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def masked(
-    model: nn.Module, structure: Structure, plan: PruningPlan, layer: int | None = None
-) -> Iterator[nn.Module]:
+def masked(model: nn.Module, structure: Structure, plan: PruningPlan, layer: int | None = None) -> Iterator[nn.Module]:
     """In this context the dense `model` computes what the model pruned by `plan` does; afterwards it is as before.
 
     Args:

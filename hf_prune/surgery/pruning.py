@@ -47,7 +47,9 @@ def apply_plan(model: PreTrainedModel, structure: Structure, plan: PruningPlan) 
     """
     plan.check(structure)
     if is_on_disk(model):
-        raise PlanError("the model has offloaded weights; use PrunedLayers, which writes pruned layers to the disk too.")
+        raise PlanError(
+            "the model is on disk; use `prune`, or PrunedLayers, which writes pruned layers to the disk too."
+        )
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         check_tensor(name, tensor, structure)

@@ -18,6 +18,7 @@ import typer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_prune import PolicyGradientConfig, infer_structure
+from hf_prune.layers.walk import Walk
 from hf_prune.methods.policy_gradient.forward import open_model
 from hf_prune.methods.policy_gradient.policy import find_units
 
@@ -43,11 +44,13 @@ def measure(hidden: int, layers: int, vocab: int, windows: int, tokens: int, rep
             return [F.cross_entropy(row[:-1].float(), own[1:]) for row, own in zip(logits, rows, strict=True)]
 
     def masked() -> Any:
-        with open_model(model, structure, units, forward_rows=windows) as run:
+        with open_model(Walk(model, structure.layer_paths), structure, units, forward_rows=windows) as run:
             return run.losses(ids, masks, 1)
 
     def sliced() -> Any:
-        with open_model(model, structure, units, forward_rows=windows, sliced_forward=True) as run:
+        with open_model(
+            Walk(model, structure.layer_paths), structure, units, forward_rows=windows, sliced_forward=True
+        ) as run:
             return run.losses(ids, masks[:1], windows)
 
     ways = {"dense": dense, "masked": masked, "sliced": sliced}

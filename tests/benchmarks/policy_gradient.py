@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from hf_prune import PolicyGradientConfig, PruningConfig, Structure, allocate, apply_plan, infer_structure
 from hf_prune.data import load_text
 from hf_prune.evaluation import markdown_table, num_parameters, perplexity
+from hf_prune.layers.walk import Walk
 from hf_prune.methods.policy_gradient import as_scores, estimators, initial_scores, learn_policy
 from hf_prune.methods.policy_gradient.forward import open_model
 from hf_prune.methods.policy_gradient.policy import find_units, initial_widths, soft_profile
@@ -106,7 +107,7 @@ def start_scores(init: str, seed: int) -> dict[str, torch.Tensor]:
     """Initial scores do not depend on the ratio."""
     model, _, structure = dense_model()
     config = PolicyGradientConfig(0.5, init=init, seed=seed)  # type: ignore[arg-type]
-    return initial_scores(model, structure, config, windows_of(config))
+    return initial_scores(Walk(model, structure.layer_paths, windows_of(config)), structure, config)
 
 
 def measure(cell: Cell) -> dict[str, Any]:
@@ -121,7 +122,9 @@ def measure(cell: Cell) -> dict[str, Any]:
         learned_by, history = 0, []
     else:
         generator = torch.Generator().manual_seed(config.seed)
-        learned = learn_policy(model, structure, config, windows_of(config), scores, generator)
+        learned = learn_policy(
+            Walk(model, structure.layer_paths, windows_of(config)), structure, config, scores, generator
+        )
         units, probs, history = learned.units, learned.keep_probs, learned.history
         learned_by = int(history[-1]["token_forwards"])
     seconds = time.perf_counter() - began
@@ -229,7 +232,7 @@ def variance(
     usable = (s > 0.05) & (s < 0.95)
     lines: list[dict[str, Any]] = []
     for reward in ("lm", "kl"):
-        with open_model(model, structure, units, reward=reward) as masked:  # type: ignore[arg-type]
+        with open_model(Walk(model, structure.layer_paths), structure, units, reward=reward) as masked:  # type: ignore[arg-type]
             for estimator, num_masks, per_mask in (
                 ("paper", 2, 8),
                 ("leave_one_out", 2, 8),

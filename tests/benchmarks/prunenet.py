@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_prune import PruneNetConfig, PruningConfig, allocate, apply_plan, infer_structure, perplexity
 from hf_prune.data import load_text
-from hf_prune.methods.prunenet import prunenet_scores, train_policy
+from hf_prune.layers.walk import Walk
+from hf_prune.methods import score
+from hf_prune.methods.prunenet import train_policy
 from hf_prune.methods.prunenet.rows import UnitRows, unit_rows
 from hf_prune.methods.prunenet.scoring import marginal_losses, units_ratio
 from hf_prune.methods.prunenet.spectra import Spectrum
@@ -151,7 +153,9 @@ def norms_with_our_widths(model: Any, structure: Any, ratio: float) -> dict[str,
     """Row norms of the group decide inside of a layer, the reward of the default setting how much each layer loses."""
     config = PruneNetConfig(ratio)
     axes = structure.axes_of("mlp")
-    shares = relative_updates(model, structure, axes, torch.Generator().manual_seed(config.seed))
+    shares = relative_updates(
+        Walk(model, structure.layer_paths), structure, axes, torch.Generator().manual_seed(config.seed)
+    )
     read = dict(model.named_parameters(remove_duplicate=False)).__getitem__
     scores = {}
     for axis in axes:
@@ -188,7 +192,7 @@ def cell_scores(model: Any, structure: Any, kind: str, ratio: float) -> tuple[di
         },
     }
     config = PruneNetConfig(ratio, **settings[kind])
-    return prunenet_scores(model, structure, config), config
+    return score(model, structure, config), config
 
 
 CELLS = (
@@ -238,12 +242,17 @@ def reuse() -> None:
     model, tokenizer, structure = ref10m()
     content = load_text(SHARED / "data" / "wikitext2" / "valid.txt", max_chars=100_000)
     with tempfile.TemporaryDirectory() as directory:
-        train_policy(model, structure, PruneNetConfig(0.4, budget="units")).save(directory)
+        train_policy(
+            Walk(model, structure.layer_paths),
+            structure,
+            PruneNetConfig(0.4, budget="units"),
+            torch.Generator().manual_seed(0),
+        ).save(directory)
         for ratio in (0.2, 0.3):
             values = {}
             for name, policy in (("reused", directory), ("trained there", None)):
                 config = PruneNetConfig(ratio, budget="units", policy=policy)
-                plan = allocate(prunenet_scores(model, structure, config), structure, config)
+                plan = allocate(score(model, structure, config), structure, config)
                 report = perplexity(
                     apply_plan(model, structure, plan), tokenizer, content, window=256, batch_size=4, progress=False
                 )

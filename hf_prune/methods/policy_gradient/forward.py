@@ -69,7 +69,9 @@ class MaskedModel:
             # slices and views: a list of indices would be copied to the device, which waits for it
             rows = [slice(part.start, part.stop, part.step) for part in parts]
             ids = [windows[own].to(device, non_blocking=True) for own in rows]
-            found = self._all_at_once(ids, [torch.stack([masks[w // windows_per_mask] for w in part]) for part in parts])
+            found = self._all_at_once(
+                ids, [torch.stack([masks[w // windows_per_mask] for w in part]) for part in parts]
+            )
             for own, values in zip(rows, found, strict=True):
                 losses[own] = values
         return sum_over_processes(losses).view(len(masks), windows_per_mask, -1).mean(1)
@@ -92,15 +94,18 @@ class MaskedModel:
         kl = self.reward == "kl"
         full = [torch.cat([torch.ones_like(own[:, :1]), own], 1) if kl else own for own in masks]
         rows = [own.repeat_interleave(x.shape[1], 0) for own, x in zip(ids, full, strict=True)]
-        for own, output in zip(full, self.outputs(rows, [self.units.split(x.flatten(0, 1)) for x in full]), strict=True):
-            found = self._of_rows(output, None if not kl else own.shape[1])
-            yield found.view(*own.shape[:2])[:, 1 if kl else 0 :]
+        for own, output in zip(
+            full, self.outputs(rows, [self.units.split(x.flatten(0, 1)) for x in full]), strict=True
+        ):
+            yield self._of_rows(output, own.shape[1] if kl else None).view(len(own), -1)
 
     def _of_rows(self, output: Outputs, dense_every: int | None, dense: Outputs | None = None) -> Tensor:
-        """Mean loss of each row `[R]`: next-token, or divergence from the dense row, which is one of `dense_every` rows
-        of `output` or the same row of `dense`."""
-        num_rows, num_tokens = output.ids.shape
-        totals: list[Tensor | float] = [0.0] * num_rows
+        """Mean loss of each masked row: next-token, or divergence from the dense row.
+
+        That is the first of each `dense_every` rows of `output`, or the same row of `dense`.
+        """
+        num_tokens = output.ids.shape[1]
+        totals: dict[int, list[Tensor]] = {}
         theirs: dict[int, Tensor] = {}
         others = dense.chunks() if dense is not None else None
         for row, start, logits in output.chunks():
@@ -108,13 +113,12 @@ class MaskedModel:
                 theirs[start] = logits
             elif self.reward == "kl":
                 reference = next(others)[2] if others is not None else theirs[start]
-                totals[row] = totals[row] + divergence(reference, logits).sum() / num_tokens
+                totals.setdefault(row, []).append(divergence(reference, logits).sum() / num_tokens)
             else:
                 targets = output.ids[row, start + 1 : start + 1 + len(logits)]
                 losses = next_token(logits[: len(targets)], targets)
-                totals[row] = totals[row] + losses.sum() / (num_tokens - 1)
-        device = input_device(self.walk.model)
-        return torch.stack([torch.as_tensor(total, device=device).float() for total in totals])
+                totals.setdefault(row, []).append(losses.sum() / (num_tokens - 1))
+        return torch.stack([sum(parts[1:], parts[0]).float() for parts in totals.values()])
 
     def _one_mask_after_another(self, ids: Tensor, masks: Tensor) -> Tensor:
         """`[W, T]` and `[K, N]` → `[W, K]`: the MLP weights are sliced for each mask and serve all windows."""

@@ -74,7 +74,9 @@ class _Job:
         }
 
     def rows(self, name: str) -> UnitRows:
-        return unit_rows(partial(read_weight, self.walk.model), self.structure, self.structure.axes[name], self.config.state)
+        return unit_rows(
+            partial(read_weight, self.walk.model), self.structure, self.structure.axes[name], self.config.state
+        )
 
     def train(self) -> Policy:
         ratio = self.config.train_ratio or units_ratio(self.structure, self.config, self.axes)
