@@ -331,7 +331,7 @@ class Walk:
         for batch, ids in enumerate(self._bar(self.ids, name, "batch")):
             with each(batch):
                 outputs = self._whole_outputs(ids)
-                for _ in outputs.chunks() if outside else ():
+                for _ in outputs.chunks() if outside and self.protocol.layered else ():
                     pass
 
     def _whole_outputs(self, ids: Tensor) -> Outputs:
