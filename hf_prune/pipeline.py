@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from hf_prune.allocation.spectral import hill_exponents
+from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
 from hf_prune.errors import CalibrationError
 from hf_prune.evaluation.latency import measure_latency
-from hf_prune.iterative import plan_in_steps
 from hf_prune.methods import METHODS, check_scores, score
 from hf_prune.methods.learned import LearnedScores
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 from hf_prune.surgery.repair import repair_, select_repairable
+from hf_prune.surgery.repair.preview import RepairPreview
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,27 +102,49 @@ def decide(
     latency: LatencyTable | None = None,
     scores: Mapping[str, Tensor] | None = None,
 ) -> tuple[PruningPlan, dict[str, Tensor]]:
-    """The first half of `prune`: which units stay, and the scores of the dense model. See there."""
+    """The first half of `prune`: which units stay, and the scores of the dense model. See there.
+
+    Step k of `config.num_steps` removes k/n of the ratio (LLM-Pruner's linear schedule); each is scored on the model
+    that the one before leaves, repaired where `config` says so.
+    """
     known: dict[str, Tensor] = {} if scores is None else check_scores(scores, structure, config)
 
-    def step(current: PreTrainedModel, now: Structure, own: PruningConfig) -> dict[str, Tensor]:
+    def scores_of(done: PruningPlan | None, step: int, ratio: float) -> dict[str, Tensor]:
         nonlocal known
-        if current is not model:
-            return score(current, now, own, batches=batches)
-        if not known:
-            known = score(model, structure, own, batches=batches)  # as it is: it may carry a history
-        return known
+        if done is None:
+            if not known:
+                own = dataclasses.replace(config, pruning_ratio=ratio, num_steps=1)
+                known = score(model, structure, own, batches=batches)  # as it is: it may carry a history
+            return known
+        current = carry_out(model, structure, done, config, batches)
+        task = for_pruned(structure, infer_structure(current), config, done, ratio)
+        if task is None:
+            return {}
+        return in_dense_numbering(score(current, *task, batches=batches), structure, done)
 
-    plan = plan_in_steps(
-        model,
-        structure,
-        config,
-        step,
-        base_model_of(model),
-        carry_out=lambda done: carry_out(model, structure, done, config, batches),
-        batches=batches,
-        latency=latency,
-    )
+    preview, exponents = None, None
+    if config.allocation in ("spectral", "search"):
+        exponents = hill_exponents(model, structure)
+    if config.allocation == "search" and config.repair == "least_squares":  # judge plans as repair will leave them
+        preview = RepairPreview(model, structure, batches or (), config.repair_ridge).applied
+    stage: Stage | None = None
+    for step in range(1, config.num_steps + 1):
+        ratio = config.pruning_ratio * (step / config.num_steps)
+        stage = next_plan(
+            structure,
+            config,
+            partial(scores_of, step=step, ratio=ratio),
+            stage,
+            ratio,
+            model=model,
+            batches=batches,
+            latency=latency,
+            exponents=exponents,
+            preview=preview,
+            base_model_name_or_path=base_model_of(model),
+        )
+    assert stage is not None  # the last step reaches the ratio, or raises
+    plan = stage.plan
     if config.selection == "obs":
         assert batches is not None
         plan = select_repairable(model, structure, plan, batches, ridge=config.repair_ridge)
