@@ -203,6 +203,8 @@ def state_after(ladders: list[Ladder], taken: list[int], structure: Structure, *
         if name in kept:
             kept[name] = tuple(layer for layer in kept[name] if layer not in layers)
             widths[name] = len(kept[name])
+            if gone[name] <= layers:
+                del kept[name]  # only those of removed layers are gone, which that says
         elif name in widths:
             widths[name] -= len(layers)
     return State(kept, widths, layers, branches)

@@ -113,9 +113,8 @@ def _with_last_scores(scores: Mapping[str, Tensor], done: Stage) -> dict[str, Te
 
 def gone_units(plan: PruningPlan, axis: str) -> list[int]:
     """Units of `axis` that the plan removes, those of removed layers included."""
-    if axis in plan.vanished_axes:
-        return list(range(plan.num_units[axis]))
-    gone = set(range(plan.num_units[axis])) - set(plan.kept_indices.get(axis, range(plan.num_units[axis])))
+    everything = range(plan.num_units.get(axis, 0))  # none of an axis that cannot be pruned
+    gone = set(everything) - set(() if axis in plan.vanished_axes else plan.kept_indices.get(axis, everything))
     if axis in LAYER_AXES.values():
         gone |= plan.removed_layers
     return sorted(gone)
