@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_prune.allocation.spectral import hill_exponents
 from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
-from hf_prune.errors import CalibrationError
+from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.evaluation.latency import measure_latency
 from hf_prune.methods import METHODS, check_scores, score
 from hf_prune.methods.learned import LearnedScores
@@ -108,6 +108,11 @@ def decide(
     that the one before leaves, repaired where `config` says so.
     """
     known: dict[str, Tensor] = {} if scores is None else check_scores(scores, structure, config)
+    branches = {"layer_attention", "layer_mlp"} & set(config.axes)
+    if branches and config.num_steps > 1 and getattr(config, "criterion", "fisher") != "fisher":
+        raise ConfigError(  # these look for the weights of branches that are gone
+            f"criterion: {config.criterion!r} with num_steps above 1 scores no {sorted(branches)}; use 'fisher'."  # type: ignore[attr-defined]
+        )
 
     def scores_of(done: PruningPlan | None, step: int, ratio: float) -> dict[str, Tensor]:
         nonlocal known

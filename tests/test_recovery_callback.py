@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -218,6 +219,22 @@ def test_gradual_ends_in_a_small_model_that_computes_what_was_trained(tmp_path, 
     assert callback.plan == plans[-1]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("allocation", ["uniform", "global", "spectral", {"mlp": 2, "attention": 1}])
+@pytest.mark.parametrize(("standardise", "schedule"), [("none", "cubic"), ("zscore", "linear")])
+def test_a_model_that_does_not_change_ends_as_if_pruned_at_once(tmp_path, family, allocation, standardise, schedule):
+    """Norms of units do not change when others are masked."""
+    axes = ("mlp",) if allocation == "global" else ("mlp", "attention")
+    config = MagnitudeConfig(0.4, axes=axes, allocation=allocation, standardise=standardise)
+    if axes == ("mlp",):
+        config = dataclasses.replace(config, pruning_ratio=0.3)
+    model, expected = tiny_model(family), prune(tiny_model(family), config)
+    callback = PruningCallback(config, "gradual", end_step=6, every=1, schedule=schedule)
+    trainer_of(model, tmp_path, callback, learning_rate=0.0, optim="sgd").train()
+    assert callback.plan == expected.plan
+    assert same(model, expected.model)
+
+
 def test_training_masked_units_is_training_without_them(tmp_path):
     """Adam's moments, weight decay and gradient clipping: masked for good at step 2, or cut there."""
     options = {"weight_decay": 0.1, "max_grad_norm": 0.1}
@@ -353,6 +370,7 @@ def test_what_is_missing_is_said():
         (lambda: PruningCallback(MagnitudeConfig(0.999), "gradual"), {}, BudgetError, "99"),
         (lambda: PruningCallback(MagnitudeConfig(0.3, axes=("hidden",)), "gradual"), {}, ConfigError, "hidden"),
         (lambda: PruningCallback(MagnitudeConfig(0.3, num_steps=2), "gradual"), {}, ConfigError, "num_steps"),
+        (lambda: PruningCallback(MagnitudeConfig(0.3, allocation="search"), "gradual"), {}, ConfigError, "search"),
         (lambda: gradual(end_step=9), {}, ConfigError, "end_step: found 9"),
         (lambda: PruningCallback(MagnitudeConfig(0.3), "cut", begin_step=9), {}, ConfigError, "begin_step: found 9"),
         (

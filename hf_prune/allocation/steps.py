@@ -35,7 +35,7 @@ class Stage:
     plan: PruningPlan
     """What goes, for the dense model."""
     scores: dict[str, Tensor]
-    """Axis → last score of each unit of the dense model `[num_units]`; of a unit that goes, the one at which it went."""
+    """Axis → last score of each unit of the dense model `[num_units]`: of one that is gone, that at which it went."""
 
 
 def next_plan(
@@ -157,16 +157,14 @@ def for_pruned(
         outside = layer is not None and config.layers is not None and stay[layer] not in config.layers
         return outside or is_protected(config, _dense_name(name, stay))
 
-    names = {f"layers.{new}{branch}": None for new in range(len(stay)) for branch in ("", ".attention", ".mlp")}
-    protect = tuple(name for name in {**names, **dict.fromkeys(now.axes)} if stays_whole(name))
-    own = dataclasses.replace(
-        config, pruning_ratio=asked, axes=kinds, num_steps=1, layers=None, protect=protect
-    )
+    names = [f"layers.{new}{branch}" for new in range(len(stay)) for branch in ("", ".attention", ".mlp")]
+    protect = tuple(name for name in dict.fromkeys([*names, *now.axes]) if stays_whole(name))
+    own = dataclasses.replace(config, pruning_ratio=asked, axes=kinds, num_steps=1, layers=None, protect=protect)
     return now, own
 
 
 def in_dense_numbering(scores: Mapping[str, Tensor], structure: Structure, done: PruningPlan) -> dict[str, Tensor]:
-    """Scores of the model that `done` gives, put where these units are in the dense one; NaN for those that are gone."""
+    """Scores of the model that `done` gives, put where its units are in the dense one; NaN for those that are gone."""
     stay = _remaining_layers(structure, done)
     found = {}
     for name, values in scores.items():

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Schedule = Literal["linear", "cubic"]
 
+
 def ratio_at(step: int, *, begin_step: int, end_step: int, pruning_ratio: float, schedule: Schedule) -> float:
     """Fraction that is to be masked after optimizer step `step`.
 
