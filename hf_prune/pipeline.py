@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hf_prune.allocation.spectral import hill_exponents
+from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
 from hf_prune.config import PolicyGradientConfig
 from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.evaluation.latency import measure_latency
-from hf_prune.iterative import plan_in_steps
 from hf_prune.layers.price import price_of
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import check_offload, fingerprint, is_on_disk, open_model
@@ -27,6 +28,7 @@ from hf_prune.loading import load_tokenizer
 from hf_prune.methods import METHODS, check_scores, score
 from hf_prune.methods.learned import LearnedScores
 from hf_prune.repair import repair_, select_repairable
+from hf_prune.repair.preview import RepairPreview
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import PrunedLayers
 
@@ -177,30 +179,52 @@ def decide(
     scores: Mapping[str, Tensor] | None = None,
     work: WorkDir | None = None,
 ) -> tuple[PruningPlan, dict[str, Tensor]]:
-    """The first half of `prune`: which units stay, and the scores of the dense model. See there."""
+    """The first half of `prune`: which units stay, and the scores of the dense model. See there.
+
+    Step k of `config.num_steps` removes k/n of the ratio (LLM-Pruner's linear schedule); each is scored on the model
+    that the one before leaves, repaired where `config` says so.
+    """
     known: dict[str, Tensor] = {} if scores is None else check_scores(scores, structure, config)
-    steps = itertools.count()
 
-    def step(current: PreTrainedModel, now: Structure, own: PruningConfig) -> dict[str, Tensor]:
+    def scores_of(done: PruningPlan | None, ratio: float) -> dict[str, Tensor]:
         nonlocal known
-        stage = None if work is None else work.stage(f"scores-{next(steps)}")
-        if current is not model:
-            return _scored(current, now, own, batches, stage)
-        if not known:
-            known = _scored(model, structure, own, batches, stage)  # as it is: it may carry a history
-        return known
+        if done is None:
+            if not known:
+                own = dataclasses.replace(config, pruning_ratio=ratio, num_steps=1)
+                stage = None if work is None else work.stage("scores")
+                known = _scored(model, structure, own, batches, stage)  # as it is: it may carry a history
+            return known
+        current = carry_out(model, structure, done, config, batches, work)
+        task = for_pruned(structure, infer_structure(current), config, done, ratio)
+        if task is None:
+            return {}
+        stage = None if work is None else work.stage(f"scores-{_digest(done.to_json())}")
+        return in_dense_numbering(_scored(current, *task, batches, stage), structure, done)
 
-    plan = plan_in_steps(
-        model,
-        structure,
-        config,
-        step,
-        base_model_of(model),
-        carry_out=lambda done: carry_out(model, structure, done, config, batches, work),
-        batches=batches,
-        latency=latency,
-        work=work,
-    )
+    preview, exponents = None, None
+    if config.allocation in ("spectral", "search"):
+        exponents = hill_exponents(model, structure)
+    if config.allocation == "search" and config.repair == "least_squares":  # judge plans as repair will leave them
+        preview = RepairPreview(model, structure, batches or (), config.repair_ridge).applied
+    stage: Stage | None = None
+    for step in range(1, config.num_steps + 1):
+        ratio = config.pruning_ratio * (step / config.num_steps)
+        stage = next_plan(
+            structure,
+            config,
+            partial(scores_of, ratio=ratio),
+            stage,
+            ratio,
+            model=model,
+            batches=batches,
+            latency=latency,
+            exponents=exponents,
+            preview=preview,
+            work=work,
+            base_model_name_or_path=base_model_of(model),
+        )
+    assert stage is not None  # the last step reaches the ratio, or raises
+    plan = stage.plan
     if config.selection == "obs":
         assert batches is not None
         own = None if work is None else work.stage(f"selection-{_digest(plan.to_json())}")

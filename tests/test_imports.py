@@ -37,7 +37,6 @@ STAGES = {
     "evaluation.figures": 6,
     "evaluation.report": 6,  # draws the picture that checkpoints carry
     "evaluation.learning_curve": 6,  # likewise
-    "iterative": 6,
     "pipeline": 7,
     "modeling": 8,
 }

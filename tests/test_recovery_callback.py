@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 
@@ -20,9 +21,10 @@ from hf_prune import (
     lora_config,
     prune,
 )
+from hf_prune.allocation.steps import gone_units
 from hf_prune.errors import BudgetError, CalibrationError, CheckpointError, ConfigError
 from hf_prune.recovery import callback as callback_module
-from hf_prune.recovery.gradual import ZeroedUnits, gone_units, next_plan, ratio_at
+from hf_prune.recovery.gradual import ZeroedUnits, ratio_at
 from hf_prune.recovery.lora import add_adapters
 from hf_prune.surgery.masking import masked
 
@@ -110,28 +112,6 @@ def test_zeroed_weights_compute_what_the_masked_model_does(family):
     ZeroedUnits(model, structure, plan).zero_()
     assert not torch.allclose(expected, dense)
     torch.testing.assert_close(logits(model), expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("axes", [("mlp", "attention"), ("layer",), ("layer_mlp", "attention")])
-@pytest.mark.parametrize("allocation", ["uniform", "global"])
-def test_masked_units_stay_masked_whatever_the_scores(axes, allocation):
-    structure = shared_structure("llama")
-    config = MagnitudeConfig(0.6, axes=axes, allocation=allocation)
-    generator, plan = torch.Generator().manual_seed(0), None
-    names = [axis.name for axis in callback_axes(structure, config)]
-    for ratio in (0.01, 0.2, 0.35, 0.5, 0.6):
-        scores = {name: torch.rand(structure.axes[name].num_units, generator=generator) for name in names}
-        now = next_plan(structure, config, scores, plan, ratio, None)
-        for name in names if plan is not None else ():
-            assert set(gone_units(plan, name)) <= set(gone_units(now, name))
-        plan = now
-    assert plan.achieved["decoder"] == pytest.approx(0.6, abs=0.17 if axes == ("layer",) else 0.02)
-
-
-def callback_axes(structure, config):
-    from hf_prune.config import selected_axes
-
-    return selected_axes(structure, config)
 
 
 # --- start ------------------------------------------------------------------------------------------------------------
@@ -237,6 +217,22 @@ def test_gradual_ends_in_a_small_model_that_computes_what_was_trained(tmp_path, 
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), model)
     trainer.train()  # goes on as the training of a small model
     assert callback.plan == plans[-1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+@pytest.mark.parametrize("allocation", ["uniform", "global", "spectral", {"mlp": 2, "attention": 1}])
+@pytest.mark.parametrize(("standardise", "schedule"), [("none", "cubic"), ("zscore", "linear")])
+def test_a_model_that_does_not_change_ends_as_if_pruned_at_once(tmp_path, family, allocation, standardise, schedule):
+    """Norms of units do not change when others are masked."""
+    axes = ("mlp",) if allocation == "global" else ("mlp", "attention")
+    config = MagnitudeConfig(0.4, axes=axes, allocation=allocation, standardise=standardise)
+    if axes == ("mlp",):
+        config = dataclasses.replace(config, pruning_ratio=0.3)
+    model, expected = tiny_model(family), prune(tiny_model(family), config)
+    callback = PruningCallback(config, "gradual", end_step=6, every=1, schedule=schedule)
+    trainer_of(model, tmp_path, callback, learning_rate=0.0, optim="sgd").train()
+    assert callback.plan == expected.plan
+    assert same(model, expected.model)
 
 
 def test_training_masked_units_is_training_without_them(tmp_path):
@@ -374,6 +370,7 @@ def test_what_is_missing_is_said():
         (lambda: PruningCallback(MagnitudeConfig(0.999), "gradual"), {}, BudgetError, "99"),
         (lambda: PruningCallback(MagnitudeConfig(0.3, axes=("hidden",)), "gradual"), {}, ConfigError, "hidden"),
         (lambda: PruningCallback(MagnitudeConfig(0.3, num_steps=2), "gradual"), {}, ConfigError, "num_steps"),
+        (lambda: PruningCallback(MagnitudeConfig(0.3, allocation="search"), "gradual"), {}, ConfigError, "search"),
         (lambda: gradual(end_step=9), {}, ConfigError, "end_step: found 9"),
         (lambda: PruningCallback(MagnitudeConfig(0.3), "cut", begin_step=9), {}, ConfigError, "begin_step: found 9"),
         (

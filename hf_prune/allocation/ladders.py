@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Axis, Structure
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ class Ladder:
     """Cost of the dearest unit."""
     total_cost: float
     """Cost of all units of the axis."""
+    num_taken: int = 0
+    """The first steps, taken by an earlier plan: every plan takes them."""
 
     def removed(self, num_steps: int) -> Ints:
         """Units that are gone after so many steps."""
@@ -53,7 +57,7 @@ class Ladder:
     def without_steps(self) -> Ladder:
         """The ladder of an axis that stays whole."""
         none = np.zeros(0)
-        return replace(self, ends=np.zeros(0, np.int64), scores=none, costs=none)
+        return replace(self, ends=np.zeros(0, np.int64), scores=none, costs=none, num_taken=0)
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,16 @@ def rounding(axis: Axis, config: PruningConfig) -> int:
 
 
 def make_ladders(
-    scores: Mapping[str, Tensor], costs: Mapping[str, Floats], structure: Structure, config: PruningConfig
+    scores: Mapping[str, Tensor],
+    costs: Mapping[str, Floats],
+    structure: Structure,
+    config: PruningConfig,
+    gone: PruningPlan | None = None,
 ) -> list[Ladder]:
     """One ladder per axis of `scores`; `costs` are those of each unit `[num_units]`.
 
-    A whole layer may go only where its branches may, so that floors hold for what is left.
+    A whole layer may go only where its branches may, so that floors hold for what is left. What `gone` removes comes
+    first on its ladder, as steps that are taken; the axes of a layer that is gone cost nothing and stay as they are.
     """
     axes = [structure.axes[name] for name in scores]
     found: dict[str, Ladder] = {}
@@ -92,21 +101,46 @@ def make_ladders(
             movable[[unit for unit in range(axis.num_units) if not _may_go(structure, axis, unit, config)]] = False
         if axis.name == "layers":
             movable[list(must_stay)] = False
-        ladder = _ladder(axis, scores[axis.name].double().numpy(), costs[axis.name], movable, config)
+        taken = np.zeros(axis.num_units, dtype=bool)
+        taken[sorted(_taken(gone, axis))] = True
+        before = taken.copy()
+        if axis.kind == "layer" and gone is not None:
+            before[sorted(gone.removed_layers)] = True  # their branches count as going first, whatever their scores
+        values = scores[axis.name].double().numpy()
+        ladder = _ladder(axis, values, costs[axis.name], movable | before, config, taken, before)
         if axis.kind == "layer":
             must_stay |= set(range(axis.num_units)) - set(ladder.removed(len(ladder.ends)).tolist())
         found[axis.name] = ladder
     return [found[axis.name] for axis in axes]
 
 
-def _ladder(axis: Axis, scores: Floats, costs: Floats, movable: npt.NDArray[np.bool_], config: PruningConfig) -> Ladder:
+def _taken(gone: PruningPlan | None, axis: Axis) -> frozenset[int]:
+    """Units that `gone` removes by themselves: not those that go with their layer or branch."""
+    if gone is None or axis.name in gone.vanished_axes:
+        return frozenset()
+    if axis.name == "layers":
+        return gone.removed_layers
+    if axis.kind == "layer":
+        return frozenset(layer for layer, branch in gone.removed_branches if axis.name == f"layers.{branch}")
+    return frozenset(range(axis.num_units)) - frozenset(gone.kept_indices.get(axis.name, range(axis.num_units)))
+
+
+def _ladder(
+    axis: Axis, scores: Floats, costs: Floats, movable: Bools, config: PruningConfig, taken: Bools, before: Bools
+) -> Ladder:
     multiple = rounding(axis, config)
-    order = np.argsort(scores, kind="stable").astype(np.int64)
-    order = order[movable[order]]
     floor = math.ceil(config.min_units / multiple) * multiple
-    most = min(len(order), axis.num_units - floor)
+    most = min(int(movable.sum()), axis.num_units - floor)
     first = axis.num_units % multiple or multiple
+    order = np.lexsort((scores, ~before))
+    may_go = np.zeros(axis.num_units, dtype=bool)
+    may_go[order[movable[order]][:most]] = True
+    order = np.lexsort((scores, ~may_go, ~taken))
+    order = order[movable[order]]
     ends = np.arange(first, most + 1, multiple, dtype=np.int64)
+    num_gone = int(taken.sum())
+    if num_gone:
+        ends = np.union1d(ends, num_gone)
     starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
     return Ladder(
         axis=axis,
@@ -119,12 +153,14 @@ def _ladder(axis: Axis, scores: Floats, costs: Floats, movable: npt.NDArray[np.b
         step=multiple,
         unit_cost=float(costs.max()),
         total_cost=float(costs.sum()),
+        num_taken=int(np.searchsorted(ends, num_gone, side="right")),
     )
 
 
 def _sums(values: Floats, starts: Ints, ends: Ints) -> Floats:
-    total = np.concatenate([np.zeros(1), np.cumsum(values)])
-    sums: Floats = total[ends] - total[starts]
+    if not len(ends):
+        return np.zeros(0)
+    sums: Floats = np.add.reduceat(values[: ends[-1]], starts)  # each on its own: one huge score drowns no other
     return sums
 
 
@@ -167,6 +203,8 @@ def state_after(ladders: list[Ladder], taken: list[int], structure: Structure, *
         if name in kept:
             kept[name] = tuple(layer for layer in kept[name] if layer not in layers)
             widths[name] = len(kept[name])
+            if gone[name] <= layers:
+                del kept[name]  # only those of removed layers are gone, which that says
         elif name in widths:
             widths[name] -= len(layers)
     return State(kept, widths, layers, branches)

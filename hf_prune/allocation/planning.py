@@ -49,6 +49,7 @@ def allocate(
     exponents: Mapping[int, float] | None = None,
     preview: Preview | None = None,
     work: WorkDir | None = None,
+    gone: PruningPlan | None = None,
     base_model_name_or_path: str | None = None,
 ) -> PruningPlan:
     """Decide which units stay.
@@ -73,6 +74,8 @@ def allocate(
         exponents: decoder layer → Hill exponent, if already known; saves `spectral` and `search` the spectra.
         preview: for `search` of plans that will be repaired: see `search`.
         work: for `search`: keeps what was measured.
+        gone: a plan of the same axes and a smaller ratio, all of whose units go (see `steps`); they count for the
+            ratio, their scores for the statistics of their axis only.
         base_model_name_or_path: recorded in the plan.
 
     Returns:
@@ -85,14 +88,16 @@ def allocate(
         ConfigError: `layers`, `protect` or the mapping name what the model does not have; or the model, or the latency
             table, is needed and missing.
         CalibrationError: `search` without batches.
-        PlanError: the latency table was measured on another model.
+        PlanError: the latency table was measured on another model, or `gone` made for another.
         BudgetError: the ratio is out of reach, or so small that nothing would go.
     """
     _check_inputs(config, model, batches, exponents)
+    if gone is not None:
+        gone.check(structure)
     checked = check_scores(scores, structure, config)
     _warn_blocked(structure, config)
     costs = unit_costs(structure, [structure.axes[name] for name in checked], config, latency)
-    ladders = make_ladders(checked, costs, structure, config)
+    ladders = make_ladders(checked, costs, structure, config, gone)
     if not any(len(ladder.ends) for ladder in ladders):
         raise nothing_goes(config, "round_to, min_units, layers and protect leave no unit that may go")
     if exponents is None and model is not None and config.allocation in ("spectral", "search"):

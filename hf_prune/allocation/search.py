@@ -198,10 +198,11 @@ def _weights(start: Start) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
 def _swapped(ladder: Ladder, steps: int, draws: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Ladder:
     """A ladder of layers where, every other time, one that goes and one that stays change places."""
     stays = len(ladder.order) - steps
-    if not steps or not stays or draws[0] < 0.5:
+    first = int(ladder.ends[ladder.num_taken - 1]) if ladder.num_taken else 0  # those before went earlier
+    if steps <= first or not stays or draws[0] < 0.5:
         return ladder
     order = ladder.order.copy()
-    one, other = int(draws[1] * steps), steps + int(draws[2] * stays)
+    one, other = first + int(draws[1] * (steps - first)), steps + int(draws[2] * stays)
     order[[one, other]] = order[[other, one]]
     return dataclasses.replace(ladder, order=order)
 

@@ -43,7 +43,7 @@ def by_score(ladders: list[Ladder], standardise: str) -> tuple[Ints, Ints]:
 
 
 def step_values(ladders: list[Ladder], standardise: str) -> list[Floats]:
-    """What each step is worth where axes compete, never falling along a ladder.
+    """What each step is worth where axes compete, never falling along a ladder; taken steps come before all others.
 
     `none`: score per cost; `sum`: share of the axis's total score, per cost. `mean` and `zscore` compare units with
     the others of their axis, whatever they cost: the cost then matters to the budget only.
@@ -58,7 +58,8 @@ def step_values(ladders: list[Ladder], standardise: str) -> list[Floats]:
         else:
             total = abs(ladder.mean) * ladder.axis.num_units if standardise == "sum" else 1.0
             value = ladder.scores / (total or 1.0) / np.maximum(ladder.costs, 1)
-        values.append(np.maximum.accumulate(value))
+        num_taken = ladder.num_taken
+        values.append(np.append(np.full(num_taken, -np.inf), np.maximum.accumulate(value[num_taken:])))
     return values
 
 
@@ -143,7 +144,7 @@ def shares_of_mapping(ladders: list[Ladder], structure: Structure, config: Pruni
 def nearest_prefix(
     ladders: list[Ladder], sequence: tuple[Ints, Ints], spending: Spending, config: PruningConfig
 ) -> list[int]:
-    """Steps that each ladder takes in the prefix nearest to the asked ratio.
+    """Steps that each ladder takes in the prefix nearest to the asked ratio, those included that are taken already.
 
     Raises:
         BudgetError: the ratio is out of reach, or so small that nothing would go.
@@ -152,9 +153,12 @@ def nearest_prefix(
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
     ranks = np.split(rank, np.cumsum([len(ladder.ends) for ladder in ladders])[:-1])
+    already = [ladder.num_taken for ladder in ladders]
 
     def taken(cut: int) -> list[int]:
-        return [int(np.searchsorted(own, cuts[cut])) for own in ranks] if cut >= 0 else [0] * len(ladders)
+        if cut < 0:
+            return already
+        return [max(int(np.searchsorted(own, cuts[cut])), least) for own, least in zip(ranks, already, strict=True)]
 
     def removed(cut: int) -> float:
         return spending.removed(taken(cut))
@@ -164,13 +168,13 @@ def nearest_prefix(
     if target - most > spending.one_step_each / 2:
         raise out_of_reach(config, f"at most {most / spending.base:.4f} of {config.budget}")
     best = _nearest(removed, len(cuts), target)
-    if best < 0:
+    if best < 0 and not any(already):
         raise nothing_goes(config, f"the smallest step removes {removed(0) / spending.base:.4f} of {config.budget}")
     return taken(best)
 
 
 def _nearest(removed: Callable[[int], float], num_cuts: int, target: float) -> int:
-    """The cut nearest to `target`, the earlier one of two; -1 if removing nothing is nearest."""
+    """The cut nearest to `target`, the earlier one of two; -1 if removing nothing more is nearest."""
     low, high = -1, num_cuts - 1  # removed(low) < target; the first cut that reaches it is in (low, high]
     while high - low > 1:
         middle = (low + high) // 2
@@ -183,7 +187,7 @@ def units_of_axis(ladder: Ladder, config: PruningConfig) -> int:
     total = ladder.axis.num_units
     target = total - round(total * (1 - config.pruning_ratio))
     reached = np.append(0, ladder.ends)
-    steps = int(np.abs(reached - target).argmin())
+    steps = max(int(np.abs(reached - target).argmin()), ladder.num_taken)
     if target - reached[steps] > ladder.step:
         raise out_of_reach(config, f"{int(reached[-1])} of {total} units of {ladder.axis.name}")
     return steps

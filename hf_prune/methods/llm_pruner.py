@@ -168,7 +168,7 @@ class _Importance:
                 [v[unit] for n, v in per_parameter.items() if self.structure.owners[n].layer == unit]
                 for unit in range(axis.num_units)
             ]
-            return torch.stack([_combine(torch.stack(found)[:, None], how)[0] for found in parts])
+            return torch.stack([_combine(torch.stack(p)[:, None], how)[0] if p else torch.zeros(()) for p in parts])
         names = list(per_parameter)
         if how == "last":
             consumers = {member.parameter for member in self.structure.members[axis.name] if member.role == "consumer"}

@@ -11,13 +11,15 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from hf_prune.allocation import hill_exponents
+from hf_prune.allocation.steps import Stage, next_plan
 from hf_prune.checkpoint.files import agrees
 from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError
 from hf_prune.methods import METHODS, score
 from hf_prune.pipeline import base_model_of, calibration_data, prune
 from hf_prune.plan import PruningPlan
-from hf_prune.recovery.gradual import Schedule, ZeroedUnits, check_maskable, next_plan, ratio_at
+from hf_prune.recovery.gradual import Schedule, ZeroedUnits, check_maskable, ratio_at
 from hf_prune.recovery.processes import launcher, of_first_process, shards_on_load
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.in_place import apply_plan_, become_
@@ -85,7 +87,8 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         self.begin_step, self.end_step, self.every = begin_step, end_step, every
         self.calibration, self.batch_size = _as_batches(calibration), batch_size
         self.progress: dict[str, Any] = {}
-        """What a checkpoint keeps: the plan in force, the scores if they are computed once, whether it is sliced."""
+        """What a checkpoint keeps: the plan in force, the last scores, for allocation `spectral` the exponents of the
+        dense model, and whether it is sliced."""
         self._structure: Structure | None = None
         self._zeroed: ZeroedUnits | None = None
         self._entry: dict[str, float] = {}
@@ -304,28 +307,43 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         if (plan := self.plan) is not None:
             self._hold(model, plan)
         elif not self.progress:  # nothing is masked yet; that the final ratio can be reached is checked here
-            scores = self._scores(model, tokenizer)
-            next_plan(self._structure, self.pruning, scores, None, self.pruning.pruning_ratio, None)
-            if not self.rescore:
-                self.progress = {"scores": {name: values.tolist() for name, values in scores.items()}}
+            if self.pruning.allocation == "spectral":
+                exponents = hill_exponents(model, self._structure)
+                self.progress["exponents"] = [exponents[layer] for layer in sorted(exponents)]
+            last = self._next(model, self.pruning.pruning_ratio, tokenizer)
+            if last is not None and not self.rescore:
+                self.progress["scores"] = _as_lists(last.scores)
 
-    def _scores(self, model: PreTrainedModel, tokenizer: Any) -> dict[str, Tensor]:
-        if "scores" in self.progress:
-            return {name: torch.tensor(values) for name, values in self.progress["scores"].items()}
+    def _next(self, model: PreTrainedModel, pruning_ratio: float, tokenizer: Any) -> Stage | None:
+        """What is to be masked at this ratio."""
         assert isinstance(self.pruning, PruningConfig)
         assert self._structure is not None
-        batches = calibration_data(self.pruning, tokenizer, self.calibration, self.batch_size)
-        return score(model, self._structure, self.pruning, batches=batches)
+        config, structure, before = self.pruning, self._structure, self.plan
+        last = {name: torch.tensor(values) for name, values in self.progress.get("scores", {}).items()}
+
+        def scores_of(done: PruningPlan | None) -> Mapping[str, Tensor]:
+            if last and not self.rescore:
+                return last
+            batches = calibration_data(config, tokenizer, self.calibration, self.batch_size)
+            return score(model, structure, config, batches=batches)
+
+        return next_plan(
+            structure,
+            config,
+            scores_of,
+            None if before is None else Stage(before, last),
+            pruning_ratio,
+            exponents=dict(enumerate(self.progress.get("exponents", []))),
+            base_model_name_or_path=base_model_of(model),
+        )
 
     def _mask(self, model: PreTrainedModel, pruning_ratio: float, tokenizer: Any) -> None:
-        assert isinstance(self.pruning, PruningConfig)
-        assert self._structure is not None
-        before = self.plan
-        scores, base = self._scores(model, tokenizer), base_model_of(model)
-        plan = next_plan(self._structure, self.pruning, scores, before, pruning_ratio, base)
-        plan = None if plan is None else of_first_process(plan)
-        if plan is not None and plan != before:
-            self.progress = {**self.progress, "plan": plan.to_dict()}
+        before, now = self.plan, self._next(model, pruning_ratio, tokenizer)
+        if now is None:
+            return
+        plan = of_first_process(now.plan)
+        self.progress = {**self.progress, "plan": plan.to_dict(), "scores": _as_lists(now.scores)}
+        if plan != before:
             self._hold(model, plan)
 
     def _hold(self, model: PreTrainedModel, plan: PruningPlan) -> None:
@@ -379,6 +397,10 @@ def _as_batches(calibration: Any) -> str | list[Mapping[str, Any]] | None:
     if batches and not isinstance(batches[0], Mapping):
         batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in map(torch.tensor, batches)]
     return batches
+
+
+def _as_lists(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    return {name: values.tolist() for name, values in scores.items()}
 
 
 def _pruning_of(model: Any) -> dict[str, Any] | None:

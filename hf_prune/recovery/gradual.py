@@ -1,22 +1,17 @@
-"""Gradual pruning: how much goes when, which units, and weights that stay zero until they are sliced."""
+"""Gradual pruning: how much goes when, and weights that stay zero until they are sliced."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.allocation import allocate
-from hf_prune.config import LAYER_AXES
-from hf_prune.errors import BudgetError, ConfigError
+from hf_prune.errors import ConfigError
 from hf_prune.structure import layouts as lay
 from hf_prune.surgery.masking import keep_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch.utils.hooks import RemovableHandle
 
     from hf_prune.config import PruningConfig
@@ -24,9 +19,6 @@ if TYPE_CHECKING:
     from hf_prune.structure.structure import Structure
 
 Schedule = Literal["linear", "cubic"]
-
-_GONE = -1e30
-"""Score of a unit that is masked already: finite, and below every other."""
 
 
 def ratio_at(step: int, *, begin_step: int, end_step: int, pruning_ratio: float, schedule: Schedule) -> float:
@@ -47,62 +39,24 @@ def check_maskable(structure: Structure, config: PruningConfig) -> None:
     """Refuse what masks cannot stand for.
 
     Raises:
-        ConfigError: the hidden axis, which norms see whole; or several steps, which are the schedule's.
+        ConfigError: the hidden axis, which norms see whole; a search, whose dense model is trained meanwhile; or
+            several steps, which are the schedule's.
     """
     if "hidden" in config.axes:
         raise ConfigError(
             "axes: found 'hidden', which cannot be masked while training (norms see every channel); "
             "use mode 'start' for it."
         )
+    if config.allocation == "search":
+        raise ConfigError(
+            "allocation: found 'search', which compares plans with the dense model, and that changes while training; "
+            "use another allocation, or mode 'start'."
+        )
     if config.num_steps > 1:
         raise ConfigError(f"num_steps: found {config.num_steps}, expected 1: the schedule of the callback takes steps.")
     repair = getattr(config, "repair", "none")
     if repair != "none":
         raise ConfigError(f"repair: found {repair!r}, expected 'none': masked weights are trained, not repaired.")
-
-
-def next_plan(
-    structure: Structure,
-    config: PruningConfig,
-    scores: Mapping[str, Tensor],
-    masked: PruningPlan | None,
-    pruning_ratio: float,
-    base_model_name_or_path: str | None,
-) -> PruningPlan | None:
-    """The plan at `pruning_ratio`; units that are masked already stay masked.
-
-    Args:
-        structure: structure of the dense model.
-        config: what was asked; its own ratio is the final one.
-        scores: of the current weights, `[num_units]` per selected axis.
-        masked: the plan in force, if any.
-        pruning_ratio: what to remove now.
-        base_model_name_or_path: recorded in the plan.
-
-    Returns:
-        The plan; `masked` itself if the ratio is too small to remove anything more.
-    """
-    pinned = {name: values.clone() for name, values in scores.items()}
-    if masked is not None:
-        for name, values in pinned.items():
-            values[gone_units(masked, name)] = _GONE
-    now = dataclasses.replace(config, pruning_ratio=pruning_ratio)
-    try:
-        return allocate(pinned, structure, now, base_model_name_or_path=base_model_name_or_path)
-    except BudgetError:
-        if pruning_ratio == config.pruning_ratio:
-            raise
-        return masked  # the first steps of a schedule may be smaller than one unit
-
-
-def gone_units(plan: PruningPlan, axis: str) -> list[int]:
-    """Units of `axis` that the plan removes, those of removed layers included."""
-    if axis in plan.vanished_axes:
-        return list(range(plan.num_units[axis]))
-    gone = set(range(plan.num_units[axis])) - set(plan.kept_indices.get(axis, range(plan.num_units[axis])))
-    if axis in LAYER_AXES.values():
-        gone |= plan.removed_layers
-    return sorted(gone)
 
 
 class ZeroedUnits:
