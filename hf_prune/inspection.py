@@ -11,11 +11,11 @@ import torch
 from hf_prune.allocation import allocate
 from hf_prune.config import AxisKind, RandomConfig, axes_of_kind
 from hf_prune.errors import BudgetError, ConfigError, StructureError
+from hf_prune.layers.masking import masked
 from hf_prune.layers.weights import inference, input_device
 from hf_prune.methods import score
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.expressing import family, find_knobs
-from hf_prune.surgery.masking import masked
 from hf_prune.surgery.pruning import apply_plan
 
 if TYPE_CHECKING:

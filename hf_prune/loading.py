@@ -1,17 +1,25 @@
-"""Load a model, its config and its tokenizer by name, for the command line: what goes wrong says what to do."""
+"""Load a model, its config and its tokenizer by name: what goes wrong says what to do."""
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_prune.errors import CheckpointError, ConfigError, HFPruneError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+LayersOn = Literal["auto", "memory", "disk"]
+
+MEMORY_SHARE = 0.4
+"""`auto` keeps a model in memory if it takes at most this share of what is free: the pruned one comes beside it."""
 
 # It warns of every access that our configs allow on purpose.
 logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").setLevel(logging.ERROR)
@@ -74,6 +82,60 @@ def load_model(
     if on_disk:
         check_offload(model)
     return model.to(device).eval() if device is not None and not on_disk else model.eval()  # type: ignore[no-any-return]
+
+
+def open_model(
+    source: str | Path,
+    *,
+    layers_on: LayersOn = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
+    folder: Path | None = None,
+) -> PreTrainedModel:
+    """Load a causal LM for pruning, in evaluation mode: as a whole, or with its decoder layers left on disk.
+
+    Args:
+        source: directory or Hub id of a safetensors checkpoint.
+        layers_on: `memory`; `disk`: one layer at a time comes to `device`; `auto`: in memory if there is room for it.
+        device: where layers run; default: the CPU.
+        dtype: of the weights in memory, such as `bfloat16`; default: the checkpoint's own.
+        folder: for tensors that the files hold under another shape (fused experts); default: a temporary one, which
+            goes with the model.
+
+    Raises:
+        ConfigError: no such choice, device or dtype.
+        CheckpointError: there is no such model, or it is damaged, or its layers cannot be left on disk.
+    """
+    from hf_prune.layers.weights import free_memory
+    from hf_prune.structure.inference import infer_structure
+
+    if layers_on not in get_args(LayersOn):
+        raise ConfigError(f"layers_on: found {layers_on!r}, expected one of {get_args(LayersOn)}.")
+    if layers_on == "memory":
+        return load_model(str(source), device=device, dtype=dtype)
+    structure = infer_structure(load_config(str(source)))
+    if layers_on == "auto":
+        needed = structure.num_parameters() * _itemsize(str(source), dtype)
+        if needed <= MEMORY_SHARE * free_memory(device):
+            return load_model(str(source), device=device, dtype=dtype)
+    own = Path(tempfile.mkdtemp(prefix="hf_prune-")) if folder is None else folder
+    try:
+        model = load_model(str(source), device=device, dtype=dtype, on_disk=structure.layer_paths, folder=own)
+    except BaseException:
+        if folder is None:
+            shutil.rmtree(own, ignore_errors=True)
+        raise
+    if folder is None:
+        weakref.finalize(model, shutil.rmtree, own, ignore_errors=True)
+    return model
+
+
+def _itemsize(source: str, dtype: str | None) -> int:
+    import torch
+
+    name = dtype or getattr(load_config(source), "dtype", None) or torch.float32
+    found = getattr(torch, name) if isinstance(name, str) else name
+    return int(found.itemsize)
 
 
 def load_tokenizer(name: str, *, required: bool) -> PreTrainedTokenizerBase | None:

@@ -22,9 +22,9 @@ from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.evaluation.latency import measure_latency
 from hf_prune.layers.price import price_of
 from hf_prune.layers.walk import Walk
-from hf_prune.layers.weights import check_offload, fingerprint, is_on_disk, open_model
+from hf_prune.layers.weights import check_offload, fingerprint, is_on_disk
 from hf_prune.layers.work import WorkDir
-from hf_prune.loading import load_tokenizer
+from hf_prune.loading import load_tokenizer, open_model
 from hf_prune.methods import METHODS, check_scores, score
 from hf_prune.methods.learned import LearnedScores
 from hf_prune.repair import repair_, select_repairable
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
-    from hf_prune.layers.weights import LayersOn
+    from hf_prune.loading import LayersOn
     from hf_prune.methods.learned import Step
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure

@@ -20,27 +20,28 @@ STAGES = {
     "checkpoint.loud": 0,
     "errors": 0,
     "atomic": 0,
-    "least_squares": 1,
     "structure": 1,
     "config": 1,
     "data": 1,
     "plan": 2,
-    "methods": 3,
-    "allocation": 4,
-    "surgery": 5,
-    "surgery.masking": 2,  # methods that learn masks run the masked model
-    "checkpoint": 6,
-    "latency": 3,  # a table of numbers
-    "evaluation.perplexity": 6,
-    "evaluation.speed": 6,
-    "evaluation.latency": 6,  # prune() measures where the budget is time
-    "evaluation.figures": 6,
-    "evaluation.report": 6,  # draws the picture that checkpoints carry
-    "evaluation.learning_curve": 6,  # likewise
-    "pipeline": 7,
-    "modeling": 8,
+    "latency": 2,  # a table of numbers
+    "layers": 3,  # what runs layers
+    "loading": 3,
+    "methods": 4,
+    "allocation": 5,
+    "surgery": 6,
+    "repair": 7,
+    "evaluation.perplexity": 7,
+    "evaluation.speed": 7,
+    "evaluation.latency": 7,  # prune() measures where the budget is time
+    "evaluation.figures": 7,
+    "evaluation.report": 7,  # draws the picture that checkpoints carry
+    "evaluation.learning_curve": 7,  # likewise
+    "checkpoint": 8,
+    "pipeline": 9,
+    "modeling": 10,
 }
-LAST = 9  # evaluation, recovery, export, command line: on top of everything
+LAST = 11  # evaluation, recovery, export, command line: on top of everything
 
 
 def modules() -> dict[str, Path]:
@@ -103,8 +104,8 @@ def test_imports_go_one_way():
 def test_the_stages_are_seen():
     """The parser above finds imports at all."""
     assert {"errors", "methods", "surgery.pruning"} <= imports_of("pipeline", PACKAGE / "pipeline.py")
-    assert stage("surgery.slicing") == 5
-    assert stage("checkpoint.saving") == 6
+    assert stage("surgery.slicing") == 6
+    assert stage("checkpoint.saving") == 8
     assert stage("checkpoint.per_layer") == 0
 
 

@@ -31,7 +31,8 @@ from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, StructureError
 from hf_prune.layers import boundaries
 from hf_prune.layers.walk import Walk
-from hf_prune.layers.weights import is_on_disk, open_model, resident
+from hf_prune.layers.weights import is_on_disk, resident
+from hf_prune.loading import open_model
 from hf_prune.methods import score
 from hf_prune.structure.inference import infer_structure
 
@@ -172,7 +173,7 @@ def test_one_layer_is_resident_at_a_time(checkpoint, monkeypatch):
 
 
 def test_boundaries_may_be_few_or_on_disk(checkpoint, monkeypatch):
-    family, _, dense = checkpoint
+    _, _, dense = checkpoint
     structure = infer_structure(dense)
     names = [name for name in structure.counted("decoder") if len(structure.layouts[name]) == 2]
 
@@ -213,7 +214,7 @@ def test_weights_come_and_go(checkpoint):
         assert torch.equal(model(input_ids=ids).logits, dense(input_ids=ids).logits)
 
 
-# --- half precision, other sources --------------------------------------------------------------------------------------
+# --- half precision, other sources ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -254,7 +255,7 @@ def test_temporary_files_go_with_the_models(tmp_path, monkeypatch):
     assert not list((tmp_path / "tmp").iterdir())
 
 
-# --- work directory -------------------------------------------------------------------------------------------------------
+# --- work directory ---------------------------------------------------------------------------------------------------
 
 RESUMED = {
     "fisher": LLMPrunerConfig(0.3, num_samples=6, seq_len=16, selection="obs", repair="least_squares"),
@@ -277,7 +278,7 @@ def arguments(tmp_path, config, work, output, where):
     return [sys.executable, "-c", RUN, *map(str, values)]
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818
     pass
 
 
@@ -362,7 +363,7 @@ def test_scores_are_kept_for_other_ratios(tmp_path, monkeypatch):
         prune(other, WandaConfig(0.3), **options)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 def test_bad_input_is_refused_before_work(tmp_path, monkeypatch):
@@ -378,7 +379,7 @@ def test_bad_input_is_refused_before_work(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="'nowhere'"):
         prune("nowhere", RandomConfig(0.3), layers_on="disk")
     (tmp_path / "file").write_text("x")
-    with pytest.raises(CheckpointError, match="the work directory .* cannot be written"):
+    with pytest.raises(CheckpointError, match=r"the work directory .* cannot be written"):
         prune(dense, RandomConfig(0.3), work_dir=tmp_path / "file")
     with pytest.raises(CheckpointError, match="has no data"):
         prune(dense.to("meta"), RandomConfig(0.3))

@@ -195,7 +195,7 @@ def test_sum_of_squares_weighs_the_second_term_of_mixed_as_the_paper_does():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_fisher_is_the_squared_derivative_by_a_mask(name):
     """Against finite differences of the loss in float64: a mask on one unit at a time, one sample at a time."""
-    from hf_prune.surgery.masking import mask_axis
+    from hf_prune.layers.masking import mask_axis
 
     model = tiny_model(name).double()
     model.set_experts_implementation("eager")

@@ -109,10 +109,7 @@ def test_scores_are_those_of_a_slow_reference(family, axis):
     model, structure, batches = tiny_model(family), shared_structure(family), calibration()
     consumer = only_consumer(model, structure, axis)
     module = model.get_submodule(consumer.module_path)
-    if family == "mixtral":
-        seen = observed_experts(model, module, batches)
-    else:
-        seen = [observed(model, module, batches)]
+    seen = observed_experts(model, module, batches) if family == "mixtral" else [observed(model, module, batches)]
     num_tokens = sum(batch["input_ids"].numel() for batch in batches)
     weight = model.get_parameter(consumer.parameter).detach()
     weights = {"llama": [weight], "gpt2": [weight.mT], "mixtral": list(weight)}[family]

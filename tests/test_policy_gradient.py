@@ -13,6 +13,7 @@ from models import make_plan, random_kept, shared_model, shared_structure, tiny_
 from hf_prune.allocation import allocate
 from hf_prune.config import PolicyGradientConfig
 from hf_prune.errors import BudgetError, CalibrationError, CheckpointError, ConfigError, ScoreError, StructureError
+from hf_prune.layers.masking import keep_mask
 from hf_prune.layers.walk import Walk
 from hf_prune.methods import METHODS, score
 from hf_prune.methods.policy_gradient import as_scores, learn_policy, training
@@ -26,7 +27,6 @@ from hf_prune.methods.policy_gradient.policy import (
     soft_profile,
 )
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.masking import keep_mask
 
 CPU = torch.device("cpu")
 QUICK = {

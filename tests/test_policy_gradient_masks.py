@@ -12,11 +12,11 @@ from models import FAMILIES, logits, make_plan, random_kept, shared_model, share
 
 from hf_prune.config import PolicyGradientConfig
 from hf_prune.errors import StructureError
+from hf_prune.layers.masking import keep_mask, masked, masked_rows
 from hf_prune.layers.walk import Walk
 from hf_prune.methods.policy_gradient.forward import open_model
 from hf_prune.methods.policy_gradient.policy import find_units
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.masking import keep_mask, masked, masked_rows
 
 
 def row_masks(structure, plans, axes):

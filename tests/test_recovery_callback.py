@@ -23,10 +23,10 @@ from hf_prune import (
 )
 from hf_prune.allocation.steps import gone_units
 from hf_prune.errors import BudgetError, CalibrationError, CheckpointError, ConfigError
+from hf_prune.layers.masking import masked
 from hf_prune.recovery import callback as callback_module
 from hf_prune.recovery.gradual import ZeroedUnits, ratio_at
 from hf_prune.recovery.lora import add_adapters
-from hf_prune.surgery.masking import masked
 
 CONFIG = LLMPrunerConfig(0.4)
 

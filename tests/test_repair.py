@@ -29,13 +29,13 @@ from hf_prune import MagnitudeConfig, RandomConfig, apply_plan, prune
 from hf_prune import plan as plans
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CalibrationError, ConfigError, PlanError, StructureError
+from hf_prune.layers.masking import masked
 from hf_prune.layers.statistics import Statistics, solve
 from hf_prune.layers.walk import LayerCall, Walk, replaced_forward
 from hf_prune.methods.elimination import removal_costs
 from hf_prune.repair import repair_, select_repairable
 from hf_prune.repair.preview import RepairPreview
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.masking import masked
 from hf_prune.surgery.slicing import renumber
 
 TARGETS = ("own", "asymmetric", "residual")

@@ -11,9 +11,9 @@ from models import logits, make_plan, shared_model, shared_structure, tiny_model
 
 from hf_prune.checkpoint.files import needs_plugin
 from hf_prune.errors import PlanError
+from hf_prune.layers.masking import keep_mask, mask_axis, masked
 from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.layouts import unit_ids
-from hf_prune.surgery.masking import keep_mask, mask_axis, masked
 from hf_prune.surgery.pruning import apply_plan
 from hf_prune.surgery.slicing import missing_names, pruned_name, slice_state_dict, slice_tensor
 

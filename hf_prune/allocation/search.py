@@ -26,11 +26,11 @@ from hf_prune.allocation.sequences import Share, by_fraction, nearest_prefix
 from hf_prune.atomic import replaced_file
 from hf_prune.errors import BudgetError, CalibrationError, ConfigError
 from hf_prune.layers.losses import divergence
+from hf_prune.layers.masking import masked
 from hf_prune.layers.processes import sum_over_processes
 from hf_prune.layers.walk import Walk, checked_ids
 from hf_prune.layers.weights import evaluating
 from hf_prune.plan import make_plan
-from hf_prune.surgery.masking import masked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

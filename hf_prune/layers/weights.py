@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import shutil
-import tempfile
-import weakref
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
-from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,10 +24,6 @@ if TYPE_CHECKING:
 
 SAMPLE = 256
 """Places of a tensor or file that a fingerprint looks at."""
-LayersOn = Literal["auto", "memory", "disk"]
-
-MEMORY_SHARE = 0.4
-"""`auto` keeps a model in memory if it takes at most this share of what is free: the pruned one comes beside it."""
 
 
 def is_on_disk(model: nn.Module) -> bool:
@@ -126,52 +119,6 @@ def eager_experts(*models: nn.Module) -> Iterator[None]:
         yield
 
 
-def open_model(
-    source: str | Path,
-    *,
-    layers_on: LayersOn = "auto",
-    device: str | None = None,
-    dtype: str | None = None,
-    folder: Path | None = None,
-) -> PreTrainedModel:
-    """Load a causal LM for pruning, in evaluation mode: as a whole, or with its decoder layers left on disk.
-
-    Args:
-        source: directory or Hub id of a safetensors checkpoint.
-        layers_on: `memory`; `disk`: one layer at a time comes to `device`; `auto`: in memory if there is room for it.
-        device: where layers run; default: the CPU.
-        dtype: of the weights in memory, such as `bfloat16`; default: the checkpoint's own.
-        folder: for tensors that the files hold under another shape (fused experts); default: a temporary one, which
-            goes with the model.
-
-    Raises:
-        ConfigError: no such choice, device or dtype.
-        CheckpointError: there is no such model, or it is damaged, or its layers cannot be left on disk.
-    """
-    from hf_prune.loading import load_config, load_model
-    from hf_prune.structure.inference import infer_structure
-
-    if layers_on not in get_args(LayersOn):
-        raise ConfigError(f"layers_on: found {layers_on!r}, expected one of {get_args(LayersOn)}.")
-    if layers_on == "memory":
-        return load_model(str(source), device=device, dtype=dtype)
-    structure = infer_structure(load_config(str(source)))
-    if layers_on == "auto":
-        needed = structure.num_parameters() * _itemsize(str(source), dtype)
-        if needed <= MEMORY_SHARE * free_memory(device):
-            return load_model(str(source), device=device, dtype=dtype)
-    own = Path(tempfile.mkdtemp(prefix="hf_prune-")) if folder is None else folder
-    try:
-        model = load_model(str(source), device=device, dtype=dtype, on_disk=structure.layer_paths, folder=own)
-    except BaseException:
-        if folder is None:
-            shutil.rmtree(own, ignore_errors=True)
-        raise
-    if folder is None:
-        weakref.finalize(model, shutil.rmtree, own, ignore_errors=True)
-    return model
-
-
 def device_map_of(model: nn.Module, layer_paths: Sequence[str], device: str) -> dict[str, str]:
     """A `device_map` that leaves decoder layers on disk and puts all other modules on `device`."""
     found = dict.fromkeys(layer_paths, "disk")
@@ -195,14 +142,6 @@ def free_memory(device: str | None) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
-
-
-def _itemsize(source: str, dtype: str | None) -> int:
-    from hf_prune.loading import load_config
-
-    name = dtype or getattr(load_config(source), "dtype", None) or torch.float32
-    found = getattr(torch, name) if isinstance(name, str) else name
-    return int(found.itemsize)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import ConfigError
+from hf_prune.layers.masking import keep_mask
 from hf_prune.structure import layouts as lay
-from hf_prune.surgery.masking import keep_mask
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle

@@ -28,10 +28,10 @@ from hf_prune.checkpoint import per_layer
 from hf_prune.checkpoint.save_hook import install_save_hook
 from hf_prune.config import RandomConfig
 from hf_prune.errors import HFPruneError
+from hf_prune.layers.masking import masked
 from hf_prune.plan import PruningPlan, prunable_units
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.expressing import family, find_knobs
-from hf_prune.surgery.masking import masked
 from hf_prune.surgery.pruning import apply_plan
 
 if TYPE_CHECKING:

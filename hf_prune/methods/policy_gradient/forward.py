@@ -10,10 +10,10 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from hf_prune.layers.losses import divergence, next_token
+from hf_prune.layers.masking import masked_rows
 from hf_prune.layers.processes import sum_over_processes
 from hf_prune.layers.weights import evaluating, input_device, is_on_disk
 from hf_prune.structure import layouts as lay
-from hf_prune.surgery.masking import masked_rows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import ScoreError
+from hf_prune.layers.masking import mask_axis
 from hf_prune.layers.walk import hidden_of
-from hf_prune.surgery.masking import mask_axis
 
 if TYPE_CHECKING:
     from hf_prune.layers.walk import Found, Part, Walk
