@@ -56,19 +56,13 @@ def load_model(
         CheckpointError: there is none, or it is damaged.
         ConfigError: no such device or dtype.
     """
-    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     from hf_prune.layers.weights import check_offload, device_map_of
     from hf_prune.structure.building import build_empty
 
-    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ConfigError(f"dtype: found {dtype!r}, expected one of torch's, such as float32, bfloat16 or float16.")
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {device!r} cannot be used here: {_first_line(error)}") from error
+    _check_target(device, dtype)
     options: dict[str, Any] = {}
     if on_disk:
         shell = build_empty(load_config(name))
@@ -111,6 +105,7 @@ def open_model(
 
     if layers_on not in get_args(LayersOn):
         raise ConfigError(f"layers_on: found {layers_on!r}, expected one of {get_args(LayersOn)}.")
+    _check_target(device, dtype)
     if layers_on == "memory":
         return load_model(str(source), device=device, dtype=dtype)
     structure = infer_structure(load_config(str(source)))
@@ -128,6 +123,17 @@ def open_model(
     if folder is None:
         weakref.finalize(model, shutil.rmtree, own, ignore_errors=True)
     return model
+
+
+def _check_target(device: str | None, dtype: str | None) -> None:
+    import torch
+
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"dtype: found {dtype!r}, expected one of torch's, such as float32, bfloat16 or float16.")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: {device!r} cannot be used here: {_first_line(error)}") from error
 
 
 def _itemsize(source: str, dtype: str | None) -> int:

@@ -121,7 +121,7 @@ def test_calibration_missing_empty_or_too_short(model, tokenizer, text, tmp_path
         prune(model, config, tokenizer=tokenizer, calibration=short)
     with refused(CalibrationError, "no file at", "check the path", model=model):
         prune(model, config, tokenizer=tokenizer, calibration=str(tmp_path / "nowhere.txt"))
-    with refused(CalibrationError, "no batch", "one or more", model=model):
+    with refused(CalibrationError, "found none", "one or more", model=model):
         prune(model, config, calibration=[])
     with refused(CalibrationError, "found (3,)", "int64 [B, T]", model=model):
         prune(model, config, calibration=[{"input_ids": torch.arange(3)}])

@@ -167,7 +167,7 @@ def test_the_dense_model_and_its_config_are_not_changed():
 def test_offloaded_weights_and_other_models_are_refused():
     model = tiny_model("llama")
     model.model.layers[1].mlp.to("meta")
-    with pytest.raises(PlanError, match="offloaded weights; load it whole"):
+    with pytest.raises(PlanError, match="the model is on disk; use `prune`"):
         apply_plan(model, shared_structure("llama"), llama_plan())
     with pytest.raises(PlanError, match=r"the plan is for model type 'llama', found 'mistral'.*make a new plan"):
         apply_plan(shared_model("mistral"), shared_structure("mistral"), llama_plan())
