@@ -95,7 +95,7 @@ def score(
     walk = Walk(model, structure.layer_paths, list(batches or ()), work=work)
     if method.needs_calibration and not walk.all_ids:
         raise CalibrationError(
-            f"method {config.method!r} needs calibration batches and found none: give a calibration text."
+            f"method {config.method!r} needs calibration batches and found none, expected one or more: give a text."
         )
     generator = torch.Generator().manual_seed(config.seed) if generator is None else generator
     scores = method.scores(walk, structure, config, generator)
