@@ -8,7 +8,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 ||
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint format docs clean
+.PHONY: install demo test lint format kills clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ lint: install
 
 test: lint
 	$(BIN)/pytest -n $(WORKERS)
+
+# Kill `prune` ten times at random places; it must end with the same bits.
+kills: install
+	HF_PRUNE_KILLS=10 $(BIN)/pytest tests/test_layers_on_disk.py -k killed
 
 format: install
 	$(BIN)/ruff check --fix .
