@@ -11,8 +11,9 @@ from hf_prune.checkpoint.loud import make_loud
 from hf_prune.errors import StructureError
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.building import build_empty, fresh_config
+from hf_prune.structure.forward import Forward, TraceError
+from hf_prune.structure.inference import traceable_config
 from hf_prune.structure.layouts import Concat, Layout, Product, Units
-from hf_prune.structure.tracing import TraceError, trace
 from hf_prune.surgery.expressing import Knob, family, find_knobs, shapes, with_layer_values
 from hf_prune.surgery.slicing import pruned_name, renumber
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
+    from transformers import PreTrainedModel
 
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
@@ -46,8 +48,12 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
     wanted = predicted_shapes(structure, plan)
     knobs = find_knobs(config, structure, cls) if _touched(structure, plan) else {}
     best: tuple[int, Any] | None = None
+    tried: list[dict[str, Any]] = []
     starts = _without_layers(config, structure, plan)
     for trimmed, candidate in ((start, c) for start in starts for c in _candidates(start, structure, plan, knobs)):
+        if (values := candidate.to_dict()) in tried:
+            continue
+        tried.append(values)
         found = shapes(candidate, cls)
         if found is None or set(found) != set(wanted):
             continue
@@ -258,7 +264,7 @@ def _surgery(config: Any, structure: Structure, plan: PruningPlan, cls: type | N
                 record = {**inputs[use.name], "kept": [inputs[use.name]["kept"][unit] for unit in kept]}
             inputs[use.name] = record
         _note_attributes(model, sorted(p for p in places if p), _resized(structure, axis, len(kept)), attributes)
-    return _that_runs(config, cls, modules, attributes)
+    return _that_runs(config, cls, model, modules, attributes)
 
 
 def _resized(structure: Structure, axis: str, width: int) -> dict[int, int]:
@@ -314,22 +320,25 @@ def _has_forward_sizes(module: nn.Module) -> bool:
 
 
 def _that_runs(
-    config: Any, cls: type | None, modules: dict[str, Any], attributes: dict[str, dict[str, int]]
+    config: Any,
+    cls: type | None,
+    model: PreTrainedModel,
+    modules: dict[str, Any],
+    attributes: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
-    """Add the attributes with which a forward pass of the resized model runs.
+    """Add to `modules` the attributes with which a forward pass of the resized model runs.
 
     Numbers alone do not tell what an attribute means. Tried are: all but sizes of one head; of these all but those
     named after the residual stream; all but those of its size; all; none.
     """
     hidden = getattr(config, "hidden_size", None)
-    dense = build_empty(fresh_config(config), cls)
 
     def without(words: tuple[str, ...], size: int | None = None) -> dict[str, dict[str, int]]:
         return {
             path: {
                 name: value
                 for name, value in found.items()
-                if not any(word in name for word in words) and getattr(dense.get_submodule(path), name) != size
+                if not any(word in name for word in words) and getattr(model.get_submodule(path), name) != size
             }
             for path, found in attributes.items()
         }
@@ -347,15 +356,9 @@ def _that_runs(
         trial = fresh_config(config)
         trial.pruning_config["surgery"] = {**trial.pruning_config.get("surgery", {}), "modules": result}
         try:
-            trace(build_empty(_eager(trial), cls))
+            Forward().run(build_empty(traceable_config(trial), cls))
         except (StructureError, TraceError) as error:
             reasons.append(str(error))
             continue
         return result
     raise StructureError(f"{config.model_type}: the resized layers do not run: {reasons[0]}")
-
-
-def _eager(config: Any) -> Any:
-    from hf_prune.structure.inference import traceable_config
-
-    return traceable_config(config)
