@@ -8,15 +8,37 @@ import copy
 import pytest
 import torch
 from models import logits, make_plan, shared_model, shared_structure, tiny_model, token_ids
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from hf_prune.checkpoint.files import needs_plugin
 from hf_prune.errors import PlanError
+from hf_prune.structure.forward import Forward
 from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.layouts import unit_ids
+from hf_prune.surgery.configuring import pruned_config
 from hf_prune.surgery.masking import keep_mask, mask_axis, masked
 from hf_prune.surgery.pruning import apply_plan
 from hf_prune.surgery.slicing import missing_names, pruned_name, slice_state_dict, slice_tensor
 
+_SIZES = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 8}
+WIDE = {
+    "llama": _SIZES,
+    "deepseek_v3": {
+        **_SIZES,
+        "num_key_value_heads": 8,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 6,
+    },
+}
 KEPT = {"layers.0.mlp": tuple(range(1, 40, 3)), "layers.1.attention": (0, 2)}
 
 
@@ -289,3 +311,25 @@ def test_training_goes_through_the_pruned_layers():
 
 def gpt2_plan():
     return make_plan(shared_structure("gpt2"), {"layers.1.attention": (0, 3), "layers.0.mlp": tuple(range(9))})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+def test_models_built_do_not_grow_with_layers(model_type, monkeypatch):
+    """Probing builds a model per kind of axis and candidate, and runs one where sizes are no attribute of the config.
+
+    Every layer of these plans has widths of its own.
+    """
+    counts = []
+    for num_layers in (3, 6):
+        built, ran = [], []
+        post_init, run = PreTrainedModel.post_init, Forward.run
+        with monkeypatch.context() as patch:
+            patch.setattr(PreTrainedModel, "post_init", lambda model, f=post_init, n=built: (n.append(model), f(model)))
+            patch.setattr(Forward, "run", lambda mode, model, f=run, n=ran: (n.append(model), f(mode, model)))
+            config = CONFIG_MAPPING[model_type](**{**WIDE[model_type], "num_hidden_layers": num_layers})
+            structure = infer_structure(config)
+            axes = [a for a in structure.axes.values() if a.prunable and a.kind in ("attention", "mlp")]
+            kept = {axis.name: tuple(range(axis.num_units - 1 - axis.layer % 6)) for axis in axes}
+            pruned_config(config, structure, make_plan(structure, kept))
+        counts.append((len(built), len(ran)))
+    assert counts[0] == counts[1]
