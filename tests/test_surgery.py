@@ -8,15 +8,37 @@ import copy
 import pytest
 import torch
 from models import logits, make_plan, shared_model, shared_structure, tiny_model, token_ids
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from hf_prune.checkpoint.files import needs_plugin
 from hf_prune.errors import PlanError
 from hf_prune.layers.masking import keep_mask, mask_axis, masked
+from hf_prune.structure.forward import Forward
 from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.layouts import unit_ids
+from hf_prune.surgery.configuring import pruned_config
 from hf_prune.surgery.pruning import apply_plan
 from hf_prune.surgery.slicing import missing_names, pruned_name, slice_state_dict, slice_tensor
 
+_SIZES = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 8}
+WIDE = {
+    "llama": _SIZES,
+    "deepseek_v3": {
+        **_SIZES,
+        "num_key_value_heads": 8,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 12,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 6,
+        "v_head_dim": 6,
+    },
+}
 KEPT = {"layers.0.mlp": tuple(range(1, 40, 3)), "layers.1.attention": (0, 2)}
 
 
@@ -289,3 +311,80 @@ def test_training_goes_through_the_pruned_layers():
 
 def gpt2_plan():
     return make_plan(shared_structure("gpt2"), {"layers.1.attention": (0, 3), "layers.0.mlp": tuple(range(9))})
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+def test_models_built_do_not_grow_with_layers(model_type, monkeypatch):
+    """Probing builds a model per kind of axis and candidate, and runs one where sizes are no attribute of the config.
+
+    Every layer of these plans has widths of its own.
+    """
+    counts = []
+    for num_layers in (3, 6):
+        built, ran = [], []
+        post_init, run = PreTrainedModel.post_init, Forward.run
+        with monkeypatch.context() as patch:
+            patch.setattr(PreTrainedModel, "post_init", lambda model, f=post_init, n=built: (n.append(model), f(model)))
+            patch.setattr(Forward, "run", lambda mode, model, f=run, n=ran: (n.append(model), f(mode, model)))
+            config = CONFIG_MAPPING[model_type](**{**WIDE[model_type], "num_hidden_layers": num_layers})
+            structure = infer_structure(config)
+            axes = [a for a in structure.axes.values() if a.prunable and a.kind in ("attention", "mlp")]
+            kept = {axis.name: tuple(range(axis.num_units - 1 - axis.layer % 6)) for axis in axes}
+            pruned_config(config, structure, make_plan(structure, kept))
+        counts.append((len(built), len(ran)))
+    assert counts[0] == counts[1]
+
+
+# --- sizes that coincide ----------------------------------------------------------------------------------------------
+
+_MIXED = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+_MAMBA = {**_MIXED, "num_key_value_heads": 2, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_chunk_size": 8}
+COINCIDING = {
+    "bamba": {**_MAMBA, "attn_layer_indices": [1], "mamba_d_state": 8},
+    "nemotron_h": {
+        **_MIXED,
+        "num_key_value_heads": 2,
+        "layers_block_type": ["mamba", "attention", "mamba"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 8,
+        "head_dim": 16,
+    },
+    "mamba2": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_heads": 8,
+        "head_dim": 16,
+        "state_size": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+    },
+    "gptj": {"n_embd": 96, "n_layer": 2, "n_head": 8, "n_positions": 64, "rotary_dim": 8},
+    "gpt_bigcode": {"n_embd": 64, "n_layer": 2, "n_head": 8, "n_positions": 64, "multi_query": True},
+}
+"""Heads as many as the entries of a state, of the rotary part, or of one head."""
+
+
+@pytest.mark.parametrize(
+    ("model_type", "layers_go"), [*((name, False) for name in COINCIDING), ("gptj", True), ("gpt_bigcode", True)]
+)
+def test_a_size_that_coincides_with_the_heads_stays(model_type, layers_go):
+    config = CONFIG_MAPPING[model_type](vocab_size=96, **COINCIDING[model_type])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    structure = infer_structure(model)
+    last = len(structure.layer_paths) - 1
+    kept = {"layers": tuple(range(1, last + 1))} if layers_go else {}
+    for axis in structure.axes.values():
+        if axis.prunable and axis.kind in ("attention", "mlp") and axis.layer == last:
+            kept[axis.name] = tuple(range(1, axis.num_units))
+    assert any(structure.axes[name].kind != "layer" for name in kept)
+    plan = make_plan(structure, kept)
+    found = logits(apply_plan(model, structure, plan))
+    if all(structure.axes[name].exact for name in kept):
+        with masked(model, structure, plan):
+            assert torch.allclose(found, logits(model), atol=1e-9)
+    else:  # a norm mixes the units
+        assert found.isfinite().all()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import StructureError
@@ -18,7 +17,7 @@ def fresh_config(config: Any) -> Any:
         StructureError: the config class refuses the values.
     """
     try:
-        duplicate = type(config).from_dict(copy.deepcopy(config.to_dict()))
+        duplicate = type(config).from_dict(config.to_dict())
     except Exception as error:
         raise StructureError(
             f"{config.model_type}: its config class refuses this config: {type(error).__name__}: {error}"

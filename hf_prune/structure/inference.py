@@ -13,6 +13,7 @@ from torch import nn
 from hf_prune.errors import StructureError
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.building import build_empty, fresh_config
+from hf_prune.structure.forward import TraceError
 from hf_prune.structure.layouts import Concat, Fixed, Layout, Product, Units
 from hf_prune.structure.structure import (
     Axis,
@@ -24,7 +25,7 @@ from hf_prune.structure.structure import (
     SelectedInput,
     Structure,
 )
-from hf_prune.structure.tracing import ConstantInput, TraceError, Tracer, trace
+from hf_prune.structure.tracing import ConstantInput, Tracer, trace
 from hf_prune.structure.unify import Atom, Cat, Prod, Term, factors, leaves, resolve
 
 if TYPE_CHECKING:

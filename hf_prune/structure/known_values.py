@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 _MOST_ENTRIES = 1 << 17
@@ -19,27 +18,28 @@ _MOST_ENTRIES = 1 << 17
 class KnownValues:
     """Runs the operations on tensors of known values for real, beside the trace."""
 
-    def __init__(self, fake: FakeTensorMode) -> None:
-        self.fake = fake
+    def __init__(self) -> None:
         self.values: dict[int, Tensor] = {}
 
     def get(self, tensor: Tensor) -> Tensor | None:
         """The value of a traced tensor, if known."""
-        known = self.values.get(id(tensor))
-        return known if known is not None else getattr(tensor, "constant", None)
+        return self.values.get(id(tensor))
+
+    def note(self, value: Tensor) -> Tensor:
+        """A traced tensor in place of `value`, which is remembered."""
+        traced = value.to("meta")
+        self.values[id(traced)] = value
+        return traced
 
     def decide(self, name: str, args: tuple[Any, ...]) -> Any:
         """The result of an operation that cannot be traced without values; `None`: trace it."""
+        if name == "lift_fresh" and not args[0].is_meta:
+            return self.note(args[0].clone())
         if name == "_local_scalar_dense" and (known := self.get(args[0])) is not None:
-            with unset_fake_temporarily():
-                return known.item()
+            return known.item()
         if name == "nonzero" and args[0].numel() <= _MOST_ENTRIES:
-            with unset_fake_temporarily():
-                known = self.get(args[0])
-                places = (torch.ones(args[0].shape) if known is None else known).nonzero()
-            result = self.fake.from_tensor(places)
-            self.values[id(result)] = places
-            return result
+            known = self.get(args[0])
+            return self.note((torch.ones(args[0].shape) if known is None else known).nonzero())
         return None
 
     def follow(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -47,9 +47,10 @@ class KnownValues:
         known = all(self.get(tensor) is not None for tensor in inputs)
         random = torch.Tag.nondeterministic_seeded in func.tags
         if known and not random and sum(tensor.numel() for tensor in outputs) <= _MOST_ENTRIES:
-            with unset_fake_temporarily():
-                real_args, real_kwargs = tree_map_only(Tensor, self.get, (args, kwargs))
-                found = [leaf for leaf in tree_leaves(func(*real_args, **real_kwargs)) if isinstance(leaf, Tensor)]
+            real_args, real_kwargs = tree_map_only(Tensor, self.get, (args, kwargs))
+            if real_kwargs.get("device") is not None:
+                real_kwargs = {**real_kwargs, "device": "cpu"}
+            found = [leaf for leaf in tree_leaves(func(*real_args, **real_kwargs)) if isinstance(leaf, Tensor)]
             self.values.update((id(tensor), value) for tensor, value in zip(outputs, found, strict=True))
         elif func._schema.is_mutable and inputs and (overwritten := self.values.get(id(inputs[0]))) is not None:
             place = overwritten.untyped_storage().data_ptr()

@@ -11,15 +11,17 @@ from hf_prune.checkpoint.loud import make_loud
 from hf_prune.errors import StructureError
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.building import build_empty, fresh_config
+from hf_prune.structure.forward import Forward, TraceError
+from hf_prune.structure.inference import infer_structure, traceable_config
 from hf_prune.structure.layouts import Concat, Layout, Product, Units
-from hf_prune.structure.tracing import TraceError, trace
 from hf_prune.surgery.expressing import Knob, family, find_knobs, shapes, with_layer_values
 from hf_prune.surgery.slicing import pruned_name, renumber
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator
 
     from torch import nn
+    from transformers import PreTrainedModel
 
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
@@ -46,8 +48,12 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
     wanted = predicted_shapes(structure, plan)
     knobs = find_knobs(config, structure, cls) if _touched(structure, plan) else {}
     best: tuple[int, Any] | None = None
+    tried: list[dict[str, Any]] = []
     starts = _without_layers(config, structure, plan)
     for trimmed, candidate in ((start, c) for start in starts for c in _candidates(start, structure, plan, knobs)):
+        if (values := candidate.to_dict()) in tried:
+            continue
+        tried.append(values)
         found = shapes(candidate, cls)
         if found is None or set(found) != set(wanted):
             continue
@@ -63,7 +69,7 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
         raise StructureError(f"{config.model_type}: no config describes a model with the planned layers and widths.")
     wrong, result = best
     if wrong:
-        result.pruning_config["surgery"]["modules"] = _surgery(result, structure, plan, cls, wanted)
+        result.pruning_config["surgery"]["modules"] = _surgery(result, config, structure, plan, cls, wanted)
     if not result.pruning_config["surgery"]:
         del result.pruning_config["surgery"]
     result = type(config).from_dict(make_loud({**result.to_dict(), "model_type": config.model_type}))
@@ -233,7 +239,9 @@ def _branches(structure: Structure, plan: PruningPlan) -> dict[str, Any]:
     return branches
 
 
-def _surgery(config: Any, structure: Structure, plan: PruningPlan, cls: type | None, wanted: Shapes) -> dict[str, Any]:
+def _surgery(
+    config: Any, dense: Any, structure: Structure, plan: PruningPlan, cls: type | None, wanted: Shapes
+) -> dict[str, Any]:
     """Shapes, attributes and selected inputs of modules that the config builds too large, and all earlier surgery."""
     model = build_empty(fresh_config(config), cls)
     found = {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -243,6 +251,7 @@ def _surgery(config: Any, structure: Structure, plan: PruningPlan, cls: type | N
         path, _, tensor = name.rpartition(".")
         modules.setdefault(path, {}).setdefault("shapes", {})[tensor] = list(wanted[name])
     attributes: dict[str, dict[str, int]] = {}
+    wider: dict[str, nn.Module | None] = {}
     for axis, kept in plan.kept_indices.items():
         layer = structure.axes[axis].layer
         if layer is None:
@@ -257,8 +266,17 @@ def _surgery(config: Any, structure: Structure, plan: PruningPlan, cls: type | N
             if use.name in inputs:  # selected before: `kept` counts among what was kept then
                 record = {**inputs[use.name], "kept": [inputs[use.name]["kept"][unit] for unit in kept]}
             inputs[use.name] = record
-        _note_attributes(model, sorted(p for p in places if p), _resized(structure, axis, len(kept)), attributes)
-    return _that_runs(config, cls, modules, attributes)
+        pairs, name = _resized(structure, axis, len(kept)), family(structure.axes[axis])
+        for path, matched in _attributes(model, sorted(p for p in places if p), pairs).items():
+            if len(set(matched.values())) < len(matched):  # sizes that coincide
+                if name not in wider:
+                    wider[name] = _wider(dense, structure, axis, cls)
+                if (probe := wider[name]) is not None:
+                    here = probe.get_submodule(_old_path(path, layer, structure, plan))
+                    sizes = _resized(structure, axis, 2 * structure.axes[axis].num_units)
+                    matched = {k: size for k, size in matched.items() if getattr(here, k) == sizes[size]}
+            attributes.setdefault(path, {}).update({k: pairs[size] for k, size in matched.items()})
+    return _that_runs(config, cls, model, modules, attributes)
 
 
 def _resized(structure: Structure, axis: str, width: int) -> dict[int, int]:
@@ -289,21 +307,55 @@ def _runs_with(layout: Layout, axis: str) -> Iterator[Layout]:
         yield layout
 
 
-def _note_attributes(
-    model: nn.Module, names: list[str], pairs: dict[int, int], attributes: dict[str, dict[str, int]]
-) -> None:
-    """Integers that the modules around the parameters `names` keep and that are one of the resized sizes."""
+def _attributes(model: nn.Module, names: list[str], pairs: Container[int]) -> dict[str, dict[str, int]]:
+    """Integers that the modules around the parameters `names` keep and that are one of the sizes `pairs`."""
     owners = {name.rpartition(".")[0] for name in names}
-    paths = {path for owner in owners for path in (owner, owner.rpartition(".")[0])}
-    for path in sorted(paths):
+    matched = {}
+    for path in sorted({path for owner in owners for path in (owner, owner.rpartition(".")[0])}):
         module = model.get_submodule(path)
         if type(module).__module__.startswith("torch.") or (
             not any(module.children()) and path in owners and not _has_forward_sizes(module)
         ):
             continue
-        for name, value in vars(module).items():
-            if type(value) is int and value in pairs and "layer" not in name:
-                attributes.setdefault(path, {})[name] = pairs[value]
+        own = {k: v for k, v in vars(module).items() if type(v) is int and v in pairs and "layer" not in k}
+        if own:
+            matched[path] = own
+    return matched
+
+
+def _old_path(path: str, layer: int, structure: Structure, plan: PruningPlan) -> str:
+    """The path that `renumber` made `path` of."""
+    old = structure.layer_paths[layer]
+    return old + path.removeprefix(renumber(old, layer, structure, plan))
+
+
+def _wider(config: Any, structure: Structure, axis: str, cls: type | None) -> nn.Module | None:
+    """The dense model with twice the units of `axis` (and whatever else the same attributes hold), if one is found."""
+    num_units = structure.axes[axis].num_units
+    values, sizes = config.to_dict(), _resized(structure, axis, num_units)
+    hidden = config.attribute_map.get("hidden_size", "hidden_size")
+    places = [(m.parameter, m.dim, structure.layouts[m.parameter][m.dim]) for m in structure.members[axis]]
+    dense, wanted = ([lay.size(layout, {axis: n}) for *_, layout in places] for n in (num_units, 2 * num_units))
+    alone = [(k,) for k, v in values.items() if type(v) is int and v in sizes and k != hidden and "token" not in k]
+    useful: set[str] = set()  # those that change the sizes of the axis
+    for names in itertools.chain(alone, _pairs(useful)):  # pairs are asked for when `useful` is complete
+        for changed in (names, *([(*names, hidden)] if hidden in values else ())):
+            trial = with_layer_values(config, {None: {name: 2 * values[name] for name in changed}})
+            if trial is None:
+                continue
+            with contextlib.suppress(StructureError, KeyError, IndexError):
+                model: nn.Module = build_empty(trial, cls)
+                state = model.state_dict(keep_vars=True)
+                found = [state[parameter].shape[dim] for parameter, dim, _ in places]
+                if found == wanted and infer_structure(model).axes[axis].num_units == 2 * num_units:
+                    return model  # not one whose units are twice as large
+                if found != dense:
+                    useful.update(names)
+    return None
+
+
+def _pairs(names: set[str]) -> Iterator[tuple[str, str]]:
+    yield from itertools.combinations(sorted(names), 2)
 
 
 def _has_forward_sizes(module: nn.Module) -> bool:
@@ -314,22 +366,25 @@ def _has_forward_sizes(module: nn.Module) -> bool:
 
 
 def _that_runs(
-    config: Any, cls: type | None, modules: dict[str, Any], attributes: dict[str, dict[str, int]]
+    config: Any,
+    cls: type | None,
+    model: PreTrainedModel,
+    modules: dict[str, Any],
+    attributes: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
-    """Add the attributes with which a forward pass of the resized model runs.
+    """Add to `modules` the attributes with which a forward pass of the resized model runs.
 
     Numbers alone do not tell what an attribute means. Tried are: all but sizes of one head; of these all but those
     named after the residual stream; all but those of its size; all; none.
     """
     hidden = getattr(config, "hidden_size", None)
-    dense = build_empty(fresh_config(config), cls)
 
     def without(words: tuple[str, ...], size: int | None = None) -> dict[str, dict[str, int]]:
         return {
             path: {
                 name: value
                 for name, value in found.items()
-                if not any(word in name for word in words) and getattr(dense.get_submodule(path), name) != size
+                if not any(word in name for word in words) and getattr(model.get_submodule(path), name) != size
             }
             for path, found in attributes.items()
         }
@@ -347,15 +402,9 @@ def _that_runs(
         trial = fresh_config(config)
         trial.pruning_config["surgery"] = {**trial.pruning_config.get("surgery", {}), "modules": result}
         try:
-            trace(build_empty(_eager(trial), cls))
+            Forward().run(build_empty(traceable_config(trial), cls))
         except (StructureError, TraceError) as error:
             reasons.append(str(error))
             continue
         return result
     raise StructureError(f"{config.model_type}: the resized layers do not run: {reasons[0]}")
-
-
-def _eager(config: Any) -> Any:
-    from hf_prune.structure.inference import traceable_config
-
-    return traceable_config(config)

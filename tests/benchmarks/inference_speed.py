@@ -1,72 +1,108 @@
-"""Wall time and memory of `infer_structure` on large Llamas, beside building the model on the meta device alone.
+"""Processor seconds of `infer_structure` and `pruned_config` on two large shapes, and how they grow with the layers.
 
-    python tests/benchmarks/inference_speed.py
+    python tests/benchmarks/inference_speed.py --out inference_speed.json
 
-No weights are allocated: a 70B model in 16 bits is 140 GB. Times are the best of three, on one thread; processor time
-is what counts on a machine with other work.
+Shapes: Llama-3 70B and DeepSeek-V3 671B, no weights. Plans come from random scores: `uniform` allocation gives all
+layers one width, `global` allocation each its own. Times are the best of three, on one thread.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import resource
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlamaConfig
+from transformers import DeepseekV3Config, LlamaConfig
 from transformers.utils import logging
 
-from hf_prune.structure.building import build_empty
-from hf_prune.structure.inference import infer_structure, traceable_config
+from hf_prune.allocation import allocate
+from hf_prune.config import RandomConfig
+from hf_prune.structure.inference import infer_structure
+from hf_prune.surgery.configuring import pruned_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SIZES = {
-    "7B": {},
-    "70B": {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
+LLAMA = {
+    "vocab_size": 128256,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
 }
-REPEATS = 3
+DEEPSEEK = {
+    "vocab_size": 129280,
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_routed_experts": 256,
+    "n_group": 8,
+    "topk_group": 4,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 3,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+}
+SHAPES = {"llama_70b": (LlamaConfig, LLAMA, (20, 40, 80)), "deepseek_v3": (DeepseekV3Config, DEEPSEEK, (16, 31, 61))}
+RATIO, REPEATS = 0.3, 3
 
 
-def best_time_s(work: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and processor seconds of the fastest of `REPEATS` runs."""
+def best_s(work: Callable[[], Any]) -> float:
+    """Processor seconds of the fastest of `REPEATS` runs."""
     times = []
     for _ in range(REPEATS):
-        wall, processor = time.perf_counter(), time.process_time()
+        start = time.process_time()
         work()
-        times.append((time.perf_counter() - wall, time.process_time() - processor))
-    return min(times)
+        times.append(time.process_time() - start)
+    return round(min(times), 3)
 
 
-def peak_mb() -> float:
-    """Peak resident memory of this process so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def measure(config: Any) -> dict[str, float]:
+    """Seconds of the inference, of the config of a plan for each allocation, and of both together."""
+    structure = infer_structure(config)
+    draw = torch.Generator().manual_seed(0)
+    scores = {
+        axis.name: torch.rand(axis.num_units, generator=draw)
+        for kind in ("attention", "mlp")
+        for axis in structure.axes_of(kind)
+        if axis.prunable
+    }
+    found: dict[str, float] = {
+        "parameters": structure.num_parameters(),
+        "axes": len(structure.axes),
+        "infer_s": best_s(lambda: infer_structure(config)),
+    }
+    for allocation in ("uniform", "global"):
+        plan = allocate(scores, structure, RandomConfig(RATIO, allocation=allocation))
+        found[f"{allocation}_config_s"] = best_s(lambda plan=plan: pruned_config(config, structure, plan))
+        found[f"{allocation}_total_s"] = round(found["infer_s"] + found[f"{allocation}_config_s"], 3)
+    return found
 
 
 def main() -> None:
-    """Print the table."""
+    """Measure and write one JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
+    out = parser.parse_args().out
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     infer_structure(LlamaConfig(num_hidden_layers=1))  # imports and caches
-    print("                                  build (wall, CPU)  infer (wall, CPU)")
-    print("model       parameters  axes       s       s         s       s    peak memory +MB")
-    for name, values in SIZES.items():
-        config = LlamaConfig(**values)
-        before = peak_mb()
-        structure = infer_structure(config)
-        grown = peak_mb() - before
-        build = best_time_s(lambda config=config: build_empty(traceable_config(config)))
-        infer = best_time_s(lambda config=config: infer_structure(config))
-        parameters, axes = structure.num_parameters(), len(structure.axes)
-        times = "   ".join(f"{wall:7.2f} {processor:7.2f}" for wall, processor in (build, infer))
-        print(f"{name:6} {parameters:15,} {axes:5} {times} {grown:18.0f}")
+    result: dict[str, Any] = {"torch": torch.__version__, "pruning_ratio": RATIO, "repeats": REPEATS, "shapes": {}}
+    for name, (cls, values, layers) in SHAPES.items():
+        result["shapes"][name] = {n: measure(cls(**{**values, "num_hidden_layers": n})) for n in layers}
+    result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-
 from hf_prune.structure.rules.call import ONE, Call, note_role, rule
 from hf_prune.structure.rules.views import run
 from hf_prune.structure.tracing import Traced
@@ -49,8 +47,9 @@ def index(call: Call) -> None:
         indexed = {d: i for d, i in enumerate(call.args[1]) if i is not None}
     if any(i.dtype.is_floating_point or i.dtype.itemsize == 1 for i in indexed.values()):
         raise NotImplementedError
-    if len(indexed) == 1 and (picked := _constant_run(*indexed.items())) is not None:
-        d, start, end = picked
+    d, only = next(iter(indexed.items()))
+    if len(indexed) == 1 and (picked := _constant_run(call.tracer.values.get(only))) is not None:
+        start, end = picked
         call.give(
             [run(call, t, start % t.size, (end - 1) % t.size + 1) if i == d else t for i, t in enumerate(traced.terms)]
         )
@@ -75,15 +74,13 @@ def index(call: Call) -> None:
     call.give(kept, like=Traced([], call.origin, traced.parameter))
 
 
-def _constant_run(item: tuple[int, Tensor]) -> tuple[int, int, int] | None:
-    """Dimension, start and end if the index is a known list of successive entries (`x[..., [-2], :]`)."""
-    dim, ids = item
-    known = getattr(ids, "constant", None)
+def _constant_run(known: Tensor | None) -> tuple[int, int] | None:
+    """Start and end if an index is a known list of successive entries (`x[..., [-2], :]`)."""
     if known is None or known.dim() != 1 or known.numel() == 0:
         return None
-    with unset_fake_temporarily():
-        values = known.tolist()
-    return (dim, values[0], values[-1] + 1) if values == list(range(values[0], values[-1] + 1)) else None
+    values = known.tolist()
+    wraps = values[0] < 0 <= values[-1]  # `[-1, 0]`
+    return None if wraps or values != list(range(values[0], values[-1] + 1)) else (values[0], values[-1] + 1)
 
 
 @rule(

@@ -196,24 +196,3 @@ def normalise(call: Call) -> None:
         for term, d in zip(call[parameter].terms, dims, strict=True):
             call.unify(traced.terms[d], term)
     call.give(list(traced.terms))
-
-
-@rule(
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_attention_math",
-    "_scaled_dot_product_fused_attention_overrideable",
-)
-def attention(call: Call) -> None:
-    """Scaled dot product attention on `[b, h, t, e]`."""
-    q, k, v = (call[t] for t in call.args[:3])
-    for d in (0, 1):
-        call.unify(q.terms[d], k.terms[d])
-        call.unify(q.terms[d], v.terms[d])
-        _mark_heads(q.terms[d])
-    call.unify(k.terms[2], v.terms[2])
-    call.unify(q.terms[3], k.terms[3])
-    call.mix(q.terms[3])
-    call.mix(k.terms[2])
-    call.give([q.terms[0], q.terms[1], q.terms[2], v.terms[3]])

@@ -1,0 +1,152 @@
+"""Run the forward pass of a model built without weights, on the meta device, with the few values that it asks for."""
+
+from __future__ import annotations
+
+import functools
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from hf_prune.structure.known_values import KnownValues
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BATCH_SIZE, SEQ_LEN = 2, 11
+_META = torch.device("meta")
+_NEED_VALUES = frozenset((torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output))
+
+
+class TraceError(Exception):
+    """A forward pass that cannot be traced: what was raised, and in which module."""
+
+    def __init__(self, error: Exception, where: str) -> None:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        super().__init__(f"{type(error).__name__}: {lines[0] if lines else 'no message'} (in {where})"[:300])
+        self.needs_values = isinstance(error, NeedsValuesError)
+
+
+class Forward(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Runs every operation on the meta device, and those on known values for real beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.values = KnownValues()
+        self.alive: list[Tensor] = []  # ids stay unique while their tensors live
+        self.module_path: list[str] = []
+
+    @property
+    def where(self) -> str:
+        """Path of the module whose forward runs now."""
+        return self.module_path[-1] if self.module_path else "the model"
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.partition("::")[2]
+        inputs = list(tensors((args, kwargs)))
+        decided = self.values.decide(name, args)
+        out = _on_meta(func, args, kwargs, inputs) if decided is None else decided
+        outputs = list(tensors(out))
+        if outputs:
+            self.alive += inputs
+            self.alive += outputs
+            if decided is None:
+                self.values.follow(func, args, kwargs, inputs, outputs)
+            self.saw(func, name, args, kwargs, inputs, outputs)
+        return out
+
+    def saw(
+        self, func: Any, name: str, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        """Called after every operation that returns tensors."""
+
+    def entered(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Called before the forward of every module but the model itself."""
+        self.module_path.append(path)
+
+    def left(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        """Called after it."""
+        self.module_path.pop()
+
+    def run(self, model: nn.Module) -> None:
+        """Run `model`, whose parameters are on the meta device, once.
+
+        Raises:
+            TraceError: the forward pass does not run, or not without values.
+        """
+        handles = []
+        for path, module in model.named_modules():
+            if path:
+                handles.append(module.register_forward_pre_hook(partial(self.entered, path), with_kwargs=True))
+                handles.append(module.register_forward_hook(partial(self.left, path)))
+        try:
+            with torch.no_grad(), self, _Lists(self.values):
+                model(input_ids=torch.ones((BATCH_SIZE, SEQ_LEN), dtype=torch.int64), use_cache=False)
+        except Exception as error:  # whatever a model's own code raises
+            raise TraceError(error, self.where) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class NeedsValuesError(Exception):
+    """An operation whose result, or the shape of its result, depends on values that are not known."""
+
+
+class _Lists(TorchFunctionMode):
+    """Sees the values that torch reads from, or gives as, Python lists: on the meta device it loses them."""
+
+    def __init__(self, values: KnownValues) -> None:
+        super().__init__()
+        self.values = values
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.tolist:
+            if (known := self.values.get(args[0])) is None:
+                raise NeedsValuesError("tolist")
+            return known.tolist()
+        if func in (Tensor.__getitem__, Tensor.__setitem__):
+            index, *rest = args[1:]
+            index = tuple(map(_as_tensor, index)) if isinstance(index, tuple) else _as_tensor(index)
+            args = (args[0], index, *rest)
+        return func(*args, **(kwargs or {}))
+
+
+def _as_tensor(index: Any) -> Any:
+    """An index that is a list of integers as a tensor."""
+    return torch.tensor(index) if isinstance(index, list) and all(isinstance(i, int) for i in index) else index
+
+
+def _on_meta(func: Any, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
+    """Run an operation on the meta device, whatever device it names and wherever its inputs are."""
+    if not all(tensor.is_meta for tensor in inputs):
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
+    if _takes_device(func) and (not inputs or kwargs.get("device") is not None):
+        kwargs = {**kwargs, "device": _META}
+    try:
+        return func(*args, **kwargs)
+    except (NotImplementedError, RuntimeError) as error:
+        if _NEED_VALUES.isdisjoint(func.tags):
+            raise
+        raise NeedsValuesError(str(func)) from error
+
+
+@functools.cache
+def _takes_device(func: Any) -> bool:
+    return any(argument.name == "device" for argument in func._schema.arguments)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dictionaries, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
