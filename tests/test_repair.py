@@ -30,7 +30,7 @@ from hf_prune import plan as plans
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CalibrationError, ConfigError, PlanError, StructureError
 from hf_prune.least_squares import Statistics, solve
-from hf_prune.methods.obs import removal_costs
+from hf_prune.methods.elimination import removal_costs
 from hf_prune.methods.streams import Call, Stream, replaced_forward
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.masking import masked
