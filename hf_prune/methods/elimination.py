@@ -124,13 +124,13 @@ class _Table:
             one, other = rows[:, :, None], rows[:, None, :]
             blocks = self.inverse[torch.maximum(one, other), torch.minimum(one, other)]
             slices = self.weight[rows]
-            found.append((slices * torch.linalg.solve(blocks, slices)).sum((1, 2)))
+            found.append((torch.linalg.inv(blocks) * (slices @ slices.mT)).sum((1, 2)))
         return torch.cat(found)
 
     def remove(self, gone: Tensor) -> None:
         """Take rows out of the others."""
         rows = self._rows(gone)
-        step = torch.linalg.solve(rows[:, self.outputs + gone], rows[:, self.outputs :])
+        step = torch.linalg.inv(rows[:, self.outputs + gone]) @ rows[:, self.outputs :]
         for start in range(0, self.size, self.step):
             stop = min(start + self.step, self.size)
             width = self.outputs + stop
@@ -150,7 +150,7 @@ class _Table:
         rows = self.values[which, : self.outputs + self.size]
         if self.size > self.step:
             known = (which // self.step + 1) * self.step
-            mirrored = self.inverse.index_select(1, which).T
+            mirrored = self.values[: self.size].index_select(1, self.outputs + which).T  # fast where rows are whole
             inside = torch.arange(self.size, device=which.device) < known[:, None]
             rows[:, self.outputs :] = torch.where(inside, rows[:, self.outputs :], mirrored)
         return rows
