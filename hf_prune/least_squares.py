@@ -105,32 +105,31 @@ def solve(statistics: Statistics, weight: Tensor, bias: Tensor | None, ridge: fl
         CalibrationError: the statistics are not finite.
     """
     n, squares, centred = statistics.num_tokens, statistics.squares, bias is not None
-    old = weight.detach().to(statistics.gram)
+    old = weight.detach().T.to(statistics.gram).contiguous()  # [K, D], like all below
     gram, cross = statistics.symmetric_gram(centred), statistics.cross
     mean_x, mean_t = statistics.inputs / n, statistics.targets / n
     offset = 0.0
     if bias is not None:
         cross = cross - n * torch.outer(mean_x, mean_t)
         squares -= float(n * mean_t @ mean_t)
-        offset = float((mean_t - old @ mean_x - bias.detach().to(old)).square().sum())
+        offset = float((mean_t - mean_x @ old - bias.detach().to(old)).square().sum())
+    product = gram @ old
+    before = squares - 2 * _dot(old, cross) + _dot(old, product)
     factor, used, penalty = factorised(gram, ridge)
-    product = old @ gram
-    missing = cross - product.T
-    step = torch.cholesky_solve(missing, factor).T
+    step = torch.cholesky_solve(torch.sub(cross, product, out=product), factor)
     new = old + step
-    new_product = product + missing.T - penalty * step  # new @ gram, by what `step` solves
+    after = squares - _dot(new, cross) - penalty * _dot(new, step)  # H W'ᵀ is cross − λ step, by what `step` solves
     return Solution(
-        weight=new,
-        bias=mean_t - new @ mean_x if centred else None,
-        error_before=_error(squares, cross, old, product) / n + offset,
-        error_after=_error(squares, cross, new, new_product) / n,
+        weight=new.T,
+        bias=mean_t - mean_x @ new if centred else None,
+        error_before=max(0.0, before) / n + offset,  # rounding would take errors below 0
+        error_after=max(0.0, after) / n,
         ridge=used,
     )
 
 
-def _error(squares: float, cross: Tensor, weight: Tensor, product: Tensor) -> float:
-    """Σ |t − W x|² from the sums and W Σ x xᵀ; not below 0, where rounding would take it."""
-    return max(0.0, squares - float((weight * (2 * cross.T - product)).sum()))
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(a.reshape(-1) @ b.reshape(-1))
 
 
 def factorised(gram: Tensor, ridge: float) -> tuple[Tensor, float, float]:

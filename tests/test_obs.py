@@ -135,7 +135,7 @@ def plain_removal_costs(grams, weights, units, width, ridge, worth):
             rows = torch.nonzero(units == unit)[:, 0]
             costs.append(
                 sum(
-                    factor * float((weight[:, rows].T * inverse[rows][:, rows].inverse().mm(weight[:, rows].T)).sum())
+                    factor * float((weight[:, rows] @ inverse[rows[:, None], rows].inverse() * weight[:, rows]).sum())
                     for (inverse, weight), factor in zip(parts, worth, strict=True)
                 )
             )
@@ -152,8 +152,8 @@ def plain_removal_costs(grams, weights, units, width, ridge, worth):
 
 
 LAYOUTS = {
-    "one input each": lambda: torch.arange(300),
-    "one input each, shuffled, some without a unit": lambda: torch.randperm(330).where(torch.arange(330) % 9 != 4, -1),
+    "one input each": lambda: torch.arange(280),
+    "one input each, shuffled, some without a unit": lambda: torch.randperm(300).where(torch.arange(300) % 9 != 4, -1),
     "blocks": lambda: torch.arange(20).repeat_interleave(16),
     "interleaved": lambda: torch.arange(20).repeat(16),
     "of several sizes, some without a unit": lambda: torch.cat(
@@ -169,7 +169,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("num_experts", "kept"), [(1, 0.0), (1, 0.4), (3, 0.0)])
+@pytest.mark.parametrize(("num_experts", "kept"), [(1, 0.0), (1, 0.4), (3, 0.3)])
 def test_elimination_is_that_of_plain_matrices(layout, num_experts, kept):
     """In more than one block of rows, several units at a time."""
     torch.manual_seed(1)
