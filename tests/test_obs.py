@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 
 import pytest
@@ -13,6 +14,7 @@ from hf_prune import OBSConfig, prune
 from hf_prune.errors import CalibrationError, ConfigError, StructureError
 from hf_prune.layers.walk import Walk
 from hf_prune.methods import score
+from hf_prune.methods.elimination import ROUNDS, invert_, removal_costs
 from hf_prune.methods.obs import SquaredGradients
 from hf_prune.structure.consumers import only_consumer
 from hf_prune.structure.inference import infer_structure
@@ -116,6 +118,104 @@ def test_scores_are_those_of_a_slow_reference(family, axis):
     wanted = reference(seen, weights, consumer.bias(model), consumer.units(structure), num_tokens)
     found = score(model, structure, OBSConfig(0.5, **EXACT), batches)[axis].double()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6 * float(wanted.max()))
+
+
+def plain_removal_costs(grams, weights, units, width, ridge, worth):
+    """The same rounds, written down straight: all of H⁻¹ and W each time."""
+    parts = []
+    for gram, weight in zip(grams, weights, strict=True):
+        shifted = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+        parts.append((torch.linalg.inv(shifted), weight.clone()))
+    alive = sorted(set(units.tolist()) - {-1})
+    result, highest = torch.full((len(alive),), math.inf, dtype=torch.float64), 0.0
+    at_once = math.ceil((len(alive) - width) / ROUNDS)
+    while len(alive) > width:
+        costs = []
+        for unit in alive:
+            rows = torch.nonzero(units == unit)[:, 0]
+            costs.append(
+                sum(
+                    factor * float((weight[:, rows] @ inverse[rows[:, None], rows].inverse() * weight[:, rows]).sum())
+                    for (inverse, weight), factor in zip(parts, worth, strict=True)
+                )
+            )
+        cheapest = sorted(range(len(alive)), key=costs.__getitem__)[: min(at_once, len(alive) - width)]
+        for index in cheapest:
+            highest = max(highest, costs[index])
+            result[alive[index]] = highest
+        gone = torch.cat([torch.nonzero(units == alive[index])[:, 0] for index in cheapest])
+        for index, (inverse, weight) in enumerate(parts):
+            update = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])
+            parts[index] = inverse - inverse[:, gone] @ update, weight - weight[:, gone] @ update
+        alive = [unit for unit in alive if not math.isfinite(result[unit])]
+    return result
+
+
+LAYOUTS = {
+    "one input each": lambda: torch.arange(280),
+    "one input each, shuffled, some without a unit": lambda: torch.randperm(300).where(torch.arange(300) % 9 != 4, -1),
+    "blocks": lambda: torch.arange(20).repeat_interleave(16),
+    "interleaved": lambda: torch.arange(20).repeat(16),
+    "of several sizes, some without a unit": lambda: torch.cat(
+        [
+            torch.tensor([-1, -1]),
+            torch.arange(150),
+            torch.arange(0, 150, 3),
+            torch.arange(0, 150, 6),
+            torch.tensor([-1]),
+        ]
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("num_experts", "kept"), [(1, 0.0), (1, 0.4), (3, 0.3)])
+def test_elimination_is_that_of_plain_matrices(layout, num_experts, kept):
+    """In more than one block of rows, several units at a time."""
+    torch.manual_seed(1)
+    units = LAYOUTS[layout]()
+    units = torch.unique(units, return_inverse=True)[1] - int(units.min() < 0)  # numbers without gaps
+    grams, weights = [], []
+    for _ in range(num_experts):
+        x = torch.randn(2 * len(units), len(units), dtype=torch.float64) * (0.1 + torch.rand(len(units)))
+        grams.append(x.T @ x)
+        weights.append(torch.randn(7, len(units), dtype=torch.float64))
+    width, worth = int(kept * (int(units.max()) + 1)), [1.0, 0.3, 2.0][:num_experts]
+    before = [gram.clone() for gram in grams]
+    found = removal_costs(grams, weights, units, width, 1e-2, worth)
+    wanted = plain_removal_costs(grams, weights, units, width, 1e-2, worth)
+    assert int(found.isinf().sum()) == width
+    assert torch.equal(found.argsort(stable=True), wanted.argsort(stable=True))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=0)
+    assert all(torch.equal(gram, old) for gram, old in zip(grams, before, strict=True))
+
+
+@pytest.mark.parametrize(("size", "step"), [(1, 128), (128, 128), (200, 128), (300, 256), (700, 256)])
+@pytest.mark.parametrize("condition", [1e1, 1e6])
+def test_inverse_in_place(size, step, condition):
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64))[0]
+    matrix = basis * torch.logspace(0, -math.log10(condition), size, dtype=torch.float64) @ basis.T
+    table = torch.full((size, size + 5), math.nan, dtype=torch.float64)
+    found = table[:, 5:]
+    for start in range(0, size, step):
+        found[start : start + step, : start + step] = matrix[start : start + step, : start + step]
+    assert invert_(found, step)
+    product = (found.tril() + found.tril(-1).T) @ matrix
+    assert float((product - torch.eye(size, dtype=torch.float64)).abs().max()) < 1e-12 * condition
+    for start in range(0, size, step):  # the diagonal blocks are whole
+        block = found[start : start + step, start : start + step]
+        torch.testing.assert_close(block, block.T, rtol=1e-9, atol=1e-12 * condition)
+    assert table[:, :5].isnan().all()
+
+
+def test_what_is_not_positive_definite_has_no_inverse_and_gets_more_ridge():
+    x = torch.randn(100, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    gram = x.T @ x
+    assert not invert_(gram - torch.eye(200, dtype=torch.float64), 128)
+    costs = removal_costs([gram], [x[:3]], torch.arange(200), 0, ridge=0.0)
+    assert costs.isfinite().all()
+    assert (costs >= 0).all()
 
 
 def test_without_trust_in_others_it_is_the_error_of_leaving_the_unit_out():

@@ -119,6 +119,36 @@ def test_a_singular_gram_matrix_gets_more_ridge():
     assert found.error_after < 1e-3 * found.error_before
 
 
+def test_solving_leaves_its_inputs_alone():
+    x, t, w, b = problem(0, 60, 20, 4)
+    statistics = statistics_of(x, t, 3)
+    for weight in (w, w.T.contiguous().T):
+        gram, cross, before = statistics.gram.clone(), statistics.cross.clone(), weight.clone()
+        solve(statistics, weight, b, ridge=1e-2)
+        assert torch.equal(weight, before)
+        assert torch.equal(statistics.gram, gram)
+        assert torch.equal(statistics.cross, cross)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("inputs", [1, 5, 37])
+def test_the_gram_matrix_is_whole(inputs, centred):
+    x, t, _, _ = problem(0, 40, inputs, 3)
+    found = statistics_of(x, t, 4).symmetric_gram(centred)
+    known = x - x.mean(0) if centred else x
+    torch.testing.assert_close(found, known.T @ known, rtol=1e-12, atol=1e-11)
+
+
+def test_halves_are_added_up_in_float32():
+    """Rounded to bfloat16 the sums would be off by more than a thousandth."""
+    x, t, _, _ = problem(0, 400, 30, 5)
+    x, t = x.bfloat16(), t.bfloat16()
+    found, wanted = statistics_of(x, t, 4), statistics_of(x.double(), t.double(), 4)
+    for name in ("gram", "cross", "inputs", "targets"):
+        torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-3)
+    assert found.squares == pytest.approx(wanted.squares, rel=1e-5)
+
+
 def test_inputs_that_are_all_zero_change_nothing():
     x, t, w, _ = problem(0, 20, 4, 3)
     found = solve(statistics_of(0 * x, t), w, None, ridge=1e-2)

@@ -11,8 +11,9 @@ from torch import Tensor
 from hf_prune.errors import CalibrationError
 from hf_prune.layers.processes import sum_numbers, sum_over_processes
 
-_BLOCKS = 4
+_BLOCKS = 8
 """The Gram matrix is symmetric: of so many block rows, only the blocks up to the diagonal are multiplied."""
+_HALVES = (torch.bfloat16, torch.float16)
 RIDGE_GROWTH = 10.0
 """A matrix that is not positive definite gets so many times the ridge, until it is."""
 
@@ -20,7 +21,9 @@ RIDGE_GROWTH = 10.0
 class Statistics:
     """Sums over tokens of a consumer's input x `[K]` and of the output t `[D]` that it should have.
 
-    Products are taken in float32 (float64 for float64 inputs) within a batch; batches are added up in float64.
+    Products are added up in float32 (float64 for float64 inputs) within a batch; batches are added up in float64.
+    CUDA takes the products of halves as they are, they are exact in float32; elsewhere the sums would be rounded to
+    halves, so there halves become float32 first.
     """
 
     def __init__(self, num_inputs: int, num_outputs: int, device: torch.device) -> None:
@@ -28,7 +31,7 @@ class Statistics:
             return torch.zeros(*shape, dtype=torch.float64, device=device)
 
         self.num_tokens = 0
-        self.gram = zeros(num_inputs, num_inputs)  # Σ x xᵀ, its lower triangle
+        self.gram = zeros(num_inputs, num_inputs)  # Σ x xᵀ, of block rows what is up to the diagonal block
         self.cross = zeros(num_inputs, num_outputs)  # Σ x tᵀ
         self.inputs = zeros(num_inputs)
         self.targets = zeros(num_outputs)
@@ -36,19 +39,26 @@ class Statistics:
 
     def add(self, x: Tensor, target: Tensor) -> None:
         """Add a batch: x `[..., K]`, target `[..., D]`."""
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x = x.reshape(-1, x.shape[-1]).to(self.gram.device, dtype)
-        target = target.reshape(len(x), target.shape[-1]).to(x)
-        size = x.shape[1]
-        step = -(-size // _BLOCKS)
-        for start in range(0, size, step):
-            stop = min(start + step, size)
-            self.gram[start:stop, :stop] += x[:, start:stop].T @ x[:, :stop]
-        self.cross += x.T @ target
-        self.inputs += x.sum(0)
-        self.targets += target.sum(0)
-        self.squares += float(target.square().sum(dtype=torch.float64))
+        device, size = self.gram.device, x.shape[-1]
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x = x.reshape(-1, size).to(device)
+        target = target.reshape(len(x), target.shape[-1]).to(device)
+        if device.type != "cuda" or x.dtype not in _HALVES or x.dtype != target.dtype:
+            x, target = x.to(wide), target.to(wide)
+        for start, stop in self._blocks():
+            self.gram[start:stop, :stop] += _product(x[:, start:stop].T, x[:, :stop], wide)
+        if target.numel():
+            self.cross += _product(x.T, target, wide)
+        self.inputs += x.sum(0, dtype=wide)
+        self.targets += target.sum(0, dtype=wide)
+        self.squares += float(target.to(wide).square().sum(dtype=torch.float64))
         self.num_tokens += len(x)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """Rows of the blocks on the diagonal of the Gram matrix."""
+        size = len(self.gram)
+        step = -(-size // _BLOCKS)
+        return [(start, min(start + step, size)) for start in range(0, size, step)]
 
     def over_processes(self) -> Statistics:
         """The sums over all processes; this itself where there is one."""
@@ -60,14 +70,20 @@ class Statistics:
         return self
 
     def symmetric_gram(self, centred: bool) -> Tensor:
-        """Σ x xᵀ, or Σ (x − x̄)(x − x̄)ᵀ, both triangles; `CalibrationError` if the sums are not finite."""
-        if not bool(self.gram.isfinite().all() and self.cross.isfinite().all()):
+        """Σ x xᵀ, or Σ (x − x̄)(x − x̄)ᵀ, both triangles, a copy; `CalibrationError` if the sums are not finite."""
+        if not bool(self.gram.diagonal().isfinite().all() and self.cross.sum().isfinite()):  # |xᵢxⱼ| ≤ xᵢ² + xⱼ²
             raise CalibrationError(
                 "the inputs or outputs of a layer are NaN or infinite on the calibration text, expected finite "
                 "numbers. Check that the dense model works, and repair it in bfloat16 or float32."
             )
-        gram = self.gram.tril() + self.gram.tril(-1).T
-        return gram - torch.outer(self.inputs, self.inputs) / max(self.num_tokens, 1) if centred else gram
+        gram = self.gram.T.contiguous()
+        for start, stop in self._blocks():
+            gram[start:stop, :start] = self.gram[start:stop, :start]
+        return gram.addr_(self.inputs, self.inputs, alpha=-1 / max(self.num_tokens, 1)) if centred else gram
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -100,41 +116,44 @@ def solve(statistics: Statistics, weight: Tensor, bias: Tensor | None, ridge: fl
         CalibrationError: the statistics are not finite.
     """
     n, squares, centred = statistics.num_tokens, statistics.squares, bias is not None
-    old = weight.detach().to(statistics.gram)
+    old = weight.detach().T.to(statistics.gram).contiguous()  # [K, D], like all below
     gram, cross = statistics.symmetric_gram(centred), statistics.cross
     mean_x, mean_t = statistics.inputs / n, statistics.targets / n
     offset = 0.0
     if bias is not None:
         cross = cross - n * torch.outer(mean_x, mean_t)
         squares -= float(n * mean_t @ mean_t)
-        offset = float((mean_t - old @ mean_x - bias.detach().to(old)).square().sum())
+        offset = float((mean_t - mean_x @ old - bias.detach().to(old)).square().sum())
+    product = gram @ old
+    before = squares - 2 * _dot(old, cross) + _dot(old, product)
     factor, used, penalty = factorised(gram, ridge)
-    product = old @ gram
-    missing = cross - product.T
-    step = torch.cholesky_solve(missing, factor).T
+    step = torch.cholesky_solve(torch.sub(cross, product, out=product), factor)
     new = old + step
-    new_product = product + missing.T - penalty * step  # new @ gram, by what `step` solves
+    after = squares - _dot(new, cross) - penalty * _dot(new, step)  # H W'ᵀ is cross − λ step, by what `step` solves
     return Solution(
-        weight=new,
-        bias=mean_t - new @ mean_x if centred else None,
-        error_before=_error(squares, cross, old, product) / n + offset,
-        error_after=_error(squares, cross, new, new_product) / n,
+        weight=new.T,
+        bias=mean_t - mean_x @ new if centred else None,
+        error_before=max(0.0, before) / n + offset,  # rounding would take errors below 0
+        error_after=max(0.0, after) / n,
         ridge=used,
     )
 
 
-def _error(squares: float, cross: Tensor, weight: Tensor, product: Tensor) -> float:
-    """Σ |t − W x|² from the sums and W Σ x xᵀ; not below 0, where rounding would take it."""
-    return max(0.0, squares - float((weight * (2 * cross.T - product)).sum()))
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(a.reshape(-1) @ b.reshape(-1))
 
 
 def factorised(gram: Tensor, ridge: float) -> tuple[Tensor, float, float]:
-    """Cholesky factor of a Gram matrix plus λ = `ridge` times its mean diagonal; the ridge that it took, and λ."""
-    scale = float(gram.diagonal().mean()) or 1.0
+    """Cholesky factor of a Gram matrix plus λ = `ridge` times its mean diagonal; the ridge that it took, and λ.
+
+    The matrix is changed meanwhile, and is as it was in the end.
+    """
+    diagonal = gram.diagonal().clone()
+    scale = float(diagonal.mean()) or 1.0
     while True:
-        shifted = gram.clone()
-        shifted.diagonal().add_(ridge * scale)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
+        gram.diagonal().add_(ridge * scale)
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        gram.diagonal().copy_(diagonal)
         if not int(failed):
             return factor, ridge, ridge * scale
         ridge = max(ridge * RIDGE_GROWTH, 1e-8)

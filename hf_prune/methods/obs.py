@@ -151,7 +151,15 @@ def costs_of(
 
     The weight of the consumer is in memory.
     """
-    grams = [found.symmetric_gram(centred=consumer.bias(model) is not None) for found in statistics]
-    grams = [torch.lerp(gram, gram.diagonal().diag(), shrinkage) for gram in grams]
+    centred = consumer.bias(model) is not None
+    grams = (_shrunk(found.symmetric_gram(centred), shrinkage) for found in statistics)
     matrices = consumer.matrices(model.get_parameter(consumer.parameter).detach())
-    return removal_costs(grams, matrices, consumer.units(structure), width, ridge, loss_weights or [1.0] * len(grams))
+    loss_weights = loss_weights or [1.0] * len(statistics)
+    return removal_costs(grams, matrices, consumer.units(structure), width, ridge, loss_weights)
+
+
+def _shrunk(gram: Tensor, shrinkage: float) -> Tensor:
+    """In place, towards its diagonal."""
+    diagonal = gram.diagonal().clone()
+    gram.mul_(1 - shrinkage).diagonal().copy_(diagonal)
+    return gram
