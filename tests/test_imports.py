@@ -20,6 +20,7 @@ STAGES = {
     "checkpoint.loud": 0,
     "errors": 0,
     "atomic": 0,
+    "reading": 0,
     "least_squares": 1,
     "structure": 1,
     "config": 1,
