@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_prune.errors import CheckpointError, ConfigError, HFPruneError
+from hf_prune.errors import ConfigError, HFPruneError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,56 +19,50 @@ def load_config(name: str) -> PreTrainedConfig:
     """The config of a directory or Hub id; `CheckpointError` if there is none."""
     from transformers import AutoConfig
 
+    from hf_prune.checkpoint.verifying import check_files, not_loaded
+
+    if Path(name).is_dir():
+        check_files(Path(name))
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loaded(name, "config", error) from error
+    except (HFPruneError, ImportError):
+        raise
+    except Exception as error:  # config classes refuse in any way they like
+        raise not_loaded(name, "config", error) from error
 
 
 def load_model(name: str, *, device: str | None = None, dtype: str | None = None) -> PreTrainedModel:
     """The causal LM of a directory or Hub id, in evaluation mode.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, it is damaged, or a tensor is missing.
         ConfigError: no such device or dtype.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+
+    from hf_prune.checkpoint.verifying import load_verified
 
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"dtype: found {dtype!r}, expected one of torch's, such as float32, bfloat16 or float16.")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {device!r} cannot be used here: {_first_line(error)}") from error
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-    except HFPruneError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _not_loaded(name, "model", error) from error
-    return model.to(device).eval() if device is not None else model.eval()  # type: ignore[no-any-return]
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise ConfigError(f"device: {device!r} cannot be used here: {reason}") from error
+    model = load_verified(name, dtype=dtype or "auto")
+    assert not isinstance(model, tuple)
+    return model.to(device).eval() if device is not None else model.eval()
 
 
 def load_tokenizer(name: str, *, required: bool) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a directory or Hub id; `None` if there is none and it is not `required`."""
     from transformers import AutoTokenizer
 
+    from hf_prune.checkpoint.verifying import not_loaded
+
     try:
         return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError) as error:
         if required:
-            raise _not_loaded(name, "tokenizer", error) from error
+            raise not_loaded(name, "tokenizer", error) from error
         return None
-
-
-def _not_loaded(name: str, what: str, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"no {what} could be loaded from {name!r}: {_first_line(error)} "
-        "Pass the directory of a causal LM, or its id on the Hub; check the spelling and the connection."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
