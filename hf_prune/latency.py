@@ -6,7 +6,9 @@ widths. Prefill is one forward pass over a prompt, decoding one pass per new tok
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,7 @@ import numpy.typing as npt
 from hf_prune.atomic import replaced_file
 from hf_prune.config import LAYER_AXES
 from hf_prune.errors import PlanError
+from hf_prune.reading import parse_json, read_text
 
 if TYPE_CHECKING:
     import os
@@ -143,6 +146,29 @@ class LatencyTable:
                 "have other widths. Measure this model."
             )
 
+    def _check_values(self) -> None:
+        """Raise `ValueError` for a value of a wrong type or out of range."""
+        counts = [*self.num_units.values(), self.batch_size, self.prompt_len, self.new_tokens, self.num_threads]
+        _expect(all(type(n) is int and 0 < n < 2**40 for n in counts), "sizes and counts", "whole numbers from 1")
+        texts = (self.model_type, self.device, self.dtype, *self.num_units)
+        _expect(all(isinstance(text, str) for text in texts), "model_type, device, dtype and axes", "texts")
+        families = range(len(self.whole))
+        fits = len(self.axes) == len(families) and all(
+            type(family) is int and family in families for family in self.family_of
+        )
+        _expect(fits and set(self.family_of) == set(families), "family_of", "the family of each layer")
+        _expect(all(family.keys() <= set(_WHOLE) for family in self.whole), "whole", f"{_WHOLE}")
+        rows = [row for family in self.axes for rows in family.values() for row in rows]
+        pairs = [self.dense, *(pair for family in self.whole for pair in family.values()), *(row[1:] for row in rows)]
+        fits = all(len(pair) == 2 and all(_is_seconds(value) for value in pair) for pair in pairs)
+        _expect(fits, "times", "two finite numbers of seconds")
+        for layer, family in enumerate(self.family_of):
+            for suffix, found in self.axes[family].items():
+                dense = self.num_units.get(f"layers.{layer}.{suffix}", 0)
+                at = [0, *(width for width, *_ in found), dense]
+                fits = all(type(width) is int for width in at) and all(x < y for x, y in itertools.pairwise(at))
+                _expect(fits, f"layers.{layer}.{suffix}", "ascending widths below the dense one")
+
     @cached_property
     def _curves(self) -> tuple[dict[str, tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]], ...]:
         """Per family and axis: widths `[P]` and seconds saved `[2, P]`, at the dense width last.
@@ -172,7 +198,7 @@ class LatencyTable:
     def from_json(cls, text: str) -> LatencyTable:
         """Read `to_json` back; `PlanError` if the text is not a table."""
         try:
-            values: dict[str, Any] = json.loads(text)
+            values: dict[str, Any] = parse_json(text)
             values["dense"] = tuple(values["dense"])
             values["family_of"] = tuple(values["family_of"])
             values["whole"] = tuple({k: tuple(v) for k, v in family.items()} for family in values["whole"])
@@ -180,6 +206,7 @@ class LatencyTable:
                 {k: tuple(tuple(row) for row in rows) for k, rows in family.items()} for family in values["axes"]
             )
             table = cls(**values)
+            table._check_values()
             table.predict({})
         except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             expected = [field.name for field in fields(cls)]
@@ -200,10 +227,19 @@ class LatencyTable:
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
         """Read a table from `path`; `PlanError` if it is missing or damaged."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_text(Path(path))
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"no latency table can be read from {path}: {error}.") from error
         return cls.from_json(text)
+
+
+def _expect(fits: bool, what: str, expected: str) -> None:
+    if not fits:
+        raise ValueError(f"{what}: expected {expected}")
+
+
+def _is_seconds(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _falling(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -9,7 +9,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from hf_prune.errors import CheckpointError, ConfigError, HFPruneError
+from hf_prune.errors import ConfigError, HFPruneError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,10 +29,16 @@ def load_config(name: str) -> PreTrainedConfig:
     """The config of a directory or Hub id; `CheckpointError` if there is none."""
     from transformers import AutoConfig
 
+    from hf_prune.checkpoint.verifying import check_files, not_loaded
+
+    if Path(name).is_dir():
+        check_files(Path(name))
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise _not_loaded(name, "config", error) from error
+    except (HFPruneError, ImportError):
+        raise
+    except Exception as error:  # config classes refuse in any way they like
+        raise not_loaded(name, "config", error) from error
 
 
 def load_model(
@@ -53,12 +59,10 @@ def load_model(
         folder: where weights go that the files of the checkpoint hold under another shape.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, it is damaged, or a tensor is missing.
         ConfigError: no such device or dtype.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
+    from hf_prune.checkpoint.verifying import load_verified
     from hf_prune.layers.weights import check_offload, device_map_of
     from hf_prune.structure.building import build_empty
 
@@ -67,12 +71,8 @@ def load_model(
     if on_disk:
         shell = build_empty(load_config(name))
         options = {"device_map": device_map_of(shell, on_disk, device or "cpu"), "offload_folder": str(folder)}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", **options)
-    except HFPruneError:
-        raise
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _not_loaded(name, "model", error) from error
+    model = load_verified(name, dtype=dtype or "auto", **options)
+    assert not isinstance(model, tuple)
     if on_disk:
         check_offload(model)
     return model.to(device).eval() if device is not None and not on_disk else model.eval()  # type: ignore[no-any-return]
@@ -133,7 +133,7 @@ def _check_target(device: str | None, dtype: str | None) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device: {device!r} cannot be used here: {_first_line(error)}") from error
+        raise ConfigError(f"device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _itemsize(source: str, dtype: str | None) -> int:
@@ -148,20 +148,11 @@ def load_tokenizer(name: str, *, required: bool) -> PreTrainedTokenizerBase | No
     """The tokenizer of a directory or Hub id; `None` if there is none and it is not `required`."""
     from transformers import AutoTokenizer
 
+    from hf_prune.checkpoint.verifying import not_loaded
+
     try:
         return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError) as error:
         if required:
-            raise _not_loaded(name, "tokenizer", error) from error
+            raise not_loaded(name, "tokenizer", error) from error
         return None
-
-
-def _not_loaded(name: str, what: str, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"no {what} could be loaded from {name!r}: {_first_line(error)} "
-        "Pass the directory of a causal LM, or its id on the Hub; check the spelling and the connection."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

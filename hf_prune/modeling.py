@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -58,16 +58,17 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
             **kwargs: arguments of `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            CheckpointError: a pruned checkpoint in a local directory is damaged or incomplete.
+            CheckpointError: the checkpoint is damaged, or a tensor is missing.
             HFPruneError: what `hf_prune.prune` refuses.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
+
+        from hf_prune.checkpoint.verifying import load_verified
 
         source = str(pretrained_model_name_or_path)
         if pruning_config is None and calibration is not None:
             raise ConfigError("calibration was given without a pruning_config; pass one, or leave out calibration.")
-        _check_local(Path(source), kwargs)
-        model = AutoModelForCausalLM.from_pretrained(source, **kwargs)
+        model: Any = load_verified(source, **kwargs)
         if pruning_config is None:
             return model  # type: ignore[no-any-return]
         if tokenizer is None and isinstance(calibration, str):
@@ -135,14 +136,3 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
             token=token,
             commit_message=commit_message,
         )
-
-
-def _check_local(directory: Path, arguments: Mapping[str, Any]) -> None:
-    """Refuse a damaged pruned checkpoint by name of what is wrong: transformers fills missing tensors at random."""
-    from hf_prune.checkpoint.files import read_json
-    from hf_prune.checkpoint.verifying import verify_checkpoint
-
-    elsewhere = {"subfolder", "variant", "state_dict", "config", "gguf_file"} & set(arguments)
-    config_path = directory / "config.json"
-    if not elsewhere and config_path.is_file() and "pruning_config" in read_json(config_path):
-        verify_checkpoint(directory)

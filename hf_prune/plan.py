@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_prune.atomic import replaced_file
 from hf_prune.config import LAYER_AXES, PruningConfig, selected_axes
 from hf_prune.errors import ConfigError, PlanError
+from hf_prune.reading import parse_json, read_text
 
 if TYPE_CHECKING:
     import os
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 FORMAT = 1
 _KEYS = ("model_type", "base_model_name_or_path", "num_units", "kept_indices", "config", "achieved")
 _MEANINGS = ("decoder", "model", "units")
-_PER_LAYER = re.compile(r"layers\.(\d+)\.(attention|mlp)(\..+)?")
+_PER_LAYER = re.compile(r"layers\.(\d{1,4})\.(attention|mlp)(\..+)?")
+_MOST_UNITS = {"layer": 10_000, "other": 2**24}
+"""More units than any model has; layers are counted one by one, the units of other axes are only listed."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class PruningPlan:
     """Kept units per axis, and where they came from. Checked when it is made; applying it twice gives the same bits.
 
     Raises:
-        PlanError: kept indices that are not ascending, out of range, or of an unknown axis.
+        PlanError: kept indices that are not ascending, out of range, or of an unknown axis; or no attention stays.
     """
 
     model_type: str
@@ -53,12 +56,17 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         for name, num_units in self.num_units.items():
-            if type(num_units) is not int or num_units < 1:
-                raise PlanError(f"{name}: the plan says {num_units!r} units, expected a whole number from 1.")
+            if name not in ("hidden", *LAYER_AXES.values()) and not _PER_LAYER.fullmatch(name):
+                raise PlanError(f"the plan counts units of {name[:60]!r}, which no axis of a model is called.")
+            most = _MOST_UNITS["layer" if name in LAYER_AXES.values() else "other"]
+            if type(num_units) is not int or not 1 <= num_units <= most:
+                raise PlanError(f"{name}: the plan says {num_units!r} units, expected a whole number from 1 to {most}.")
         for name, kept in self.kept_indices.items():
             self._check_kept(name, kept)
         for name in self.kept_indices.keys() & self.vanished_axes:
             raise PlanError(f"{name}: the plan keeps units of it and also removes the layer or branch that holds it.")
+        if self.widths.get(LAYER_AXES["layer_attention"]) == 0:
+            raise PlanError("the plan removes the attention of all layers, expected one that keeps it. Remove less.")
         known = set(self.achieved) - {"latency"} == set(_MEANINGS)
         if not known or not all(_is_fraction(value) for value in self.achieved.values()):
             raise PlanError(f"achieved: found {self.achieved!r}, expected fractions from 0 to 1 for {_MEANINGS}.")
@@ -178,8 +186,8 @@ class PruningPlan:
     def from_json(cls, text: str) -> PruningPlan:
         """`from_dict` of JSON text; `PlanError` if the text is not JSON."""
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise PlanError(f"a plan must be JSON, but the text is damaged: {error}.") from error
         return cls.from_dict(values)
 
@@ -196,7 +204,7 @@ class PruningPlan:
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Read a plan from `path`; `PlanError` if it is missing or damaged."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = read_text(Path(path))
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"no plan can be read from {path}: {error}.") from error
         return cls.from_json(text)

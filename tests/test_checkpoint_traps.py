@@ -211,7 +211,7 @@ def test_ordinary_config_is_left_alone():
 def test_surgery_that_stock_would_ignore_is_refused():
     values = hand_pruned("bloom").values
     for record in values["pruning_config"]["surgery"]["modules"].values():
-        record["shapes"] = {}
+        record["shapes"], record["attributes"] = {}, {}
     with pytest.raises(CheckpointError, match="random weights"):
         make_loud(values)
 

@@ -20,13 +20,13 @@ STAGES = {
     "checkpoint.loud": 0,
     "errors": 0,
     "atomic": 0,
+    "reading": 0,
     "structure": 1,
     "config": 1,
     "data": 1,
     "plan": 2,
     "latency": 2,  # a table of numbers
     "layers": 3,  # what runs layers
-    "loading": 3,
     "methods": 4,
     "allocation": 5,
     "surgery": 6,
@@ -38,6 +38,7 @@ STAGES = {
     "evaluation.report": 7,  # draws the picture that checkpoints carry
     "evaluation.learning_curve": 7,  # likewise
     "checkpoint": 8,
+    "loading": 8,
     "pipeline": 9,
     "modeling": 10,
 }

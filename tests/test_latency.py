@@ -133,6 +133,17 @@ def test_the_table_goes_through_a_file(tmp_path):
         lambda values: values.update(family_of=[0, 7]),
         lambda values: values.update(axes=3),
         lambda values: values.update(dense=["fast", "slow"]),
+        lambda values: values.update(dense=[1.0, float("nan")]),
+        lambda values: values.update(dense=[1.0, 2.0, 3.0]),
+        lambda values: values.update(family_of=[-1] * len(values["family_of"])),
+        lambda values: values["num_units"].update({"layers.0.mlp": 10**30}),
+        lambda values: values["num_units"].update({"layers.0.mlp": "12"}),
+        lambda values: values["num_units"].pop("layers.0.mlp"),
+        lambda values: values.update(batch_size=0),
+        lambda values: values.update(device=3),
+        lambda values: values["axes"][0]["mlp"].reverse(),
+        lambda values: values["axes"][0]["mlp"].append([10**12, 1.0, 1.0]),
+        lambda values: values["whole"][0].update(forward=[1.0, 1.0]),
     ],
 )
 def test_damaged_tables_are_refused(damage, tmp_path):

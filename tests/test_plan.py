@@ -99,6 +99,7 @@ def test_check_names_what_differs():
         ({"layers.9.mlp": (1,)}, "does not say"),
         ({"layers.mlp": (1, 2), "layers.0.mlp": (1,)}, "also removes"),
         ({"layers": (1, 2), "layers.0.mlp": (1,)}, "also removes"),
+        ({"layers": (2,), "layers.attention": (0, 1)}, "removes the attention of all layers"),
     ],
 )
 def test_impossible_kept_indices_are_refused(kept, message):
@@ -115,6 +116,9 @@ def test_impossible_kept_indices_are_refused(kept, message):
         ({"achieved": {"decoder": 0.1}}, "achieved"),
         ({"achieved": {"decoder": 2, "model": 0.1, "units": 0.1}}, "achieved"),
         ({"num_units": {"layers.0.mlp": "12"}}, "layers.0.mlp"),
+        ({"num_units": {"layers": 10**9}, "kept_indices": {"layers": [0]}}, "expected a whole number from 1 to 10000"),
+        ({"num_units": {"layers.0.mlp": 10**30}, "kept_indices": {}}, "from 1 to 16777216"),
+        ({"num_units": {"forward": 3}, "kept_indices": {}}, "'forward', which no axis"),
         ({"kept_indices": {"layers.0.mlp": 3}}, "tuple"),
         ({"base_model_name_or_path": 3}, "base_model"),
         ({"config": {"method": "random"}}, "config is damaged"),

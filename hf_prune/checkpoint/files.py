@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import CheckpointError, HFPruneError
+from hf_prune.reading import parse_json, read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,9 +27,10 @@ def needs_plugin(config: PreTrainedConfig) -> bool:
     return bool(pruning.get("surgery")) or bool(config.to_dict().get("per_layer_config"))
 
 
-def agrees(plan: PruningPlan, config: PreTrainedConfig) -> bool:
-    """Whether `plan` gives the widths that `config.pruning_config` records."""
-    recorded: dict[str, int] = (getattr(config, "pruning_config", None) or {}).get("widths", {})
+def agrees(plan: PruningPlan, config: PreTrainedConfig | Mapping[str, Any]) -> bool:
+    """Whether `plan` gives the widths that `config.pruning_config` (or that section itself) records."""
+    section = config if isinstance(config, Mapping) else getattr(config, "pruning_config", None) or {}
+    recorded: dict[str, int] = section.get("widths", {})
     widths = plan.widths
     return set(plan.kept_indices) <= set(recorded) and all(widths.get(axis) == n for axis, n in recorded.items())
 
@@ -40,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is not JSON, or holds something other than an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not readable JSON ({error}). Save or download the checkpoint again."
@@ -65,8 +67,8 @@ def read_plan(path: Path) -> PruningPlan:
         return PruningPlan.from_dict(content)
     except (HFPruneError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a valid pruning plan: {error}. Save or download the checkpoint again, or read it with the "
-            "hf_prune version named in config.json."
+            f"{path} is not a valid pruning plan: {str(error).rstrip('.')}. Save or download the checkpoint again, or "
+            "read it with the hf_prune version named in config.json."
         ) from error
 
 

@@ -93,11 +93,12 @@ def _shapes_or_none(values: Mapping[str, Any]) -> Shapes | None:
 
     try:
         return _build(values)
-    except AmbiguousGlobalPerLayerAttributeError:
-        return None
     except Exception as error:
-        if isinstance(error.__cause__, AmbiguousGlobalPerLayerAttributeError):
-            return None
+        cause: BaseException | None = error
+        while cause is not None:  # validators of config classes raise it from within
+            if isinstance(cause, AmbiguousGlobalPerLayerAttributeError):
+                return None
+            cause = cause.__cause__
         raise CheckpointError(
             f"{values['model_type']}: the pruned model cannot be built from its config: {error}"
         ) from error

@@ -1,8 +1,12 @@
 """Build transformers models whose decoder layers differ, from `per_layer_config` and `pruning_config` in config.json.
 
 transformers reads `per_layer_config` into its configs but does not build layers from it yet; `install` adds that half.
-It wraps four functions, once per process: `PreTrainedModel.__init__`, `PreTrainedModel.post_init`, the `__init__` of a
-family's decoder layer class, and `get_layer_types_and_kwargs`. All of them leave models without such a config alone.
+It wraps six functions, once per process: `PreTrainedConfig.from_dict`, `PreTrainedModel.__init__`, `post_init` and
+`from_pretrained`, the `__init__` of a family's decoder layer class, and `get_layer_types_and_kwargs`. All of them leave
+models without such a config alone.
+
+What config.json says is checked against one schema before anything is built (`check_config`), and what was loaded
+against the model that was built (`check_loaded`): a tensor that is missing is an error, never random numbers.
 
 This file imports only torch and transformers: pruned repositories carry a copy of it as `modeling_hf_prune.py`, so that
 they load with `trust_remote_code=True` where hf_prune is not installed.
@@ -11,9 +15,13 @@ they load with `trust_remote_code=True` where hf_prune is not installed.
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
+import json
+import re
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -22,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 Outputs = str | list[str | None] | None
 
@@ -33,6 +41,20 @@ _DEFAULT_BRANCHES: dict[str, tuple[tuple[str, ...], Outputs]] = {
     "attention": (("self_attn", "self_attention", "attn", "attention"), ["zeros", None]),
     "mlp": (("mlp",), "zeros"),
 }
+DIGESTS = "pruning_digests"
+"""Attribute of config.json with the SHA-256 of its own sections (`config_digest`) and of the files beside it."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged or contradicts itself. Where hf_prune is imported its own `CheckpointError` is raised."""
+
+
+def refusal(message: str) -> ValueError:
+    """The error to raise."""
+    if "hf_prune" in sys.modules:
+        error: ValueError = importlib.import_module("hf_prune.errors").CheckpointError(message)
+        return error
+    return CheckpointError(message)
 
 
 def install() -> None:
@@ -43,12 +65,17 @@ def install() -> None:
     from transformers import cache_utils
     from transformers.modeling_utils import PreTrainedModel
 
+    install_config_check()
+    _wrap_class_method(PreTrainedModel, "from_pretrained", _checked_load)
     if hasattr(PreTrainedModel.__init__, _MARK):
         return
 
     def before_build(model: Any, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         original(model, *args, **kwargs)
+        if _is_pruned(model.config):  # a config may have been read before this file was
+            check_config(model.config.to_dict())
         if _builds_layers(model):
+            _check_attention_left(model.config)
             _patch_layer_classes(model)
 
     def before_post_init(model: Any, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
@@ -61,6 +88,26 @@ def install() -> None:
     _wrap_method(PreTrainedModel, "__init__", before_build)
     _wrap_method(PreTrainedModel, "post_init", before_post_init)
     _patch_cache(cache_utils)
+
+
+def install_config_check() -> None:
+    """Make transformers check the config of a pruned model when it reads one. Idempotent, also across copies."""
+    from transformers.configuration_utils import PreTrainedConfig
+
+    _wrap_class_method(PreTrainedConfig, "from_dict", _checked_config)
+
+
+def _wrap_class_method(owner: type, name: str, replacement: Callable[..., Any]) -> None:
+    original = vars(owner)[name].__func__
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapped(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return replacement(cls, functools.partial(original, cls), *args, **kwargs)
+
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, classmethod(wrapped))
 
 
 def _wrap_method(owner: type, name: str, replacement: Callable[..., None]) -> None:
@@ -79,6 +126,10 @@ def _wrap_method(owner: type, name: str, replacement: Callable[..., None]) -> No
 
 def _is_heterogeneous(config: Any) -> bool:
     return bool(getattr(config, "is_heterogeneous", False))
+
+
+def _is_pruned(config: Any) -> bool:
+    return getattr(config, "pruning_config", None) is not None or _is_heterogeneous(config)
 
 
 def _builds_layers(model: Any) -> bool:
@@ -104,7 +155,7 @@ def _transformers_builds(model_type: str) -> bool:
 def _patch_layer_classes(model: Any) -> None:
     classes = list(_layer_classes(model))
     if not classes:
-        raise ValueError(
+        raise refusal(
             f"{type(model).__name__}: per_layer_config needs a decoder layer class whose constructor takes "
             f"`config` and one of {_INDEX_NAMES}; found none. "
             "Express the widths of this family as pruning_config['surgery']."
@@ -143,7 +194,7 @@ def _patch_layer_class(cls: Any) -> None:
             return
         layer_idx = bound.arguments.get(index_name)
         if layer_idx is None:
-            raise ValueError(f"{cls.__name__} was built without `{index_name}`: its per_layer_config is unknown.")
+            raise refusal(f"{cls.__name__} was built without `{index_name}`: its per_layer_config is unknown.")
         bound.arguments["config"] = layer_config(config, layer_idx)
         original(*bound.args, **bound.kwargs)
         skip_branches(layer, config, layer_idx)
@@ -151,12 +202,18 @@ def _patch_layer_class(cls: Any) -> None:
     _wrap_method(cls, "__init__", build)
 
 
+def _check_attention_left(config: Any) -> None:
+    """Refuse a model without any attention: a cache would have no layer to count tokens by."""
+    if all("attention" in one.skip for one in config.per_layer_config):
+        raise refusal("per_layer_config: all layers skip their attention, expected one that keeps it. Remove fewer.")
+
+
 def _check_layers_were_built(model: Any) -> None:
     from transformers.modeling_utils import PreTrainedModel
 
     layers = (module for module in model.modules() if not isinstance(module, PreTrainedModel))
     if not any(hasattr(type(module).__init__, _MARK) for module in layers):
-        raise ValueError(f"{type(model).__name__}: per_layer_config reached no layer; this family is not supported.")
+        raise refusal(f"{type(model).__name__}: per_layer_config reached no layer; this family is not supported.")
 
 
 # --- the config of one layer ------------------------------------------------------------------------------------------
@@ -286,10 +343,10 @@ def skip_branches(layer: nn.Module, config: Any, layer_idx: int) -> None:
             names, outputs = _DEFAULT_BRANCHES[branch]
         else:
             known = sorted({*_DEFAULT_BRANCHES, *recorded})
-            raise ValueError(f"Layer {layer_idx} skips {branch!r}; this file knows {known}.")
+            raise refusal(f"Layer {layer_idx} skips {branch!r}; this file knows {known}.")
         path = next((name for name in names if _submodule(layer, name) is not None), None)
         if path is None:
-            raise ValueError(
+            raise refusal(
                 f"Layer {layer_idx} skips {branch!r}, but {type(layer).__name__} has no module {' or '.join(names)}. "
                 f"Name it in pruning_config['surgery']['branches']."
             )
@@ -370,32 +427,53 @@ def _surgery(config: Any) -> dict[str, Any]:
 
 
 def apply_surgery(model: Any) -> None:
-    """Give modules the shapes and attributes in `model.config.pruning_config["surgery"]`. Modifies `model` in place.
+    """Give modules the shapes and sizes in `model.config.pruning_config["surgery"]`. Modifies `model` in place.
 
     Paths are those of the model with a language modelling head; in a base model the `base_model_prefix` is dropped, and
     modules that a model does not have (`lm_head` in a classifier) are left out. Shapes are absolute: applying it twice
-    changes nothing. A tensor whose shape changes loses its values.
+    changes nothing. A tensor whose shape changes loses its values. Nothing grows, so that no record can ask for memory.
 
     Raises:
-        ValueError: the model has a base model, but that has no module of a recorded path.
+        CheckpointError: the model has a base model, but that has no module of a recorded path; or a record asks for
+            something else than a smaller tensor, or a smaller number that goes with one.
     """
     prefix = f"{model.base_model_prefix}."
     has_base = getattr(model, model.base_model_prefix, None) is not None
+    found: dict[str, tuple[nn.Module, Mapping[str, Any]]] = {}
     for path, record in _surgery(model.config).get("modules", {}).items():
         module = _submodule(model, path if has_base else path.removeprefix(prefix))
-        if module is None:
-            if has_base and path.startswith(prefix):
-                raise ValueError(
-                    f"pruning_config['surgery'] names {path!r}: {type(model).__name__} has no such module."
-                )
-            continue
-        for name, shape in record.get("shapes", {}).items():
-            _resize(module, name, shape)
+        if module is not None:
+            found[path] = module, record
+        elif has_base and path.startswith(prefix):
+            raise refusal(f"pruning_config['surgery'] names {path!r}: {type(model).__name__} has no such module.")
+    changes = {
+        f"{path}.{name}": _resize(module, path, name, shape)
+        for path, (module, record) in found.items()
+        for name, shape in record.get("shapes", {}).items()
+    }
+    for path, (module, record) in found.items():
         for name, value in record.get("attributes", {}).items():
-            owner, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, value)
+            around = path if any(module.children()) else path.rpartition(".")[0]
+            near = [pair for tensor, pairs in changes.items() if tensor.startswith(f"{around}.") for pair in pairs]
+            _set_size(module, path, name, value, near)
         for name, selection in record.get("select_inputs", {}).items():
-            _select_input(module, name, selection)
+            _select_input(module, path, name, selection)
+
+
+def _set_size(module: nn.Module, path: str, name: str, value: int, changes: Iterable[tuple[int, int]]) -> None:
+    """Set a number that `module` keeps, such as its head count: only if a tensor near it shrank in that proportion."""
+    found = vars(module).get(name)
+    if type(found) is not int or hasattr(type(module), name):
+        raise refusal(
+            f"pruning_config['surgery'] sets {path}.{name}, but {type(module).__name__} keeps no whole number of that "
+            "name. Save or download the checkpoint again."
+        )
+    if found != value and not any(old * value == new * found for old, new in changes):
+        raise refusal(
+            f"pruning_config['surgery'] changes {path}.{name} from {found} to {value}, but no tensor there shrinks "
+            "by as much. Save or download the checkpoint again."
+        )
+    setattr(module, name, value)
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
@@ -405,20 +483,33 @@ def _submodule(module: nn.Module, path: str) -> nn.Module | None:
         return None
 
 
-def _resize(module: nn.Module, name: str, shape: Sequence[int]) -> None:
-    """Replace a parameter or buffer by an empty one of `shape`, and correct the sizes its module remembers."""
+def _resize(module: nn.Module, path: str, name: str, shape: Sequence[int]) -> list[tuple[int, int]]:
+    """Replace a parameter or buffer by an empty one of `shape`, and correct the sizes its module remembers.
+
+    Returns:
+        The (old, new) lengths of the dimensions that changed.
+    """
     owner_path, _, tensor_name = name.rpartition(".")
-    owner = module.get_submodule(owner_path)
-    tensor = getattr(owner, tensor_name)
-    if tuple(tensor.shape) == tuple(shape):
-        return
-    empty = torch.empty(tuple(shape), dtype=tensor.dtype, device=tensor.device)
+    owner = _submodule(module, owner_path)
+    tensor = None if owner is None else (owner._parameters | owner._buffers).get(tensor_name)
+    if owner is None or tensor is None:
+        raise refusal(f"pruning_config['surgery'] resizes {path}.{name}: the model has no such tensor.")
+    old, new = tuple(tensor.shape), tuple(shape)
+    if old == new:
+        return []
+    if len(old) != len(new) or any(after > before for before, after in zip(old, new, strict=True)):
+        raise refusal(
+            f"pruning_config['surgery'] gives {path}.{name} the shape {list(new)}; found {list(old)} in the model that "
+            "config.json describes, expected no larger ones. Save or download the checkpoint again."
+        )
+    empty = torch.empty(new, dtype=tensor.dtype, device=tensor.device)
     if isinstance(tensor, nn.Parameter):
         empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
     setattr(owner, tensor_name, empty)
     owner._is_hf_initialized = False  # type: ignore[assignment]
     if tensor_name == "weight":
         _remember_sizes(owner, empty.shape)
+    return [(before, after) for before, after in zip(old, new, strict=True) if before != after]
 
 
 _SIZE_NAMES: tuple[tuple[str, ...], ...] = (
@@ -442,11 +533,13 @@ def _remember_sizes(module: nn.Module, shape: Sequence[int]) -> None:
         module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
 
 
-def _select_input(module: nn.Module, argument: str, selection: Mapping[str, Any]) -> None:
-    position = list(inspect.signature(type(module).forward).parameters).index(argument) - 1
+def _select_input(module: nn.Module, path: str, argument: str, selection: Mapping[str, Any]) -> None:
+    parameters = list(inspect.signature(type(module).forward).parameters)
+    if argument not in parameters[1:]:
+        raise refusal(f"pruning_config['surgery'] selects from {argument!r}, which {path} does not take.")
     hook = SelectInput(
         argument,
-        position,
+        parameters.index(argument) - 1,
         selection["dim"],
         tuple(selection["sizes"]),
         selection["factor"],
@@ -454,3 +547,260 @@ def _select_input(module: nn.Module, argument: str, selection: Mapping[str, Any]
     )
     if hook not in module._forward_pre_hooks.values():
         module.register_forward_pre_hook(cast("Any", hook), with_kwargs=True)
+
+
+# --- what config.json may say -----------------------------------------------------------------------------------------
+
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+_PATH = re.compile(r"[A-Za-z]\w*(\.([A-Za-z]\w*|\d+))*", re.ASCII)
+_LARGEST = 2**17
+"""Length of a dimension that config.json may ask for where it says nothing of the dense length."""
+_NOT_OF_A_LAYER = ("implementation", "config", "auto_map", "model_type", "architectures", "dtype", "name_or_path")
+
+
+def check_config(values: Mapping[str, Any]) -> None:
+    """Check `pruning_config` and `per_layer_config` of a config.json: names, types and ranges, as hf_prune writes them.
+
+    Args:
+        values: the config as JSON values.
+
+    Raises:
+        CheckpointError: something else was found.
+    """
+    pruning, per_layer = values.get("pruning_config"), values.get("per_layer_config")
+    if pruning is None:  # layers that differ are transformers' own format: what else writes it is not ours to judge
+        return
+    _check_section(pruning)
+    names, code = values.get("architectures") or [], values.get("auto_map", {})
+    _expect(_is_list(names, lambda name: isinstance(name, str)), "architectures", names, "names of classes")
+    _expect(_is_map(code, lambda _, name: isinstance(name, str)), "auto_map", code, "classes by auto class")
+    for key, value in values.items():
+        if "layer" in key and type(value) is int:  # classes make lists of that length
+            _expect(value <= 2**14, key, value, "a number of layers")
+    if per_layer is not None:
+        _check_layers(per_layer, values)
+
+
+def config_digest(values: Mapping[str, Any]) -> str:
+    """SHA-256 of `pruning_config` and `per_layer_config`, whatever the order and the spelling of their keys."""
+    layers = {int(layer): override for layer, override in (values.get("per_layer_config") or {}).items()}
+    content = json.loads(json.dumps([values.get("pruning_config"), layers]))  # keys and tuples as they are in a file
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def check_saved(values: Mapping[str, Any]) -> None:
+    """`check_config`, and whether a saved config agrees with itself: selected inputs with widths, and its SHA-256.
+
+    Raises:
+        CheckpointError: it breaks the schema, contradicts itself, or was changed after the model was saved.
+    """
+    check_config(values)
+    section = values.get("pruning_config") or {}
+    widths = sorted({n for n in section.get("widths", {}).values() if n})
+    for path, record in (section.get("surgery") or {}).get("modules", {}).items():
+        for name, selection in record.get("select_inputs", {}).items():
+            kept = selection["kept"]
+            _expect(not widths or len(kept) in widths, f"{path}.{name}.kept", kept, f"as many as a width, of {widths}")
+    recorded = values.get(DIGESTS)
+    if recorded is None:
+        return
+    _expect(_is_map(recorded, lambda name, digest: isinstance(digest, str)), DIGESTS, recorded, "SHA-256 by file name")
+    found = config_digest(values)
+    if recorded.get("config.json") != found:
+        raise refusal(
+            f"config.json: found SHA-256 {found[:12]}… for pruning_config and per_layer_config, expected "
+            f"{str(recorded.get('config.json'))[:12]}…: they were changed after the model was saved. Save or download "
+            "the checkpoint again."
+        )
+
+
+def _expect(fits: bool, where: str, found: Any, expected: str) -> None:
+    if not fits:
+        text = repr(found)
+        raise refusal(
+            f"{where}: found {text if len(text) < 60 else text[:57] + '...'}, expected {expected}. "
+            "Save or download the checkpoint again."
+        )
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**40
+
+
+def _is_map(value: Any, fits: Callable[[str, Any], bool]) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and fits(k, v) for k, v in value.items())
+
+
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and all(fits(entry) for entry in value)
+
+
+def _check_section(section: Any) -> None:
+    name = "pruning_config"
+    _expect(_is_map(section, lambda _, value: True), name, section, "an object")
+    _expect(section.get("format", 1) == 1, f"{name}.format", section.get("format"), "1, all that this version reads")
+    for key, kinds in (("hf_prune_version", str), ("method", str), ("settings", dict), ("achieved", dict)):
+        _expect(isinstance(section.get(key, kinds()), kinds), f"{name}.{key}", section.get(key), kinds.__name__)
+    base = section.get("base_model_name_or_path")
+    _expect(base is None or isinstance(base, str), f"{name}.base_model_name_or_path", base, "a text or null")
+    widths = section.get("widths", {})
+    _expect(_is_map(widths, lambda _, n: n == 0 or _is_size(n)), f"{name}.widths", widths, "whole numbers by axis")
+    surgery = section.get("surgery")
+    if surgery is None:
+        return
+    where = f"{name}.surgery"
+    _expect(_is_map(surgery, lambda key, _: key in ("branches", "modules")), where, surgery, "branches and modules")
+    branches, modules = surgery.get("branches", {}), surgery.get("modules", {})
+    _expect(_is_map(branches, lambda key, _: key in _DEFAULT_BRANCHES), where, branches, f"{list(_DEFAULT_BRANCHES)}")
+    for branch, record in branches.items():
+        _check_branch(f"{where}.branches.{branch}", record)
+    _expect(_is_map(modules, lambda path, _: bool(_PATH.fullmatch(path))), where, modules, "paths of modules")
+    for path, record in modules.items():
+        _check_module(f"{where}.modules[{path!r}]", record)
+
+
+def _check_branch(where: str, record: Any) -> None:
+    _expect(_is_map(record, lambda _, value: True) and set(record) == {"module", "outputs"}, where, record, "a module")
+    module, outputs = record["module"], record["outputs"]
+    _expect(isinstance(module, str) and bool(_PATH.fullmatch(module)), f"{where}.module", module, "a module path")
+    rest = outputs[1:] if isinstance(outputs, list) and outputs[:1] == ["zeros"] else None
+    fits = outputs == "zeros" or (rest is not None and len(rest) < 8 and all(entry is None for entry in rest))
+    _expect(fits, f"{where}.outputs", outputs, '"zeros", or a list of "zeros" and nulls')
+
+
+def _check_module(where: str, record: Any) -> None:
+    known = ("shapes", "attributes", "select_inputs")
+    _expect(_is_map(record, lambda key, part: key in known and isinstance(part, dict)), where, record, f"{known}")
+    for name, shape in record.get("shapes", {}).items():
+        fits = bool(_PATH.fullmatch(name)) and _is_list(shape, _is_size) and 0 < len(shape) < 6
+        _expect(fits, f"{where}.shapes[{name!r}]", shape, "the lengths of a tensor, each from 1")
+    for name, value in record.get("attributes", {}).items():
+        fits = bool(_NAME.fullmatch(name)) and "layer" not in name and _is_size(value)
+        _expect(fits, f"{where}.attributes[{name!r}]", value, "a size, from 1")
+    for name, selection in record.get("select_inputs", {}).items():
+        _check_selection(f"{where}.select_inputs[{name!r}]", selection)
+
+
+def _check_selection(where: str, selection: Any) -> None:
+    keys = {"dim", "sizes", "factor", "kept"}
+    _expect(_is_map(selection, lambda *_: True) and set(selection) == keys, where, selection, f"{sorted(keys)}")
+    dim, sizes, factor, kept = (selection[key] for key in ("dim", "sizes", "factor", "kept"))
+    _expect(type(dim) is int and -8 <= dim < 8, f"{where}.dim", dim, "a dimension")
+    fits = _is_list(sizes, lambda n: n == -1 or _is_size(n)) and 0 < len(sizes) < 8 and list(sizes).count(-1) < 2
+    _expect(fits, f"{where}.sizes", sizes, "lengths from 1, one of them -1 perhaps")
+    _expect(type(factor) is int and 0 <= factor < len(sizes), f"{where}.factor", factor, f"0 to {len(sizes) - 1}")
+    fits = _is_list(kept, lambda unit: type(unit) is int) and len(kept) > 0
+    _expect(fits, f"{where}.kept", kept, "the units that stay")
+    most = _LARGEST if sizes[factor] == -1 else sizes[factor]
+    ascending = all(left < right for left, right in itertools.pairwise([-1, *kept, most]))
+    _expect(ascending, f"{where}.kept", kept, f"ascending units below {most}")
+
+
+def _check_layers(layers: Any, values: Mapping[str, Any]) -> None:
+    name = "per_layer_config"
+    fits = isinstance(layers, dict) and all(
+        re.fullmatch(r"[0-9]{1,5}", str(key)) and _is_map(override, lambda *_: True) for key, override in layers.items()
+    )
+    _expect(fits, name, layers, "overrides by layer index")
+    _expect(len({int(key) for key in layers}) == len(layers), name, list(layers), "each layer once")
+    for layer, override in layers.items():
+        for key, value in override.items():
+            where = f"{name}[{layer}].{key}"
+            if key == "skip":
+                _expect(_is_list(value, lambda branch: isinstance(branch, str)), where, value, "a list of branches")
+                continue
+            fits = bool(_NAME.fullmatch(key)) and not any(word in key for word in _NOT_OF_A_LAYER)
+            _expect(fits, where, value, "a number of one layer")
+            fault = _fault_of_size(value, values.get(key))
+            _expect(not fault, where, value, fault)
+
+
+def _fault_of_size(value: Any, dense: Any) -> str:
+    """What a layer's own value has to be, given that of the model (`None`: not known); "" if it is that."""
+    if type(value) is int:
+        most = max(dense, 64) if type(dense) is int else _LARGEST
+        return "" if 0 < value <= most else f"a whole number from 1 to {most}"
+    if value is None or (type(value) in (bool, float) and (dense is None or type(value) is type(dense))):
+        return ""
+    return "a number like the model's"
+
+
+# --- loading ----------------------------------------------------------------------------------------------------------
+
+_NOT_THE_CHECKPOINT = (ImportError, MemoryError, torch.OutOfMemoryError)
+
+
+def _checked_config(cls: type, original: Callable[..., Any], values: dict[str, Any], **kwargs: Any) -> Any:
+    """`PreTrainedConfig.from_dict`, refusing what `check_config` refuses."""
+    if not isinstance(values, dict) or not {"pruning_config", "per_layer_config", DIGESTS} & values.keys():
+        return original(values, **kwargs)
+    if DIGESTS in values:
+        check_saved(values)
+    else:  # a pruned model pruned again has records of both for a moment
+        check_config(values)
+    try:
+        config = original({key: value for key, value in values.items() if key != DIGESTS}, **kwargs)
+    except _NOT_THE_CHECKPOINT:
+        raise
+    except Exception as error:
+        raise refusal(f"config.json: {cls.__name__} does not take it: {error}") from error
+    check_config((config[0] if isinstance(config, tuple) else config).to_dict())
+    return config
+
+
+def _checked_load(
+    cls: Any, original: Callable[..., Any], *args: Any, output_loading_info: bool = False, **kwargs: Any
+) -> Any:
+    """`PreTrainedModel.from_pretrained`; a pruned model comes with all its tensors, or not at all."""
+    config: Any = kwargs.get("config")
+    try:
+        if _is_pruned(config):
+            check_saved(config.to_dict())
+        model, info = original(*args, output_loading_info=True, **kwargs)
+    except _NOT_THE_CHECKPOINT:
+        raise
+    except Exception as error:
+        if not _is_pruned(config) or type(error).__name__ == "CheckpointError":
+            raise
+        raise refusal(f"{args[0] if args else cls.__name__}: the pruned model cannot be loaded: {error}") from error
+    if _is_pruned(model.config):
+        check_loaded(model, info)
+        vars(model.config).pop(DIGESTS, None)  # of the files, not of what becomes of the model
+    return (model, info) if output_loading_info else model
+
+
+def check_loaded(model: Any, info: Mapping[str, Any], *, with_head: bool = False) -> None:
+    """Check that a model has got all its tensors, and no others.
+
+    Args:
+        model: a model that `from_pretrained` returned.
+        info: what `output_loading_info=True` gives.
+        with_head: the head must not be new, even if the model is of another class than the one that was saved.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, or (in a pruned model) has no place.
+    """
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return  # `info` is about the adapter
+    prefix = f"{model.base_model_prefix}."
+    whole = type(model).__name__.removeprefix("FSDP") in (model.config.architectures or ())
+    has_base = getattr(model, model.base_model_prefix, None) is not None
+
+    def counts(name: str) -> bool:
+        return with_head or whole or not has_base or name.startswith(prefix)
+
+    problems = [
+        f"{name} has shape {list(found)}, expected {list(wanted)}"
+        for name, found, wanted in info["mismatched_keys"]
+        if counts(name)
+    ]
+    problems += [f"{name} is missing" for name in info["missing_keys"] if counts(name)]
+    if whole and _is_pruned(model.config) and getattr(model, "hf_quantizer", None) is None:
+        problems += [f"{name} is not part of the model" for name in info["unexpected_keys"]]
+    if problems:
+        source = getattr(model.config, "_name_or_path", "")
+        raise refusal(
+            f"{source if source not in ('', 'None') else type(model).__name__}: the weights do not fit config.json: "
+            f"{'; '.join(sorted(problems)[:3])}{f'; and {len(problems) - 3} more' if len(problems) > 3 else ''}. "
+            "Save or download the checkpoint again."
+        )

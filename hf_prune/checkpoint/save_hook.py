@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 import os
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.checkpoint.files import CODE_NAME, PLAN_NAME, agrees, needs_plugin, read_plan
+from hf_prune.checkpoint.per_layer import DIGESTS, config_digest
 from hf_prune.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -94,8 +96,12 @@ def _with_companions(original: Callable[..., None]) -> Callable[..., None]:
         with _saved_auto_map(self.config, references):
             # before the original: it may push the directory to the Hub before it returns
             if is_main_process:
-                _write_companions(self, Path(save_directory), code)
-            return original(self, save_directory, is_main_process, *args, **kwargs)
+                digests = _write_companions(self, Path(save_directory), code)
+                setattr(self.config, DIGESTS, digests | {"config.json": config_digest(self.config.to_dict())})
+            try:
+                return original(self, save_directory, is_main_process, *args, **kwargs)
+            finally:
+                vars(self.config).pop(DIGESTS, None)
 
     save_pretrained._hf_prune = True  # type: ignore[attr-defined]
     return save_pretrained
@@ -147,8 +153,12 @@ def _saved_auto_map(config: PreTrainedConfig, references: dict[str, str]) -> Ite
             del config.auto_map
 
 
-def _write_companions(model: PreTrainedModel, directory: Path, code: str) -> None:
-    """Write the plan of `model`, and `code` if any, into `directory`; remove those of another model."""
+def _write_companions(model: PreTrainedModel, directory: Path, code: str) -> dict[str, str]:
+    """Write the plan of `model`, and `code` if any, into `directory`; remove those of another model.
+
+    Returns:
+        SHA-256 of what was written, by file name.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     plan = plan_of(model, directory)
     if plan is None:
@@ -160,3 +170,5 @@ def _write_companions(model: PreTrainedModel, directory: Path, code: str) -> Non
         (directory / CODE_NAME).write_text(code, encoding="utf-8")
     else:
         (directory / CODE_NAME).unlink(missing_ok=True)
+    written = [path for path in (directory / PLAN_NAME, directory / CODE_NAME) if path.exists()]
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in written}
