@@ -201,7 +201,7 @@ def _check_that_it_runs(source: str | Path, config: PreTrainedConfig) -> None:
     """
     from hf_prune.structure.building import build_empty
     from hf_prune.structure.inference import traceable_config
-    from hf_prune.structure.tracing import TraceError, trace
+    from hf_prune.structure.forward import TraceError, trace
 
     if not (getattr(config, "pruning_config", None) or {}).get("surgery"):
         return

@@ -475,6 +475,7 @@ class Walk:
                         hidden = self._last_hidden(ids.to(device))
                         gradient = self._head_backward(ids, hidden.detach(), outside)
                         hidden.backward(gradient.to(hidden.device))  # type: ignore[no-untyped-call]
+                        del hidden  # and its graph, whose hooks hold inputs
                     else:
                         logits = self.model(input_ids=ids.to(device), use_cache=False).logits
                         losses = next_token(logits[:, :-1], ids[:, 1:])
