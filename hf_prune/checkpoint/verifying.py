@@ -200,8 +200,9 @@ def _check_that_it_runs(source: str | Path, config: PreTrainedConfig) -> None:
     For checkpoints from before there were digests: nothing else says that these records are as they were written.
     """
     from hf_prune.structure.building import build_empty
+    from hf_prune.structure.forward import TraceError
     from hf_prune.structure.inference import traceable_config
-    from hf_prune.structure.forward import TraceError, trace
+    from hf_prune.structure.tracing import trace
 
     if not (getattr(config, "pruning_config", None) or {}).get("surgery"):
         return
