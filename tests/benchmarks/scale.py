@@ -308,7 +308,10 @@ def write_model(shape: dict[str, int], path: Path) -> None:
             tensors[name] = values
         size += sum(values.nbytes for values in tensors.values())
         save_file(tensors, path / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": size}, "weight_map": {name: file for file, own in files.items() for name in own}}
+    index = {
+        "metadata": {"total_size": size},
+        "weight_map": {name: file for file, own in files.items() for name in own},
+    }
     (path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     config.save_pretrained(path)
 
@@ -422,7 +425,9 @@ def main(
             if obs_layers:
                 own = {"method": "obs", "layers_on": "disk", "obs_layers": obs_layers}
                 rows.append(in_process(common | own))
-                print(f"obs: {rows[-1]['seconds_each']:.0f} s per layer, {rows[-1]['extrapolated_seconds']:.0f} s in all")
+                print(
+                    f"obs: {rows[-1]['seconds_each']:.0f} s per layer, {rows[-1]['extrapolated_seconds']:.0f} s in all"
+                )
             measured = {"bytes": size, "samples": samples, "tokens": tokens, "device": device or "cpu"}
             results[shape] = {**SHAPES[shape], **measured, "circumstances": facts, "rows": rows}
         finally:
