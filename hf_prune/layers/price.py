@@ -1,98 +1,269 @@
-"""What a run reads, writes and computes, counted before it starts."""
+"""What a run with the layers on disk reads, writes and computes, counted before it starts."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from hf_prune.config import (
+    CONFIGS,
+    LLMPrunerConfig,
+    PolicyGradientConfig,
+    PruneNetConfig,
+    PruningConfig,
+    selected_axes,
+)
+from hf_prune.layers.boundaries import MEMORY_BYTES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import nn
 
-    from hf_prune.config import PruningConfig
     from hf_prune.structure.structure import Structure
+
+GENERATION = 4
+"""Plans that a search measures together."""
+ROLES = ("producer", "consumer")
 
 
 @dataclass(frozen=True)
 class Price:
-    """Counted from shapes and settings; nothing is measured."""
+    """Counted from shapes and settings; nothing is measured. Pruned sizes are those that the ratio asks for."""
 
     bytes_read: int
-    """Of weights, from where the model is."""
+    """Of weights of the dense model's layers."""
+    pruned_bytes_read: int
+    """Of weights of pruned layers: of intermediate steps, and by saving, to which they are on disk."""
     bytes_written: int
-    """Of pruned weights and of hidden states between layers."""
+    """Of pruned layers, of the checkpoint, and of hidden states that go to disk."""
     operations: int
-    """Floating point operations of forward and backward passes, two for each multiplication and addition."""
+    """Floating point operations of forward and backward passes, two for each multiplication and addition; products of
+    weights only, not those of attention."""
+    gram_operations: int
+    """Those of sums of products of inputs, in float32."""
+    solving_operations: int
+    """Those of factorisations and eliminations, in float64; the order of magnitude."""
     boundary_bytes: int
-    """Of hidden states that are kept at the same time."""
+    """Of hidden states between layers that a backward pass needs: in memory, on disk where they are large."""
+    held_bytes: int
+    """Of hidden states that are in memory on the CPU at the same time, those between layers aside."""
 
     @property
     def text(self) -> str:
         """One line for people."""
+        computed = self.operations + self.gram_operations + self.solving_operations
         return (
-            f"this run reads {_giga(self.bytes_read)} GB of weights, writes {_giga(self.bytes_written)} GB, keeps "
-            f"{_giga(self.boundary_bytes)} GB of hidden states and computes {self.operations / 1e12:,.1f} TFLOP"
+            f"this run reads {_giga(self.bytes_read + self.pruned_bytes_read)} GB of weights, writes "
+            f"{_giga(self.bytes_written)} GB, keeps {_giga(self.boundary_bytes + self.held_bytes)} GB of hidden states "
+            f"and computes {computed / 1e12:,.1f} TFLOP"
         )
 
 
 def price_of(
+    structure: Structure, config: PruningConfig, batches: Sequence[Mapping[str, Any]] | None, model: nn.Module
+) -> Price:
+    """The price of pruning a model."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    lengths = [length for batch in batches or () for length in [batch["input_ids"].shape[1]] * len(batch["input_ids"])]
+    channels, itemsize = embedding.weight.shape[1], embedding.weight.element_size()
+    text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return count_price(
+        structure, config, lengths, channels, itemsize, getattr(text_config, "num_experts_per_tok", None)
+    )
+
+
+def count_price(
     structure: Structure,
     config: PruningConfig,
-    batches: Sequence[Mapping[str, Any]] | None,
-    model: nn.Module,
+    lengths: Sequence[int],
+    hidden_size: int,
+    itemsize: int,
+    experts_per_token: int | None = None,
 ) -> Price:
-    """The price of pruning a model on disk: every pass reads the model once."""
-    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    tokens = sum(batch["input_ids"].numel() for batch in batches or ())
-    itemsize = embedding.weight.element_size()
-    return count_price(structure, config, tokens, embedding.weight.shape[1], itemsize)
-
-
-def count_price(structure: Structure, config: PruningConfig, tokens: int, hidden_size: int, itemsize: int) -> Price:
     """As `price_of`, from numbers.
+
+    Of `float16` models and `search` more may be read: the scale of the loss is looked for, and plans are refused.
 
     Args:
         structure: of the dense model.
         config: what is asked.
-        tokens: of all calibration samples.
+        lengths: tokens of each calibration sample.
         hidden_size: channels of the residual stream.
         itemsize: bytes of a weight.
+        experts_per_token: experts that a token is routed to; `None`: all.
     """
-    size = structure.num_parameters()
-    learned = getattr(config, "policy_steps", 0)
-    masks = getattr(config, "num_masks", 1)
-    reads, passes, boundaries = {
-        "wanda": (2, 1, 0),
-        "llm_pruner": (2, 4, 1),
-        "obs": (2, 4, 1),
-        "magnitude": (1, 0, 0),
-        "random": (0, 0, 0),
-        "policy_gradient": (learned, 0, 0),
-    }.get(config.method, (1, 0, 0))
-    operations = 2 * size * tokens * passes
-    if config.method == "policy_gradient":
-        per_step = getattr(config, "windows_per_step", 1) * config.seq_len * masks
-        operations = 2 * size * per_step * learned
-    if config.allocation == "spectral":
-        reads += 1
-    if config.allocation == "search":
-        reads += config.search_evaluations // 4 + 1
-        operations += 2 * size * config.search_samples * config.seq_len * (config.search_evaluations + 1)
-    if config.selection == "obs":
-        reads, operations = reads + 1, operations + 2 * size * tokens
-    kept = size - round(config.pruning_ratio * size)
-    reads += 2  # the probe, and the pass that slices
-    if config.repair == "least_squares":
-        operations += 2 * (size + kept) * tokens
-    steps = config.num_steps
-    boundary_bytes = tokens * hidden_size * itemsize * (len(structure.layer_paths) + 1) * boundaries
+    counts = _Counts(structure, config, list(lengths), experts_per_token)
+    dense, decoder = counts.layers, structure.num_parameters(budget="decoder")
+    steps = [config.pruning_ratio * (step / config.num_steps) for step in range(1, config.num_steps + 1)]
+    kept = [dense - round(ratio * decoder) for ratio in steps]
+    repaired = config.repair != "none"
+
+    scored = counts.scoring(config)
+    read = dense + scored + counts.allocating() + 2 * dense * (config.selection == "obs")
+    read += len(steps) * dense * (2 if repaired else 1)  # sliced layer by layer; repair probes the model first
+    pruned_read = kept[-1] + sum(round(scored * size / dense) for size in kept[:-1])
+    outside = structure.num_parameters() - dense
+    boundary = counts.tokens * hidden_size * itemsize * (len(structure.layer_paths) + 1)
+    boundary = boundary if config.method in ("llm_pruner", "obs") else 0
+    written = (sum(kept) + kept[-1] + outside) * itemsize + (boundary if boundary > MEMORY_BYTES else 0)
+
+    operations, gram, solving = counts.computing(config)
+    gram, solving = gram * len(steps), solving * len(steps)
+    if repaired:
+        own = counts.tokens if config.repair == "least_squares" else 0
+        operations += sum(2 * counts.active * own * (dense + size) // dense for size in kept)
+        share = kept[-1] / dense
+        gram += round(len(steps) * own * share * counts.gram(share))
+        solving += round(len(steps) * share**3 * counts.cubes())
+    hidden = counts.tokens * hidden_size * itemsize
+    widest = max((size for size, *_ in counts.consumers), default=0)
+    # repair: hidden states of both models before the layer, the dense ones after it, and what each branch gave and
+    # gives; the inputs of one consumer. A backward pass: the gradients
+    held = 7 * hidden + counts.tokens * widest * itemsize if config.repair == "least_squares" else 2 * hidden
     return Price(
-        bytes_read=reads * steps * size * itemsize,
-        bytes_written=2 * steps * kept * itemsize,
-        operations=operations * steps,
-        boundary_bytes=boundary_bytes,
+        bytes_read=read * itemsize,
+        pruned_bytes_read=pruned_read * itemsize,
+        bytes_written=written,
+        operations=operations,
+        gram_operations=gram,
+        solving_operations=solving,
+        boundary_bytes=boundary,
+        held_bytes=held if counts.tokens else 0,
     )
+
+
+class _Counts:
+    """Parameters and operations of one model and calibration set."""
+
+    def __init__(
+        self, structure: Structure, config: PruningConfig, lengths: list[int], experts_per_token: int | None
+    ) -> None:
+        self.structure, self.config, self.lengths, self.tokens = structure, config, lengths, sum(lengths)
+        self.numel = {
+            name: structure.numel(name)
+            for name in structure.owners
+            if name not in structure.aliases and name not in structure.buffers
+        }
+        self.layers = sum(self.numel.values())
+        self.consumers: list[tuple[int, int, int]] = []
+        """Inputs, outputs, and matrices (experts) of each consumer of a selected axis."""
+        self.routed = 0
+        """Parameters of experts."""
+        experts = 1
+        found: set[str] = set()
+        for axis in selected_axes(structure, config):
+            for member in structure.members[axis.name]:
+                name = member.parameter
+                if name not in self.numel or axis.kind not in ("mlp", "attention"):
+                    continue
+                shape = structure.shape(name)
+                if len(shape) < 2 or name in found:
+                    continue
+                found.add(name)
+                number = shape[0] if len(shape) == 3 and member.dim > 0 and axis.kind == "mlp" else 1
+                if number > 1:
+                    self.routed, experts = self.routed + self.numel[name], number
+                if member.role == "consumer":
+                    inputs = shape[member.dim]
+                    self.consumers.append((inputs, self.numel[name] // (inputs * number), number))
+        used = 1.0 if experts_per_token is None else min(1.0, experts_per_token / experts)
+        self.active = self.layers - round(self.routed * (1 - used))
+        """Parameters of layers that a token meets."""
+        self.used = used
+        self.head = max((structure.numel(n) for n in structure.layouts if n not in structure.owners), default=0)
+
+    def scoring(self, config: PruningConfig, lengths: list[int] | None = None) -> int:
+        """Weights that a method reads, in numbers: passes over the layers, and single tensors."""
+        axes = selected_axes(self.structure, config)
+        if config.method == "magnitude":
+            return self.sum({name for axis in axes for name in self.structure.group(axis)})
+        if config.method == "wanda":
+            return 2 * self.layers + self.sum(self.consuming(config))
+        if config.method in ("llm_pruner", "obs"):
+            return 3 * self.layers  # a probe, forward, backward
+        if isinstance(config, PolicyGradientConfig):
+            start = self.scoring(self.initial(config))
+            probed = 0 if config.init in ("wanda", "llm_pruner", "obs") else self.layers
+            return start + probed + self.layers * config.policy_steps
+        if isinstance(config, PruneNetConfig):
+            members = [member for axis in axes for member in self.structure.members[axis.name]]
+            names = [self.structure.aliases.get(m.parameter, m.parameter) for m in members if m.role in ROLES]
+            rows = sum(self.numel.get(name, 0) for name in names if len(self.structure.layouts[name]) >= 2)
+            trained = 2 if config.policy is None else 1
+            return trained * rows + 2 * self.layers * (config.layer_weight == "update")
+        return 0
+
+    @staticmethod
+    def initial(config: PolicyGradientConfig) -> PruningConfig:
+        """The method that policies start from."""
+        fields = ("axes", "layers", "protect", "seed", "min_units")
+        return CONFIGS[config.init](config.pruning_ratio, **{name: getattr(config, name) for name in fields})
+
+    def consuming(self, config: PruningConfig) -> set[str]:
+        """Matrices that consume selected axes."""
+        names: set[str] = set()
+        for axis in selected_axes(self.structure, config):
+            if axis.kind == "layer":
+                every = {m.parameter for own in self.structure.members.values() for m in own if m.role == "consumer"}
+                names |= set(self.structure.group(axis)) & every
+            else:
+                names |= {m.parameter for m in self.structure.members[axis.name] if m.role == "consumer"}
+        return {name for name in names if len(self.structure.layouts[name]) >= 2}
+
+    def allocating(self) -> int:
+        """Weights that spectra and a search read."""
+        config, found = self.config, 0
+        if config.allocation in ("spectral", "search"):
+            decoder = self.structure.counted("decoder")
+            found += self.sum({name for name in decoder if len(self.structure.layouts[name]) >= 2})
+        if config.allocation == "search":
+            first = 2 + 2 * (config.repair == "least_squares")  # probes, the dense model, sums for a preview of repair
+            found += self.layers * config.num_steps * (first + 1 + math.ceil(config.search_evaluations / GENERATION))
+        return found
+
+    def computing(self, config: PruningConfig) -> tuple[int, int, int]:
+        """Operations of passes, of sums of products, and of factorisations, but for repair."""
+        per_token, gram, solving = 2 * self.active, 0, 0
+        if isinstance(config, PolicyGradientConfig):
+            masks = config.num_masks + (config.reward == "kl")
+            length = max(self.lengths, default=0)
+            rows = config.policy_steps * config.windows_per_step * masks
+            first = self.initial(config)
+            share = min(1.0, config.init_samples / max(1, len(self.lengths)))
+            start = round(share * self.computing(first)[0])
+            return start + (per_token + 2 * self.head) * rows * length, 0, 0
+        by_weight = isinstance(config, LLMPrunerConfig) and config.criterion != "fisher"
+        passes = {"wanda": 1, "llm_pruner": 4 if by_weight else 3, "obs": 3}.get(config.method, 0)
+        operations = per_token * self.tokens * passes
+        if config.method in ("llm_pruner", "obs"):
+            operations += 4 * self.head * self.tokens
+        if config.method == "obs" or config.selection == "obs":
+            times = (config.method == "obs") + (config.selection == "obs")
+            gram, solving = times * round(self.tokens * self.gram(1.0, 0)), times * self.cubes()
+            operations += per_token * self.tokens * (config.selection == "obs")
+        operations *= config.num_steps if config.selection == "scores" else 1
+        if config.allocation == "search":
+            searched = sum(self.lengths[: config.search_samples]) * (config.search_evaluations + 1)
+            operations += (per_token + 2 * self.head) * searched * config.num_steps
+        return operations, gram, solving
+
+    def gram(self, share: float, outputs: int = 1) -> float:
+        """Operations per token of Σ x xᵀ (blocks up to the diagonal: 5/8 of it) and perhaps Σ x tᵀ."""
+        found = 0.0
+        for inputs, given, number in self.consumers:
+            used = self.used if number > 1 else 1.0
+            found += used * number * (1.25 * inputs * inputs * share + 2 * inputs * given * outputs)
+        return found
+
+    def cubes(self) -> int:
+        """Operations of a factorisation, an inverse, and of bringing it and the weight up to date for all units."""
+        return sum(n * (3 * k**3 + 2 * d * k * k) for k, d, n in self.consumers)
+
+    def sum(self, names: set[str]) -> int:
+        """Weights of those that are in layers: the others are in memory."""
+        return sum(self.numel.get(name, 0) for name in names)
 
 
 def _giga(number: int) -> str:

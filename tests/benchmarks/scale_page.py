@@ -1,0 +1,5 @@
+"""docs/scale.md from docs/scale.json."""
+
+
+def write_page(results, path):
+    pass
