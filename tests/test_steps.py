@@ -241,6 +241,14 @@ def test_branches_that_are_gone_have_no_gradients_and_stay_gone():
     assert len(plan.removed_branches) == 2
 
 
+def test_query_heads_of_the_last_group_are_one_unit():
+    """With one KV group left the axis of the pruned model has query heads as units."""
+    config = MagnitudeConfig(0.5, axes=("attention", "mlp"), allocation={"attention": 3, "mlp": 1}, num_steps=4)
+    plan = prune(shared_model("llama"), config).plan
+    assert min(plan.widths[f"layers.{layer}.attention"] for layer in range(3)) == 1
+    assert plan.achieved["decoder"] == pytest.approx(0.5, abs=0.05)
+
+
 def test_a_step_too_small_is_left_to_the_next():
     model = shared_model("llama")
     config = MagnitudeConfig(0.05, axes=("attention",), num_steps=4, allocation="global")

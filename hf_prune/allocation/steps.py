@@ -176,7 +176,8 @@ def in_dense_numbering(scores: Mapping[str, Tensor], structure: Structure, done:
         num_units = structure.axes[dense].num_units
         kept = stay if name in LAYER_AXES.values() else done.kept_indices.get(dense, range(num_units))
         found[dense] = torch.full((num_units,), torch.nan)
-        found[dense][list(kept)] = values.detach().to("cpu", torch.float32)
+        # of one KV group that is left the units are its query heads; in the dense model they are one unit
+        found[dense][list(kept)] = values.detach().to("cpu", torch.float32).view(len(kept), -1).sum(1)
     return found
 
 
