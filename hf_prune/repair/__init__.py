@@ -135,7 +135,9 @@ def repair_(
 def _keep(
     work: WorkDir, done: int, dense: Walk, pruned: Walk, generator: torch.Generator, result: dict[str, Repaired]
 ) -> None:
-    tensors = {f"{kind} {i}": x for kind, walk in _walks(dense, pruned) for i, x in enumerate(walk.hidden)}
+    tensors = {f"pruned {i}": x for i, x in enumerate(pruned.hidden)}
+    both = enumerate(zip(dense.hidden, pruned.hidden, strict=True))
+    tensors |= {f"dense {i}": x for i, (x, other) in both if x is not other}  # where the models still agree they share
     tensors["generator"] = generator.get_state()
     work.save_step("repair", done, tensors, {name: dataclasses.astuple(x) for name, x in result.items()})
 
@@ -147,15 +149,11 @@ def _resume(
     done, tensors, note = (0, {}, {}) if work is None else work.last_step("repair")
     if not done:
         return 0
-    for kind, walk in _walks(dense, pruned):
-        walk.hidden = [tensors[f"{kind} {i}"] for i in range(len(walk.hidden))]
+    pruned.hidden = [tensors[f"pruned {i}"] for i in range(len(pruned.hidden))]
+    dense.hidden = [tensors.get(f"dense {i}", x) for i, x in enumerate(pruned.hidden)]
     generator.set_state(tensors["generator"])
     result.update({name: Repaired(*values) for name, values in note.items()})
     return done
-
-
-def _walks(dense: Walk, pruned: Walk) -> tuple[tuple[str, Walk], tuple[str, Walk]]:
-    return ("dense", dense), ("pruned", pruned)
 
 
 def _any_ids(model: nn.Module) -> list[torch.Tensor]:
