@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-
 class WorkDir:
     """A directory, or a part of one, whose files are written in one step each.
 

@@ -53,7 +53,7 @@ class Refit:
         return found if isinstance(found, Tensor) else None
 
     def write_(self, weight: Tensor, bias: Tensor | None = None, expert: int | None = None) -> None:
-        """Put a weight `[D, K]` (and a bias `[D]`) of the main process into the pruned model, in its dtype and layout."""
+        """Put the main process's weight `[D, K]` (and bias `[D]`) into the pruned model, in its dtype and layout."""
         own = self.weight if expert is None else self.weight[expert]
         self.consumer.matrix(own).copy_(weight)
         copy_of_main_process_(own)
