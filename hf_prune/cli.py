@@ -157,6 +157,8 @@ def prune(
         dtype=dtype,
     )
     prune_s = time.perf_counter() - start
+    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one saves and prints
+        return
     if output is not None and not dry_run:
         save_pruned(result.model, output, plan=result.plan, tokenizer=tokenizer)
     printing.print_plan(result.plan, result.structure)

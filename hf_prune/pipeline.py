@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 
 from hf_prune.allocation.spectral import hill_exponents
 from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
@@ -21,6 +22,7 @@ from hf_prune.config import PolicyGradientConfig
 from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.evaluation.latency import measure_latency
 from hf_prune.layers.price import price_of
+from hf_prune.layers.processes import of_main_process
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import check_offload, fingerprint, is_on_disk
 from hf_prune.layers.work import WorkDir
@@ -124,6 +126,7 @@ def prune(
     Raises:
         HFPruneError: bad input, with what was found, what was expected and what to do; before anything is changed.
     """
+    PartialState()  # of several processes each has its own "cuda" from here on
     work = None if work_dir is None else WorkDir(Path(work_dir))
     model, tokenizer = _opened(source, config, tokenizer, calibration, layers_on, work, device, dtype)
     structure = infer_structure(model)
@@ -134,7 +137,7 @@ def prune(
                 "budget 'latency' found a model on disk, whose time cannot be measured; pass a latency table that was "
                 "measured where the model fits."
             )
-        latency = measure_latency(model, structure)
+        latency = of_main_process(measure_latency(model, structure))
     check_before(model, structure, config, batches)
     if work is not None:
         work.claim(identity(model, config, batches))
@@ -165,7 +168,7 @@ def _opened(
         return source, tokenizer
     if tokenizer is None and isinstance(calibration, str):
         tokenizer = load_tokenizer(str(source), required=True)
-    folder = None if work is None else work.path / "converted"
+    folder = None if work is None else work.stage("converted").path
     return open_model(source, layers_on=layers_on, device=device, dtype=dtype, folder=folder), tokenizer
 
 
@@ -203,7 +206,7 @@ def decide(
 
     preview, exponents = None, None
     if config.allocation in ("spectral", "search"):
-        exponents = hill_exponents(model, structure)
+        exponents = of_main_process(hill_exponents(model, structure))
     if config.allocation == "search" and config.repair == "least_squares":  # judge plans as repair will leave them
         preview = RepairPreview(model, structure, batches or (), config.repair_ridge).applied
     stage: Stage | None = None
@@ -243,12 +246,12 @@ def _scored(
     if work is None:
         return score(model, structure, config, batches=batches)
     key = f"{config.method}-{_digest(json.dumps(scoring_settings(config), sort_keys=True))}"
-    if (found := work.load(key)) is not None:
+    if (found := of_main_process(work.load(key))) is not None:
         tensors, note = found
         return LearnedScores(tensors, note["history"]) if note["history"] else tensors
     own = work.stage(key)
     if isinstance(config, PolicyGradientConfig) and config.state_dir is None:
-        config = dataclasses.replace(config, state_dir=str(own.path))
+        config = dataclasses.replace(config, state_dir=of_main_process(str(own.path)))
     scores = score(model, structure, config, batches=batches, work=own)
     work.save(key, scores, {"history": history_of(scores)})
     shutil.rmtree(own.path)  # hidden states: no longer needed

@@ -11,7 +11,7 @@ from accelerate import dispatch_model
 from models import tiny_model
 
 from hf_prune.allocation import allocate
-from hf_prune.config import LLMPrunerConfig, OBSConfig
+from hf_prune.config import LLMPrunerConfig
 from hf_prune.errors import CalibrationError, ConfigError, ScoreError
 from hf_prune.methods import score
 from hf_prune.structure.inference import infer_structure
@@ -380,67 +380,3 @@ def test_parameter_counts_of_the_published_runs(kwargs, ratio, layers, expected)
         name: torch.arange(axis.num_units).float() for name, axis in structure.axes.items() if axis.layer in layers
     }
     assert allocate(scores, structure, config).num_parameters(structure) == expected
-
-
-WORKER = """
-import sys, torch
-from accelerate import PartialState
-sys.path.insert(0, sys.argv[2])
-state = PartialState(cpu=True)
-from models import tiny_model
-from test_llm_pruner import samples
-from hf_prune.config import LLMPrunerConfig, OBSConfig
-from hf_prune.methods import score
-from hf_prune.structure.inference import infer_structure
-model = tiny_model("llama")
-found = {
-    criterion: score(model, infer_structure(model), LLMPrunerConfig(0.5, criterion=criterion), samples(5, batch_size=2))
-    for criterion in ("vector", "first_order", "second_order", "mixed", "fisher")
-}
-found["obs"] = score(model, infer_structure(model), OBSConfig(0.5), samples(5, batch_size=2))
-assert state.num_processes == 2
-torch.save(found, f"{sys.argv[1]}/{state.process_index}.pt")
-state.destroy_process_group()
-"""
-
-
-def test_two_processes_give_the_scores_of_one(tmp_path):
-    import os
-    import socket
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path), str(Path(__file__).parent)],
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "ACCELERATE_USE_CPU": "true",
-            },
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [worker.communicate(timeout=240)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
-    model = tiny_model("llama")
-    structure = infer_structure(model)
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        for criterion, scores in found.items():
-            config = OBSConfig(0.5) if criterion == "obs" else LLMPrunerConfig(0.5, criterion=criterion)
-            alone = score(model, structure, config, samples(5, batch_size=2))
-            for axis in alone:
-                torch.testing.assert_close(scores[axis], alone[axis], rtol=1e-4, atol=1e-9)
-            plans = [allocate(found_scores, structure, config) for found_scores in (scores, alone)]
-            assert plans[0] == plans[1]

@@ -441,63 +441,6 @@ def test_bad_input(monkeypatch):
 
 # --- several processes ------------------------------------------------------------------------------------------------
 
-WORKER = """
-import sys, torch
-from accelerate import PartialState
-sys.path.insert(0, sys.argv[2])
-state = PartialState(cpu=True)
-from models import tiny_model
-from test_policy_gradient import in_processes
-found = in_processes(sys.argv[1])
-assert state.num_processes == 2
-torch.save(found, f"{sys.argv[1]}/{state.process_index}.pt")
-state.destroy_process_group()
-"""
-
-
-def in_processes(folder):
-    """Scores by two policies, float64 losses apart: a model in float64 makes the sums of both ways equal."""
-    model = tiny_model("llama")
-    found = {}
-    for policy, per_mask in (("widths_then_units", 1), ("units", 2)):
-        config = PolicyGradientConfig(0.4, **{**QUICK, "policy": policy}, windows_per_mask=per_mask, reward="lm")
-        config = dataclasses.replace(config, state_dir=f"{folder}/{policy}")
-        found[policy] = score(model, shared_structure("llama"), config, samples())
-    return found
-
-
-def test_two_processes_give_the_scores_of_one(tmp_path):
-    import os
-    import socket
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(tmp_path), str(Path(__file__).parent)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [worker.communicate(timeout=240)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], errors
-    (tmp_path / "alone").mkdir()
-    alone = in_processes(tmp_path / "alone")
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        for policy, scores in alone.items():
-            for axis in scores:
-                torch.testing.assert_close(found[policy][axis], scores[axis], rtol=1e-4, atol=1e-6)
-            structure, config = shared_structure("llama"), PolicyGradientConfig(0.4)
-            assert allocate(found[policy], structure, config) == allocate(scores, structure, config)
-
 
 def test_each_process_takes_its_share_of_the_windows(monkeypatch):
     """Without communication, each of three processes has zeros where the others' windows are."""

@@ -27,7 +27,7 @@ from hf_prune.atomic import replaced_file
 from hf_prune.errors import BudgetError, CalibrationError, ConfigError
 from hf_prune.layers.losses import divergence
 from hf_prune.layers.masking import masked
-from hf_prune.layers.processes import sum_over_processes
+from hf_prune.layers.processes import of_main_process, sum_over_processes
 from hf_prune.layers.walk import Walk, checked_ids
 from hf_prune.layers.weights import evaluating
 from hf_prune.plan import make_plan
@@ -226,6 +226,7 @@ class _Judge:
         self._stored: dict[str, float] = {}
         if self._file is not None and self._file.exists():
             self._stored = json.loads(self._file.read_text(encoding="utf-8"))
+        self._stored = of_main_process(self._stored)
         self._walk = Walk(model, structure.layer_paths, windows)
         self._dense = [output.offloaded() for output in self._walk.outputs()]
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, reduce
+from accelerate.utils import broadcast, broadcast_object_list, gather_object, reduce
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -37,9 +37,21 @@ def sum_numbers(*values: float) -> list[float]:
 
 
 def of_main_process(value: Any) -> Any:
-    """What the main process has; for decisions that all must take alike."""
+    """What the main process has; for decisions that all must take alike: rounding may differ among processes."""
     if PartialState().num_processes == 1:
         return value
     shared = [value]
     broadcast_object_list(shared)
     return shared[0]
+
+
+def copy_of_main_process_(values: Tensor) -> None:
+    """Give a tensor the values that it has in the main process, in place."""
+    state = PartialState()
+    if state.num_processes > 1:
+        values.copy_(broadcast(values.detach().to(state.device, copy=True).contiguous()))
+
+
+def least_of_processes(number: int) -> int:
+    """The least of the numbers that the processes have: what all of them have done."""
+    return min(gather_object([number])) if PartialState().num_processes > 1 else number

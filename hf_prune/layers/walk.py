@@ -605,7 +605,7 @@ class Walk:
         return tqdm(items, desc=name, unit=unit, leave=False)
 
     def _results(self, name: str) -> Results:
-        return Results(None if self.work is None else self.work.stage(name).path)
+        return Results(None if self.work is None else self.work.stage(name))
 
 
 def checked_ids(batch: Batch) -> Tensor:

@@ -11,14 +11,13 @@ from safetensors.torch import save_file
 
 from hf_prune.atomic import replaced_file
 from hf_prune.errors import CheckpointError
+from hf_prune.layers.processes import least_of_processes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
     from torch import Tensor
-
-_STATE = "state.safetensors"
 
 
 class WorkDir:
@@ -37,7 +36,7 @@ class WorkDir:
             path.mkdir(parents=True, exist_ok=True)
             with replaced_file(path / "writable") as new:
                 new.write_text("")
-            (path / "writable").unlink()
+            (path / "writable").unlink(missing_ok=True)  # another process may have been here
         except OSError as error:
             raise CheckpointError(
                 f"the work directory {path} cannot be written to ({error}); choose another work_dir."
@@ -50,16 +49,16 @@ class WorkDir:
         return WorkDir(self.path / f"{name.replace(' ', '_')}{own}")
 
     def claim(self, identity: Mapping[str, Any]) -> None:
-        """Note what run this directory belongs to.
+        """Note what run this directory belongs to; the main process writes.
 
         Raises:
             CheckpointError: it belongs to another, or its note is damaged.
         """
         path, asked = self.path / "run.json", json.loads(json.dumps(identity))
-        if not path.exists():
+        if PartialState().is_main_process and not path.exists():
             with replaced_file(path) as new:
                 new.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
-            return
+        PartialState().wait_for_everyone()
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             changed = [name for name in {**found, **asked} if found.get(name) != asked.get(name)]
@@ -81,23 +80,37 @@ class WorkDir:
         path = self.path / f"{name}.safetensors"
         return read_tensors(path) if path.exists() else None
 
+    def save_step(
+        self, name: str, step: int, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the state after a step, from 1; the one before is removed once every process has written this one."""
+        self.save(_step(name, step), tensors, note)
+        PartialState().wait_for_everyone()
+        (self.path / f"{_step(name, step - 1)}.safetensors").unlink(missing_ok=True)
+
+    def last_step(self, name: str) -> tuple[int, dict[str, Tensor], dict[str, Any]]:
+        """The last step that all processes have done, 0 if there is none, and the state after it."""
+        done = [int(path.stem.rpartition("-")[2]) for path in self.path.glob(f"{_step(name, None)}.safetensors")]
+        step = least_of_processes(max(done, default=0))
+        return step, *((step and self.load(_step(name, step))) or ({}, {}))
+
 
 class Results:
     """What the visits of one pass found, part after part, and the hidden states or gradients to go on from.
 
     Args:
-        folder: keeps them; `None`: they are only in memory.
+        work: keeps them; `None`: they are only in memory.
     """
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    def __init__(self, work: WorkDir | None) -> None:
+        self._work = work
         self.found: list[dict[str, Tensor]] = []
         self.state: list[Tensor] = []
         """Per batch, after the last part that is done; empty before the first."""
-        if folder is not None and (folder / _STATE).exists():
-            tensors, note = read_tensors(folder / _STATE)
+        if work is not None:
+            done, tensors, _ = work.last_step("state")
             self.state = [tensors[str(batch)] for batch in range(len(tensors))]
-            self.found = [read_tensors(self._part(number))[0] for number in range(note["done"])]
+            self.found = [read_tensors(self._part(number))[0] for number in range(done)]
 
     @property
     def done(self) -> int:
@@ -106,15 +119,18 @@ class Results:
 
     def put(self, found: dict[str, Tensor], state: list[Tensor]) -> None:
         """Add what the next part gave."""
-        if self._folder is not None:
+        if self._work is not None:
             write_tensors(self._part(self.done), found)
-            tensors = {str(batch): values for batch, values in enumerate(state)}
-            write_tensors(self._folder / _STATE, tensors, {"done": self.done + 1})
+            self._work.save_step("state", self.done + 1, {str(batch): values for batch, values in enumerate(state)})
         self.found.append(found)
 
     def _part(self, number: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{number:05}.safetensors"
+        assert self._work is not None
+        return self._work.path / f"{number:05}.safetensors"
+
+
+def _step(name: str, step: int | None) -> str:
+    return f"{name}-{'*' if step is None else f'{step:05}'}"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | None = None) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hf_prune.config import PruningConfig, selected_axes
 from hf_prune.errors import CalibrationError, ConfigError, ScoreError
+from hf_prune.layers.processes import of_main_process
 from hf_prune.layers.walk import Walk
 from hf_prune.methods.baselines import magnitude_scores, random_scores, wanda_scores
 from hf_prune.methods.learned import LearnedScores
@@ -98,8 +99,9 @@ def score(
             f"method {config.method!r} needs calibration batches and found none, expected one or more: give a text."
         )
     generator = torch.Generator().manual_seed(config.seed) if generator is None else generator
-    scores = method.scores(walk, structure, config, generator)
-    return check_scores(scores, structure, config)
+    scores = check_scores(method.scores(walk, structure, config, generator), structure, config)
+    scores.update(of_main_process(dict(scores)))
+    return scores
 
 
 def check_scores(scores: Mapping[str, Tensor], structure: Structure, config: PruningConfig) -> dict[str, Tensor]:

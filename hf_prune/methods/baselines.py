@@ -133,7 +133,14 @@ def input_norms(walk: Walk, consumers: list[Consumer]) -> dict[str, Tensor]:
     outside = any(walk.layer_of(consumer.parameter) is None for consumer in consumers)
     with eager_experts(walk.model) if any(c.kind == "experts" for c in consumers) else contextlib.nullcontext():
         found = walk.forward(visit, "wanda", outside=outside)
-    return {name: sum_over_processes(squares).sqrt() for name, squares in found.items()}
+    seen = sum_over_processes(torch.tensor([float(consumer.parameter in found) for consumer in consumers])).tolist()
+    norms = {}
+    for consumer in (consumer for consumer, times in zip(consumers, seen, strict=True) if times):
+        shape = walk.model.get_parameter(consumer.parameter).shape
+        size = (*shape[:1], shape[consumer.dim]) if consumer.kind == "experts" else (shape[consumer.dim],)
+        squares = found.get(consumer.parameter, torch.zeros(size))  # other processes have seen it
+        norms[consumer.parameter] = sum_over_processes(squares).sqrt()
+    return norms
 
 
 def _metric(weight: Tensor, dim: int, norms: Tensor | None) -> Tensor:

@@ -61,7 +61,7 @@ def fisher_scores(walk: Walk, structure: Structure, config: PruningConfig) -> di
     for axis in axes:
         if axis.kind == "hidden":  # its units are in all parts: squared once these are added up, in a fixed order
             parts = [found[key] for key in sorted(found) if key.startswith(f"{axis.name}@")]
-            found[axis.name] = torch.stack(parts).sum(0).square().sum(0)
+            found[axis.name] = torch.stack(parts).sum(0).square().sum(0) if parts else torch.zeros(axis.num_units)
     return {axis.name: sum_over_processes(found[axis.name]) / walk.num_samples for axis in axes}
 
 

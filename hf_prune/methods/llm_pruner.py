@@ -117,7 +117,7 @@ class _Importance:
                 if self.config.criterion == "vector" and axis.kind != "layer":
                     per_parameter[name] = self._vector_scores(axis, name, found) / num_samples
                     continue
-                values = found.get(_key(axis.name, name), torch.zeros(axis.num_units)).cpu()
+                values = found.get(_key(axis.name, name), torch.zeros(axis.num_units)).float().cpu()
                 per_parameter[name] = (sum_over_processes(values) if self.by_units else values).abs() / divisor
             scores[axis.name] = self._aggregate(axis, per_parameter)
         return scores

@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_prune.errors import CalibrationError, PlanError
+from hf_prune.layers.processes import my_share
 from hf_prune.layers.walk import Protocol, Walk
 from hf_prune.layers.weights import eager_experts, evaluating
 from hf_prune.repair.consumers import find_branches, first_change
@@ -101,8 +102,6 @@ def repair_(
     if not walk.all_ids:
         raise CalibrationError("repair found no calibration batch, expected one or more: give a calibration text.")
     branches = {found.layer: found for found in find_branches(dense, pruned, structure, plan)}
-    if batches is None:
-        walk.ids = walk.all_ids  # the noise is drawn by every process
     result: dict[str, Repaired] = {}
     generator = torch.Generator().manual_seed(seed)
     with contextlib.ExitStack() as stack:
@@ -121,8 +120,8 @@ def repair_(
             for layer in range(done):
                 layers.known(layer)
         for layer in tqdm(range(done, walk.num_layers), desc="repair", unit="layer", leave=False):
-            if batches is None:
-                other.hidden = [_noise(hidden, generator) for hidden in other.hidden]
+            if batches is None and other.hidden:  # every process draws the noise of all
+                other.hidden = my_share([_noise(other.hidden[0], generator) for _ in walk.all_ids])
             with walk.resident(layer) if layers is None else layers.layer(layer):
                 if layer in branches:
                     result.update(fit.repair(branches[layer]))
@@ -136,28 +135,25 @@ def repair_(
 def _keep(
     work: WorkDir, done: int, dense: Walk, pruned: Walk, generator: torch.Generator, result: dict[str, Repaired]
 ) -> None:
-    tensors = {f"{kind} {i}": x for kind, walk in _walks(dense, pruned) for i, x in enumerate(walk.hidden)}
+    tensors = {f"pruned {i}": x for i, x in enumerate(pruned.hidden)}
+    both = enumerate(zip(dense.hidden, pruned.hidden, strict=True))
+    tensors |= {f"dense {i}": x for i, (x, other) in both if x is not other}  # where the models still agree they share
     tensors["generator"] = generator.get_state()
-    work.save("repair", tensors, {"done": done, "result": {name: dataclasses.astuple(x) for name, x in result.items()}})
+    work.save_step("repair", done, tensors, {name: dataclasses.astuple(x) for name, x in result.items()})
 
 
 def _resume(
     work: WorkDir | None, dense: Walk, pruned: Walk, generator: torch.Generator, result: dict[str, Repaired]
 ) -> int:
     """Take up where an interrupted repair was: the number of layers that are done."""
-    found = None if work is None else work.load("repair")
-    if found is None:
+    done, tensors, note = (0, {}, {}) if work is None else work.last_step("repair")
+    if not done:
         return 0
-    tensors, note = found
-    for kind, walk in _walks(dense, pruned):
-        walk.hidden = [tensors[f"{kind} {i}"] for i in range(len(walk.hidden))]
+    pruned.hidden = [tensors[f"pruned {i}"] for i in range(len(pruned.hidden))]
+    dense.hidden = [tensors.get(f"dense {i}", x) for i, x in enumerate(pruned.hidden)]
     generator.set_state(tensors["generator"])
-    result.update({name: Repaired(*values) for name, values in note["result"].items()})
-    return int(note["done"])
-
-
-def _walks(dense: Walk, pruned: Walk) -> tuple[tuple[str, Walk], tuple[str, Walk]]:
-    return ("dense", dense), ("pruned", pruned)
+    result.update({name: Repaired(*values) for name, values in note.items()})
+    return done
 
 
 def _any_ids(model: nn.Module) -> list[torch.Tensor]:

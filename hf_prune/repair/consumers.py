@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
+from hf_prune.layers.processes import copy_of_main_process_
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.consumers import Consumer, consumers_of
 from hf_prune.surgery.slicing import pruned_name, renumber
@@ -52,10 +53,13 @@ class Refit:
         return found if isinstance(found, Tensor) else None
 
     def write_(self, weight: Tensor, bias: Tensor | None = None, expert: int | None = None) -> None:
-        """Put a weight `[D, K]` (and a bias `[D]`) into the pruned model, in its dtype and layout."""
-        self.consumer.matrix(self.weight if expert is None else self.weight[expert]).copy_(weight)
+        """Put the main process's weight `[D, K]` (and bias `[D]`) into the pruned model, in its dtype and layout."""
+        own = self.weight if expert is None else self.weight[expert]
+        self.consumer.matrix(own).copy_(weight)
+        copy_of_main_process_(own)
         if bias is not None and self.bias is not None:
             self.bias.copy_(bias)
+            copy_of_main_process_(self.bias)
 
 
 @dataclass(frozen=True)

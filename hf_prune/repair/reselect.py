@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_prune.errors import CalibrationError
+from hf_prune.layers.processes import of_main_process
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import eager_experts
 from hf_prune.methods.obs import collecting, costs_of
@@ -75,6 +76,6 @@ def select_repairable(
         return chosen
 
     with eager_experts(model):
-        units = walk.forward(visit, "selection", layered=True)
+        units = of_main_process(walk.forward(visit, "selection", layered=True))
     kept |= {axis: tuple(own.tolist()) for axis, own in units.items()}
     return dataclasses.replace(plan, kept_indices=kept)

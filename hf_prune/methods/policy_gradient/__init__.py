@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_prune.config import CONFIGS, PolicyGradientConfig, PruningConfig
 from hf_prune.errors import ConfigError
+from hf_prune.layers.processes import of_main_process
 from hf_prune.methods.learned import LearnedScores
 from hf_prune.methods.policy_gradient.policy import as_scores
 from hf_prune.methods.policy_gradient.training import LearnedPolicy, all_windows, learn_policy
@@ -54,4 +55,4 @@ def initial_scores(walk: Walk, structure: Structure, config: PolicyGradientConfi
     own = CONFIGS[config.init](config.pruning_ratio, **same)
     generator = torch.Generator().manual_seed(config.seed)
     scores = METHODS[config.init].scores(walk.over(walk.all_ids[:enough]), structure, own, generator)
-    return check_scores(scores, structure, config)
+    return of_main_process(check_scores(scores, structure, config))  # type: ignore[no-any-return]

@@ -85,6 +85,8 @@ class MaskedModel:
             yield
             self._masks.clear()
 
+        if not ids:  # there are more processes than windows
+            return
         walk = self.walk.over(ids)
         walk.ids = walk.all_ids  # each process has its own windows already
         yield from walk.outputs(each)
