@@ -332,7 +332,8 @@ def in_process(job: dict[str, Any]) -> dict[str, Any]:
     peak, allowed = found["peak"]["peak"] / 1e9, found["allowance"]["total"] / 1e9
     print(
         f"{found['method']:10} {found['layers_on']:6} {found['seconds']:7.0f} s, {found['cpu_seconds']:7.0f} s of CPU, "
-        f"peak {peak:.2f} GB, allowance {allowed:.2f} GB",
+        f"peak {peak:.2f} GB, allowance {allowed:.2f} GB"
+        + (f"; {found['seconds_each']:.1f} s a layer for obs" if "obs_layers" in found else ""),
         flush=True,
     )
     return found
@@ -426,21 +427,28 @@ def main(
             size = sum(path.stat().st_size for path in (folder / "dense").glob("*.safetensors"))
             common = {"model": str(folder / "dense"), "device": device, "threads": threads}
             common |= {"samples": samples, "tokens": tokens}
-            rows = []
-            large = shape == "7b"
-            for name in method or (["llm_pruner"] if large else list(METHODS)):
-                for where in layers_on or (["disk"] if large else ["disk", "memory"]):
-                    rows.append(
-                        in_process(common | {"method": name, "layers_on": where, "pruned": str(folder / "pruned")})
-                    )
-                    shutil.rmtree(folder / "pruned")
-            if obs_layers:
-                rows.append(in_process(common | {"method": "obs", "layers_on": "disk", "obs_layers": obs_layers}))
-                print(f"obs: {rows[-1]['seconds_each']:.1f} s a layer, {rows[-1]['extrapolated_seconds']:.0f} s in all")
             measured = {"bytes": size, "samples": samples, "tokens": tokens, "device": device or "cpu"}
+            rows: list[dict[str, Any]] = []
             results[shape] = {**SHAPES[shape], **measured, "circumstances": facts, "rows": rows}
+            large = shape == "7b"
+            jobs: list[dict[str, Any]] = [
+                {"method": name, "layers_on": where, "pruned": str(folder / "pruned")}
+                for name in method or (["llm_pruner"] if large else list(METHODS))
+                for where in layers_on or (["disk"] if large else ["disk", "memory"])
+            ]
+            if obs_layers:
+                jobs.append({"method": "obs", "layers_on": "disk", "obs_layers": obs_layers})
+            for own in jobs:
+                rows.append(in_process(common | own))
+                shutil.rmtree(folder / "pruned", ignore_errors=True)
+                write(results, out)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+    write(results, out)
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """The numbers, and the page beside them."""
     out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_page(results, out.with_suffix(".md"))
 
