@@ -67,7 +67,8 @@ def measured(found: Results, title: str) -> list[str]:
     goal = (
         f"Allowed are 2.5 × the largest layer ({_giga(allowed['layer'])} GB) + what is outside of the layers "
         f"({_giga(allowed['embeddings'])} GB) + hidden states in memory ({_giga(allowed['boundaries'])} GB) = "
-        f"**{_giga(allowed['total'])} GB**."
+        f"**{_giga(allowed['total'])} GB**; with the layer in float64, in which repair and `obs` solve, "
+        f"{_giga(allowed['total'] + 2.5 * 3 * allowed['layer'])} GB."
     )
     phases = [
         {
