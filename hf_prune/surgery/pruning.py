@@ -68,7 +68,8 @@ class PrunedLayers:
     """The pruned model while it is made, one decoder layer after the other.
 
     In memory it is `apply_plan`. Of a model on disk, a layer is loaded, sliced, perhaps changed by the caller, written
-    to `folder` and unloaded: the pruned model is on disk as the dense one is.
+    to `folder` and unloaded: the pruned model is on disk as the dense one is. It shares with that what is outside of
+    the layers and not pruned.
 
     Args:
         model: the dense model, in memory or on disk.
@@ -165,7 +166,11 @@ class PrunedLayers:
         state = {
             name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in structure.owners
         }
-        pruned.load_state_dict(slice_state_dict(state, structure, plan), strict=False, assign=True)
+        sliced = slice_state_dict(state, structure, plan)
+        for name, tensor in sliced.items():
+            if tensor.shape == state[name].shape:  # embeddings may be larger than a layer: hold them once
+                sliced[name] = state[name].detach()
+        pruned.load_state_dict(sliced, strict=False, assign=True)
         pruned.tie_weights()
         for name, parameter in model.named_parameters():
             if (new := pruned_name(name, structure, plan)) is not None:

@@ -103,8 +103,8 @@ COUNTED: dict[str, PreTrainedConfig] = {
     ),
 }
 COUNTED_TOKENS = (128, 2048)
-DISK_RATE, COMPUTE_RATE = 2e9, 100e12
-"""Bytes per second of a disk, and operations per second of a card, for the hours of counted runs."""
+RATES = {"disk": 2e9, "passes": 100e12, "gram": 30e12, "solving": 1e12}
+"""Bytes per second of a disk; operations per second of a card in bfloat16, in float32, in float64: assumptions."""
 INTERVAL = 0.01
 """Seconds between two looks at the memory."""
 
@@ -332,7 +332,8 @@ def in_process(job: dict[str, Any]) -> dict[str, Any]:
     peak, allowed = found["peak"]["peak"] / 1e9, found["allowance"]["total"] / 1e9
     print(
         f"{found['method']:10} {found['layers_on']:6} {found['seconds']:7.0f} s, {found['cpu_seconds']:7.0f} s of CPU, "
-        f"peak {peak:.2f} GB, allowance {allowed:.2f} GB",
+        f"peak {peak:.2f} GB, allowance {allowed:.2f} GB"
+        + (f"; {found['seconds_each']:.1f} s a layer for obs" if "obs_layers" in found else ""),
         flush=True,
     )
     return found
@@ -360,21 +361,32 @@ def counted() -> list[dict[str, Any]]:
         structure = infer_structure(config)
         for method, kind in METHODS.items():
             asked = kind(RATIO, repair="least_squares", num_samples=samples, seq_len=length)
-            price = count_price(structure, asked, [length] * samples, config.hidden_size, 2)
-            layer = max(
-                sum(structure.numel(name) for name, owner in structure.owners.items() if owner.layer == number)
-                for number in range(len(structure.layer_paths))
-            )
-            disk = (price.bytes_read + price.bytes_written) / DISK_RATE
+            experts = getattr(config, "num_experts_per_tok", None)
+            price = count_price(structure, asked, [length] * samples, config.hidden_size, 2, experts)
+            layers = [0] * len(structure.layer_paths)
+            for tensor, owner in structure.owners.items():
+                layers[owner.layer] += structure.numel(tensor)
+            inputs = [
+                structure.shape(member.parameter)[member.dim]
+                for axis in structure.axes.values()
+                if axis.kind in ("mlp", "attention")
+                for member in structure.members[axis.name]
+                if member.role == "consumer"
+            ]
             rows.append(
                 {
                     "model": name,
                     "method": method,
-                    "parameters": structure.num_parameters(budget="model"),
-                    "layer_bytes": 2 * layer,
+                    "parameters": structure.num_parameters(),
+                    "layer_bytes": 2 * max(layers),
+                    "largest_gram_bytes": 8 * max(inputs) ** 2,
                     **vars(price),
-                    "disk_hours": disk / 3600,
-                    "compute_hours": price.operations / COMPUTE_RATE / 3600,
+                    "disk_hours": (price.bytes_read + price.pruned_bytes_read + price.bytes_written)
+                    / RATES["disk"]
+                    / 3600,
+                    "pass_hours": price.operations / RATES["passes"] / 3600,
+                    "gram_hours": price.gram_operations / RATES["gram"] / 3600,
+                    "solving_hours": price.solving_operations / RATES["solving"] / 3600,
                 }
             )
     return rows
@@ -389,7 +401,8 @@ def main(
     samples: int = 8,
     tokens: int = 128,
     obs_layers: Annotated[int, typer.Option(help="score so many layers by obs, from disk")] = 0,
-    both: Annotated[bool | None, typer.Option(help="obs too, and in memory; default: unless 7b")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="default: both; llm_pruner for 7b")] = None,
+    layers_on: Annotated[list[str] | None, typer.Option(help="default: disk and memory; disk for 7b")] = None,
     out: Path = OUT,
     job: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -402,8 +415,7 @@ def main(
         results["counted"] = {
             "samples": COUNTED_TOKENS[0],
             "tokens": COUNTED_TOKENS[1],
-            "disk_rate": DISK_RATE,
-            "compute_rate": COMPUTE_RATE,
+            "rates": RATES,
             "ratio": RATIO,
             "rows": counted(),
         }
@@ -415,23 +427,28 @@ def main(
             size = sum(path.stat().st_size for path in (folder / "dense").glob("*.safetensors"))
             common = {"model": str(folder / "dense"), "device": device, "threads": threads}
             common |= {"samples": samples, "tokens": tokens}
-            rows = []
-            whole = both if both is not None else shape != "7b"
-            for method in METHODS if whole else ("llm_pruner",):
-                for layers_on in ("disk", "memory") if whole else ("disk",):
-                    own = {"method": method, "layers_on": layers_on, "pruned": str(folder / "pruned")}
-                    rows.append(in_process(common | own))
-                    shutil.rmtree(folder / "pruned")
-            if obs_layers:
-                own = {"method": "obs", "layers_on": "disk", "obs_layers": obs_layers}
-                rows.append(in_process(common | own))
-                print(
-                    f"obs: {rows[-1]['seconds_each']:.0f} s per layer, {rows[-1]['extrapolated_seconds']:.0f} s in all"
-                )
             measured = {"bytes": size, "samples": samples, "tokens": tokens, "device": device or "cpu"}
+            rows: list[dict[str, Any]] = []
             results[shape] = {**SHAPES[shape], **measured, "circumstances": facts, "rows": rows}
+            large = shape == "7b"
+            jobs: list[dict[str, Any]] = [
+                {"method": name, "layers_on": where, "pruned": str(folder / "pruned")}
+                for name in method or (["llm_pruner"] if large else list(METHODS))
+                for where in layers_on or (["disk"] if large else ["disk", "memory"])
+            ]
+            if obs_layers:
+                jobs.append({"method": "obs", "layers_on": "disk", "obs_layers": obs_layers})
+            for own in jobs:
+                rows.append(in_process(common | own))
+                shutil.rmtree(folder / "pruned", ignore_errors=True)
+                write(results, out)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+    write(results, out)
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """The numbers, and the page beside them."""
     out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_page(results, out.with_suffix(".md"))
 
