@@ -420,3 +420,27 @@ def test_the_command_line(tmp_path):
     wanted = prune(path, OBSConfig(0.3, num_samples=4, seq_len=16), calibration=str(text), layers_on="memory")
     assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), wanted.model)
     assert Path(tmp_path / "work").is_dir()
+
+
+def test_buffers_that_are_saved_stay_with_their_layers(tmp_path, monkeypatch):
+    """As the correction bias of a router in DeepSeek-V3, which is a buffer in some versions of transformers."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    init, forward = LlamaMLP.__init__, LlamaMLP.forward
+
+    def with_buffer(self, config):
+        init(self, config)
+        self.register_buffer("offset", torch.zeros(config.hidden_size))
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_buffer)
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: forward(self, x) + self.offset)
+    path = write_checkpoint(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(path)
+    for layer in dense.model.layers:
+        layer.mlp.offset.normal_()
+    dense.save_pretrained(path)
+    wanted, found = (prune(path, MagnitudeConfig(0.3), layers_on=where) for where in ("memory", "disk"))
+    save_pruned(found.model, tmp_path / "pruned", plan=found.plan)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
+    assert same_weights(loaded, wanted.model)
+    assert torch.equal(loaded.model.layers[1].mlp.offset, dense.model.layers[1].mlp.offset)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import warnings
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,6 +27,7 @@ from hf_prune.checkpoint.files import (
 from hf_prune.checkpoint.save_hook import install_save_hook, plan_of, source_plans
 from hf_prune.checkpoint.verifying import verify_checkpoint
 from hf_prune.errors import CheckpointError
+from hf_prune.layers.weights import is_on_disk, to_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 __all__ = ["install_save_hook", "load_plan", "save_pruned", "verify_checkpoint", "write_card"]
 
 logger = logging.getLogger(__name__)
+
+DISK_SHARD = 1_000_000_000
+"""Bytes of a weights file of a model whose layers are on disk, at most."""
 
 # What may lie in a directory that is replaced. Files of the model are written anew; the others are taken over.
 _MODEL_FILES = (
@@ -87,7 +92,8 @@ def save_pruned(
         save_directory: where to; must be new, empty, or hold nothing but a checkpoint.
         plan: plan the model was pruned with; default: the one it carries or was loaded with.
         tokenizer: saved beside the model if given.
-        max_shard_size: largest weights file, in bytes or as in `"5GB"`.
+        max_shard_size: largest weights file, in bytes or as in `"5GB"`; of a model on disk 1 GB at most, since a whole
+            file is in memory while it is written.
         report: measurements for the model card, `{what: value}` or `{what: {column: value}}`.
 
     Raises:
@@ -103,7 +109,10 @@ def save_pruned(
         model._pruning_plan = plan  # from here on it travels with the model
     with _naming("the directory", directory), replaced_directory(directory) as new:
         with _naming("the weights and configuration", directory):
-            model.save_pretrained(new, max_shard_size=max_shard_size)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+                shard_size = min(to_bytes(max_shard_size), DISK_SHARD) if is_on_disk(model) else max_shard_size
+                model.save_pretrained(new, max_shard_size=shard_size)
             for path in new.glob("*.safetensors"):  # safetensors 0.8 makes them private to the user
                 path.chmod((new / "config.json").stat().st_mode)
         if tokenizer is not None:

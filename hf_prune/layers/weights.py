@@ -144,6 +144,13 @@ def free_memory(device: str | None) -> int:
     return int(psutil.virtual_memory().available)
 
 
+def to_bytes(size: int | str) -> int:
+    """A number of bytes, or a text such as `"5GB"`, as a number."""
+    from accelerate.utils import convert_file_size_to_int
+
+    return size if isinstance(size, int) else int(convert_file_size_to_int(size))
+
+
 def fingerprint(model: nn.Module) -> str:
     """A digest that tells models apart: names, shapes, and a sample of the values in memory and in the files."""
     found = hashlib.sha256()

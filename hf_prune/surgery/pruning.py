@@ -234,8 +234,9 @@ def _copy_buffers(model: nn.Module, pruned: nn.Module, structure: Structure, pla
     """Buffers that are not saved (rotary frequencies) are computed by constructors; take the dense model's values."""
     names = dict(model.named_buffers())
     renamed = {_renamed(name, structure, plan): buffer for name, buffer in names.items()}
+    saved = pruned.state_dict().keys()  # those of layers come with their weights
     for name, buffer in pruned.named_buffers():
-        if buffer.is_meta:
+        if buffer.is_meta and name not in saved:
             dense: Any = renamed.get(name)
             if dense is not None and dense.shape != buffer.shape and dense.dim() == buffer.dim() and _is_uniform(dense):
                 dense = dense.flatten()[:1].expand(buffer.shape)
