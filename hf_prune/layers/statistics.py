@@ -69,16 +69,20 @@ class Statistics:
             self.num_tokens = round(tokens)
         return self
 
-    def symmetric_gram(self, centred: bool) -> Tensor:
-        """Σ x xᵀ, or Σ (x − x̄)(x − x̄)ᵀ, both triangles, a copy; `CalibrationError` if the sums are not finite."""
+    def symmetric_gram(self, centred: bool, *, copy: bool = True) -> Tensor:
+        """Σ x xᵀ, or Σ (x − x̄)(x − x̄)ᵀ, both triangles; without `copy` the first of these is where it is summed.
+
+        Raises:
+            CalibrationError: the sums are not finite.
+        """
         if not bool(self.gram.diagonal().isfinite().all() and self.cross.sum().isfinite()):  # |xᵢxⱼ| ≤ xᵢ² + xⱼ²
             raise CalibrationError(
                 "the inputs or outputs of a layer are NaN or infinite on the calibration text, expected finite "
                 "numbers. Check that the dense model works, and repair it in bfloat16 or float32."
             )
-        gram = self.gram.T.contiguous()
+        gram = self.gram.clone() if copy or centred else self.gram
         for start, stop in self._blocks():
-            gram[start:stop, :start] = self.gram[start:stop, :start]
+            gram[:start, start:stop] = gram[start:stop, :start].T
         return gram.addr_(self.inputs, self.inputs, alpha=-1 / max(self.num_tokens, 1)) if centred else gram
 
 
@@ -117,7 +121,7 @@ def solve(statistics: Statistics, weight: Tensor, bias: Tensor | None, ridge: fl
     """
     n, squares, centred = statistics.num_tokens, statistics.squares, bias is not None
     old = weight.detach().T.to(statistics.gram).contiguous()  # [K, D], like all below
-    gram, cross = statistics.symmetric_gram(centred), statistics.cross
+    gram, cross = statistics.symmetric_gram(centred, copy=False), statistics.cross
     mean_x, mean_t = statistics.inputs / n, statistics.targets / n
     offset = 0.0
     if bias is not None:
@@ -128,6 +132,7 @@ def solve(statistics: Statistics, weight: Tensor, bias: Tensor | None, ridge: fl
     before = squares - 2 * _dot(old, cross) + _dot(old, product)
     factor, used, penalty = factorised(gram, ridge)
     step = torch.cholesky_solve(torch.sub(cross, product, out=product), factor)
+    del product, factor
     new = old + step
     after = squares - _dot(new, cross) - penalty * _dot(new, step)  # H W'ᵀ is cross − λ step, by what `step` solves
     return Solution(
