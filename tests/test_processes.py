@@ -177,7 +177,9 @@ def check(found, other, wanted):
     for kind in ("scores", "weights"):
         assert same_bits(found[kind], other[kind])
         for name, values in wanted[kind].items():
-            torch.testing.assert_close(found[kind][name], values, rtol=1e-4, atol=1e-9 if kind == "scores" else 1e-5)
+            # fewer tokens than inputs: with a small ridge a refit multiplies the rounding of float32 sums
+            atol = 1e-9 if kind == "scores" else 1e-5 if values.dtype == torch.float64 else 1e-4
+            torch.testing.assert_close(found[kind][name], values, rtol=1e-4, atol=atol)
 
 
 @pytest.mark.parametrize("case", sorted(CASES), ids=str)
