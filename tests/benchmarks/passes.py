@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from hf_prune.surgery.repair import repair_
+from hf_prune.repair import repair_
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_prune import (
