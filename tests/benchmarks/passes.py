@@ -20,7 +20,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from hf_prune.repair import repair_
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_prune import (
@@ -37,6 +36,7 @@ from hf_prune import (
     infer_structure,
 )
 from hf_prune.methods import score
+from hf_prune.repair import repair_
 
 SHARED = Path(os.environ.get("HF_PRUNE_DATA", Path(__file__).parents[3] / "shared"))
 CRITERIA = ("fisher", "first_order", "vector", "second_order")
