@@ -143,6 +143,7 @@ def prune(
         check_directory(output.absolute())
     table = LatencyTable.load(latency_table) if latency_table is not None else None
     tokenizer = load_tokenizer(model, required=calibration is not None)
+    printing.show_price()
     start = time.perf_counter()
     result = pipeline.prune(
         model,

@@ -21,7 +21,7 @@ from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, nex
 from hf_prune.config import PolicyGradientConfig
 from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.evaluation.latency import measure_latency
-from hf_prune.layers.price import price_of
+from hf_prune.layers.price import announce, price_of
 from hf_prune.layers.processes import of_main_process
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import check_offload, fingerprint, is_on_disk
@@ -142,7 +142,7 @@ def prune(
     if work is not None:
         work.claim(identity(model, config, batches))
     if is_on_disk(model) or work is not None:
-        logger.info("%s", price_of(structure, config, batches, model).text)
+        announce(price_of(structure, config, batches, model))
     plan, found = decide(model, structure, config, batches, latency=latency, scores=scores, work=work)
     pruned = carry_out(model, structure, plan, config, batches, work)
     if history := history_of(found):
@@ -316,7 +316,7 @@ def scoring_settings(config: PruningConfig) -> dict[str, Any]:
     """The settings that scores depend on: those of allocation, repair and surgery aside."""
     found = config.to_dict()
     ratio = METHODS[config.method].uses_ratio if config.method in METHODS else False
-    learned = ("pruning_ratio", "budget", "allocation", "min_units", "round_to") if ratio else ()
+    learned = _WITH_RATIO if ratio else ()
     return {name: value for name, value in found.items() if name in learned or name not in _AFTER_SCORES}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,21 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 16
 """Layers shown one by one; deeper models are shown in blocks."""
+
+
+class _ToStderr(logging.Handler):
+    """One line on stderr for each record."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(record.getMessage())
+
+
+def show_price() -> None:
+    """Show on stderr what a run on disk will read, write and compute, before it starts."""
+    price = logging.getLogger("hf_prune.layers.price")
+    if not price.handlers:
+        price.addHandler(_ToStderr())
+        price.setLevel(logging.INFO)
 
 
 def print_error(message: str) -> None:

@@ -363,6 +363,19 @@ def test_scores_are_kept_for_other_ratios(tmp_path, monkeypatch):
         prune(other, WandaConfig(0.3), **options)
 
 
+def test_what_a_search_measured_serves_the_same_question_only(tmp_path):
+    """Plans lose something else on other windows, and when they are repaired."""
+    path = write_checkpoint(tmp_path / "dense", num_layers=3)
+    batches = [{"input_ids": token_ids(4, 12, seed=seed) % 64} for seed in range(2)]
+    search = {"allocation": "search", "search_evaluations": 8, "search_samples": 4}
+    for other in ({}, {"search_samples": 8}, {"repair": "least_squares"}):
+        config = WandaConfig(0.4, **search | other)
+        found = prune(path, config, calibration=batches, work_dir=tmp_path / "work")
+        assert found.plan == prune(path, config, calibration=batches).plan
+    files = sorted(file.parent.name for file in (tmp_path / "work").glob("search*/divergences.json"))
+    assert len(files) == 3
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
@@ -417,6 +430,7 @@ def test_the_command_line(tmp_path):
     options += ["--num-samples", "4", "--seq-len", "16", "--layers-on", "disk", "--work-dir", str(tmp_path / "work")]
     result = CliRunner().invoke(app, ["prune", str(path), str(tmp_path / "out"), *options])
     assert result.exit_code == 0, result.output
+    assert "this run reads" in result.stderr
     wanted = prune(path, OBSConfig(0.3, num_samples=4, seq_len=16), calibration=str(text), layers_on="memory")
     assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), wanted.model)
     assert Path(tmp_path / "work").is_dir()

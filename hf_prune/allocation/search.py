@@ -27,6 +27,7 @@ from hf_prune.atomic import replaced_file
 from hf_prune.errors import BudgetError, CalibrationError, ConfigError
 from hf_prune.layers.losses import divergence
 from hf_prune.layers.masking import masked
+from hf_prune.layers.price import GENERATION
 from hf_prune.layers.processes import of_main_process, sum_over_processes
 from hf_prune.layers.walk import Walk, checked_ids
 from hf_prune.layers.weights import evaluating
@@ -48,8 +49,6 @@ if TYPE_CHECKING:
 
 POPULATION = 8
 """Plans that may have children."""
-GENERATION = 4
-"""Plans that are measured together: a model on disk is read once for all of them."""
 MOST_FAILURES = 200
 """Children in a row that are known or miss the budget, after which the search ends."""
 NEAR = 0.001
@@ -222,7 +221,9 @@ class _Judge:
         self._model, self._structure, self._config = model, structure, config
         self._preview = preview or _no_preview
         self._known: dict[str, float] = {}
-        self._file = None if work is None else work.stage("search").path / "divergences.json"
+        # what a plan loses depends on the windows, and on how repair would leave it
+        how = f"{config.search_samples}-{'none' if preview is None else config.repair_ridge}"
+        self._file = None if work is None else work.stage(f"search-{how}").path / "divergences.json"
         self._stored: dict[str, float] = {}
         if self._file is not None and self._file.exists():
             self._stored = json.loads(self._file.read_text(encoding="utf-8"))

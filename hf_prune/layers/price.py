@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hf_prune.structure.structure import Structure
+
+logger = logging.getLogger(__name__)
 
 GENERATION = 4
 """Plans that a search measures together."""
@@ -132,6 +135,11 @@ def count_price(
         boundary_bytes=boundary,
         held_bytes=held if counts.tokens else 0,
     )
+
+
+def announce(price: Price) -> None:
+    """Log a price; the command line shows it."""
+    logger.info("%s", price.text)
 
 
 class _Counts:
