@@ -109,9 +109,10 @@ def open_model(
     _check_target(device, dtype)
     if layers_on == "memory":
         return load_model(str(source), device=device, dtype=dtype)
-    structure = infer_structure(load_config(str(source)))
+    config = load_config(str(source))
+    structure = infer_structure(config)
     if layers_on == "auto":
-        needed = structure.num_parameters() * _itemsize(str(source), dtype)
+        needed = structure.num_parameters() * _itemsize(config, dtype)
         if needed <= MEMORY_SHARE * free_memory(device):
             return load_model(str(source), device=device, dtype=dtype)
     own = Path(tempfile.mkdtemp(prefix="hf_prune-")) if folder is None else folder
@@ -137,10 +138,10 @@ def _check_target(device: str | None, dtype: str | None) -> None:
         raise ConfigError(f"device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def _itemsize(source: str, dtype: str | None) -> int:
+def _itemsize(config: PreTrainedConfig, dtype: str | None) -> int:
     import torch
 
-    name = dtype or getattr(load_config(source), "dtype", None) or torch.float32
+    name = dtype or getattr(config, "dtype", None) or torch.float32
     found = getattr(torch, name) if isinstance(name, str) else name
     return int(found.itemsize)
 

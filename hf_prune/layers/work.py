@@ -143,7 +143,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, 
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} could not be written: {error}. Free disk space, or choose another work_dir."
-        ) from (error)
+        ) from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

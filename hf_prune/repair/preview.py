@@ -32,7 +32,8 @@ _CACHE_BYTES = 1 << 29
 class RepairPreview:
     """Repairs the masked dense model for a while, plan after plan.
 
-    Axes without a single linear consumer (experts) are only masked.
+    Axes without a single linear consumer (experts) are only masked. The sums of all layers stay in memory, in float64,
+    also of a model on disk.
 
     Args:
         model: the dense model; left as it was.
