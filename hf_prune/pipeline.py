@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
+from hf_prune.allocation.planning import allocate
 from hf_prune.allocation.spectral import hill_exponents
 from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
 from hf_prune.config import PolicyGradientConfig
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
+    from hf_prune.layers.walk import LayerProtocol
     from hf_prune.loading import LayersOn
     from hf_prune.methods.learned import Step
     from hf_prune.plan import PruningPlan
@@ -138,13 +140,15 @@ def prune(
                 "measured where the model fits."
             )
         latency = of_main_process(measure_latency(model, structure))
-    check_before(model, structure, config, batches)
+    protocol = check_before(model, structure, config, batches)
     if work is not None:
         work.claim(identity(model, config, batches))
     if is_on_disk(model) or work is not None:
         announce(price_of(structure, config, batches, model))
-    plan, found = decide(model, structure, config, batches, latency=latency, scores=scores, work=work)
-    pruned = carry_out(model, structure, plan, config, batches, work)
+    plan, found = decide(
+        model, structure, config, batches, latency=latency, scores=scores, work=work, protocol=protocol
+    )
+    pruned = carry_out(model, structure, plan, config, batches, work, protocol)
     if history := history_of(found):
         pruned._learning_history = plan, history  # type: ignore[assignment]  # for the picture in checkpoints
     logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
@@ -181,8 +185,11 @@ def decide(
     latency: LatencyTable | None = None,
     scores: Mapping[str, Tensor] | None = None,
     work: WorkDir | None = None,
+    protocol: LayerProtocol | None = None,
 ) -> tuple[PruningPlan, dict[str, Tensor]]:
     """The first half of `prune`: which units stay, and the scores of the dense model. See there.
+
+    A `protocol` (of `check_before`) saves the walks over the dense model their probes.
 
     Step k of `config.num_steps` removes k/n of the ratio (LLM-Pruner's linear schedule); each is scored on the model
     that the one before leaves, repaired where `config` says so.
@@ -195,9 +202,9 @@ def decide(
             if not known:
                 own = dataclasses.replace(config, pruning_ratio=ratio, num_steps=1)
                 stage = None if work is None else work.stage("scores")
-                known = _scored(model, structure, own, batches, stage)  # as it is: it may carry a history
+                known = _scored(model, structure, own, batches, stage, protocol)  # as it is: it may carry a history
             return known
-        current = carry_out(model, structure, done, config, batches, work)
+        current = carry_out(model, structure, done, config, batches, work, protocol)
         task = for_pruned(structure, infer_structure(current), config, done, ratio)
         if task is None:
             return {}
@@ -208,30 +215,30 @@ def decide(
     if config.allocation in ("spectral", "search"):
         exponents = of_main_process(hill_exponents(model, structure))
     if config.allocation == "search" and config.repair == "least_squares":  # judge plans as repair will leave them
-        preview = RepairPreview(model, structure, batches or (), config.repair_ridge).applied
+        preview = RepairPreview(model, structure, batches or (), config.repair_ridge, protocol).applied
+    planned = partial(
+        allocate,
+        structure=structure,
+        model=model,
+        batches=batches,
+        latency=latency,
+        exponents=exponents,
+        preview=preview,
+        work=work,
+        protocol=protocol,
+        base_model_name_or_path=base_model_of(model),
+    )
     stage: Stage | None = None
     for step in range(1, config.num_steps + 1):
         ratio = config.pruning_ratio * (step / config.num_steps)
-        stage = next_plan(
-            structure,
-            config,
-            partial(scores_of, ratio=ratio),
-            stage,
-            ratio,
-            model=model,
-            batches=batches,
-            latency=latency,
-            exponents=exponents,
-            preview=preview,
-            work=work,
-            base_model_name_or_path=base_model_of(model),
-        )
+        stage = next_plan(planned, config, partial(scores_of, ratio=ratio), stage, ratio)
     assert stage is not None  # the last step reaches the ratio, or raises
     plan = stage.plan
     if config.selection == "obs":
         assert batches is not None
         own = None if work is None else work.stage(f"selection-{_digest(plan.to_json())}")
-        plan = select_repairable(model, structure, plan, batches, ridge=config.repair_ridge, work=own)
+        ridge = config.repair_ridge
+        plan = select_repairable(model, structure, plan, batches, ridge=ridge, work=own, protocol=protocol)
     return plan, known
 
 
@@ -241,10 +248,11 @@ def _scored(
     config: PruningConfig,
     batches: Sequence[Mapping[str, Any]] | None,
     work: WorkDir | None,
+    protocol: LayerProtocol | None = None,
 ) -> dict[str, Tensor]:
     """`score`, or what `work` keeps of it: for the same units, and where they depend on it for the same ratio."""
     if work is None:
-        return score(model, structure, config, batches=batches)
+        return score(model, structure, config, batches=batches, protocol=protocol)
     key = f"{config.method}-{_digest(json.dumps(scoring_settings(config), sort_keys=True))}"
     if (found := of_main_process(work.load(key))) is not None:
         tensors, note = found
@@ -252,7 +260,7 @@ def _scored(
     own = work.stage(key)
     if isinstance(config, PolicyGradientConfig) and config.state_dir is None:
         config = dataclasses.replace(config, state_dir=of_main_process(str(own.path)))
-    scores = score(model, structure, config, batches=batches, work=own)
+    scores = score(model, structure, config, batches=batches, work=own, protocol=protocol)
     work.save(key, scores, {"history": history_of(scores)})
     shutil.rmtree(own.path)  # hidden states: no longer needed
     return scores
@@ -265,6 +273,7 @@ def carry_out(
     config: PruningConfig,
     batches: Sequence[Mapping[str, Any]] | None,
     work: WorkDir | None = None,
+    protocol: LayerProtocol | None = None,
 ) -> PreTrainedModel:
     """The second half of `prune`: a new model without the units that `plan` removes, repaired as `config` says."""
     own = None if work is None else work.stage(f"pruned-{_digest(plan.to_json())}")
@@ -288,6 +297,7 @@ def carry_out(
             seed=config.seed,
             layers=layers,
             work=own,
+            protocol=protocol,
         )
     return layers.finish()
 
@@ -297,8 +307,11 @@ def check_before(
     structure: Structure,
     config: PruningConfig,
     batches: Sequence[Mapping[str, Any]] | None,
-) -> None:
+) -> LayerProtocol | None:
     """Refuse what would fail after hours of scoring.
+
+    Returns:
+        How the model runs its layers, where that had to be found out.
 
     Raises:
         StructureError: the layers must be run one at a time, and cannot be.
@@ -310,6 +323,8 @@ def check_before(
         first = [batch["input_ids"][:1] for batch in (batches or ())[:1]]
         walk = Walk(model, structure.layer_paths, first or [torch.zeros(1, 2, dtype=torch.int64)])
         walk.check_layered()
+        return walk.protocol
+    return None
 
 
 def scoring_settings(config: PruningConfig) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_one_layer_is_resident_at_a_time(checkpoint, monkeypatch):
     assert max(most) == 1
 
 
-def test_boundaries_may_be_few_or_on_disk(checkpoint, monkeypatch):
+def test_boundaries_may_be_few_or_on_disk(checkpoint, monkeypatch, caplog):
     _, _, dense = checkpoint
     structure = infer_structure(dense)
     names = [name for name in structure.counted("decoder") if len(structure.layouts[name]) == 2]
@@ -190,6 +190,10 @@ def test_boundaries_may_be_few_or_on_disk(checkpoint, monkeypatch):
         assert all(torch.equal(wanted[name], values) for name, values in gradients(layered=True, every=every).items())
     monkeypatch.setattr(boundaries, "MEMORY_BYTES", 0)
     assert all(torch.equal(wanted[name], values) for name, values in gradients(layered=True).items())
+    each = sum(batch["input_ids"].numel() for batch in calibration()) * dense.get_input_embeddings().weight[0].nbytes
+    monkeypatch.setattr(boundaries.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3 * each}))
+    assert all(torch.equal(wanted[name], values) for name, values in gradients(layered=True).items())
+    assert "before every 2 layers are kept" in caplog.text
     loss = sum(
         dense(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss * len(batch["input_ids"])
         for batch in calibration()

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from hf_prune.allocation.ladders import Ladder
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
-    from hf_prune.layers.walk import Batch
+    from hf_prune.layers.walk import Batch, LayerProtocol
     from hf_prune.layers.work import WorkDir
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
@@ -81,6 +81,7 @@ def search(
     latency: LatencyTable | None,
     preview: Preview | None = None,
     work: WorkDir | None = None,
+    protocol: LayerProtocol | None = None,
 ) -> Individual:
     """The plan with the least KL divergence found; on its windows never worse than the best of `starts`.
 
@@ -99,6 +100,7 @@ def search(
         preview: context in which the dense model, masked by a plan, is also repaired; `None`: plans are judged as they
             are before repair.
         work: keeps what was measured, so that an interrupted search is resumed.
+        protocol: how the model runs its layers, if that is known.
 
     Raises:
         ConfigError: the hidden axis is to be pruned, which cannot be masked.
@@ -115,7 +117,7 @@ def search(
         evaluating(model),
         tqdm(total=config.search_evaluations, desc="search", unit="plan", leave=False) as bar,
     ):
-        judge = _Judge(model, structure, config, windows, preview, work)
+        judge = _Judge(model, structure, config, windows, preview, work, protocol)
         misses = [_miss(start, structure, config, latency) for start in starts]
         most = max(NEAR, min(misses)) + 1e-9
         population = judge.judged([start for start, miss in zip(starts, misses, strict=True) if miss <= most])
@@ -217,6 +219,7 @@ class _Judge:
         windows: list[Tensor],
         preview: Preview | None,
         work: WorkDir | None,
+        protocol: LayerProtocol | None,
     ) -> None:
         self._model, self._structure, self._config = model, structure, config
         self._preview = preview or _no_preview
@@ -228,7 +231,7 @@ class _Judge:
         if self._file is not None and self._file.exists():
             self._stored = json.loads(self._file.read_text(encoding="utf-8"))
         self._stored = of_main_process(self._stored)
-        self._walk = Walk(model, structure.layer_paths, windows)
+        self._walk = Walk(model, structure.layer_paths, windows, protocol=protocol)
         self._dense = [output.offloaded() for output in self._walk.outputs()]
 
     @property

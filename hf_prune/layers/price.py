@@ -104,9 +104,12 @@ def count_price(
     repaired = config.repair != "none"
 
     scored = counts.scoring(config)
-    read = dense + scored + counts.allocating() + 2 * dense * (config.selection == "obs")
-    read += len(steps) * dense * (2 if repaired else 1)  # sliced layer by layer; repair probes the model first
-    pruned_read = kept[-1] + sum(round(scored * size / dense) for size in kept[:-1])
+    walked = config.method in ("wanda", "llm_pruner", "obs", "policy_gradient")
+    walked = walked or (isinstance(config, PruneNetConfig) and config.layer_weight == "update")
+    probed = dense if walked else 0
+    read = dense + scored + counts.allocating() + dense * (config.selection == "obs")  # a probe, and passes
+    read += len(steps) * dense  # sliced, and perhaps repaired, layer by layer
+    pruned_read = kept[-1] + sum(round((scored + probed) * size / dense) for size in kept[:-1])
     outside = structure.num_parameters() - dense
     boundary = counts.tokens * hidden_size * itemsize * (len(structure.layer_paths) + 1)
     boundary = boundary if config.method in ("llm_pruner", "obs") else 0
@@ -188,19 +191,18 @@ class _Counts:
         if config.method == "magnitude":
             return self.sum({name for axis in axes for name in self.structure.group(axis)})
         if config.method == "wanda":
-            return 2 * self.layers + self.sum(self.consuming(config))
+            return self.layers + self.sum(self.consuming(config))
         if config.method in ("llm_pruner", "obs"):
-            return 3 * self.layers  # a probe, forward, backward
+            return 2 * self.layers  # forward, backward
         if isinstance(config, PolicyGradientConfig):
             start = self.scoring(self.initial(config))
-            probed = 0 if config.init in ("wanda", "llm_pruner", "obs") else self.layers
-            return start + probed + self.layers * config.policy_steps
+            return start + self.layers * config.policy_steps
         if isinstance(config, PruneNetConfig):
             members = [member for axis in axes for member in self.structure.members[axis.name]]
             names = [self.structure.aliases.get(m.parameter, m.parameter) for m in members if m.role in ROLES]
             rows = sum(self.numel.get(name, 0) for name in names if len(self.structure.layouts[name]) >= 2)
             trained = 2 if config.policy is None else 1
-            return trained * rows + 2 * self.layers * (config.layer_weight == "update")
+            return trained * rows + self.layers * (config.layer_weight == "update")
         return 0
 
     @staticmethod
@@ -227,8 +229,8 @@ class _Counts:
             decoder = self.structure.counted("decoder")
             found += self.sum({name for name in decoder if len(self.structure.layouts[name]) >= 2})
         if config.allocation == "search":
-            first = 2 + 2 * (config.repair == "least_squares")  # probes, the dense model, sums for a preview of repair
-            found += self.layers * config.num_steps * (first + 1 + math.ceil(config.search_evaluations / GENERATION))
+            first = 2 + (config.repair == "least_squares")  # the dense model, the starts, sums for a preview of repair
+            found += self.layers * config.num_steps * (first + math.ceil(config.search_evaluations / GENERATION))
         return found
 
     def computing(self, config: PruningConfig) -> tuple[int, int, int]:

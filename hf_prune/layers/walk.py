@@ -63,7 +63,7 @@ class LayerCall:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class LayerProtocol:
     """How a model runs its layers, found by a probe."""
 
     outputs: tuple[Any, ...]
@@ -144,7 +144,7 @@ class Walk:
         layered: bool = False,
         work: WorkDir | None = None,
         every: int = 1,
-        protocol: Protocol | None = None,
+        protocol: LayerProtocol | None = None,
     ) -> None:
         self.model, self.layer_paths, self.work, self.every = model, list(layer_paths), work, every
         own = [isinstance(batch, Tensor) and not batch.is_floating_point() for batch in batches]
@@ -201,7 +201,7 @@ class Walk:
         return walk
 
     @property
-    def protocol(self) -> Protocol:
+    def protocol(self) -> LayerProtocol:
         """How the model runs its layers; probed once.
 
         Raises:
@@ -647,7 +647,7 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 @torch.no_grad()
-def _probe(walk: Walk, ids: Tensor) -> Protocol:
+def _probe(walk: Walk, ids: Tensor) -> LayerProtocol:
     """Run the model as usual on a few tokens: what the layers return, and whether they can be run one by one."""
     inputs: list[Tensor] = []
     arguments: list[LayerCall] = []
@@ -668,7 +668,7 @@ def _probe(walk: Walk, ids: Tensor) -> Protocol:
             stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(after).remove)
         logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
-    found = Protocol(tuple(outputs), False, "hand on more than hidden states")
+    found = LayerProtocol(tuple(outputs), False, "hand on more than hidden states")
     ran_in_order = len(inputs) == walk.num_layers and hidden_of(outputs[-1]).shape[:-1] == ids.shape
     ran_in_order = ran_in_order and all(
         _equal(hidden_of(output), hidden) for output, hidden in zip(outputs[:-1], inputs[1:], strict=True)
@@ -679,7 +679,7 @@ def _probe(walk: Walk, ids: Tensor) -> Protocol:
         _, calls = _calls(model, walk.layer_paths, outputs, ids)
         if not all(_same(call, known) for call, known in zip(arguments, calls, strict=True)):
             return found
-        layered = Protocol(tuple(outputs), True, "")
+        layered = LayerProtocol(tuple(outputs), True, "")
         trial = Walk(model, walk.layer_paths, protocol=layered)
         last, half = hidden_of(outputs[-1]), -(-ids.shape[1] // 2)
         parts = [
@@ -688,7 +688,7 @@ def _probe(walk: Walk, ids: Tensor) -> Protocol:
     close = torch.isclose(torch.cat(parts, 1).float(), logits.float(), rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE)
     if bool((close | logits.isnan()).all()):
         return layered
-    return Protocol(tuple(outputs), False, "leave more to the output embeddings than the last hidden states")
+    return LayerProtocol(tuple(outputs), False, "leave more to the output embeddings than the last hidden states")
 
 
 def _calls(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -12,6 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hf_prune.allocation import hill_exponents
+from hf_prune.allocation.planning import allocate
 from hf_prune.allocation.steps import Stage, next_plan
 from hf_prune.checkpoint.files import agrees
 from hf_prune.config import PruningConfig
@@ -327,15 +329,13 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             batches = calibration_data(config, tokenizer, self.calibration, self.batch_size)
             return score(model, structure, config, batches=batches)
 
-        return next_plan(
-            structure,
-            config,
-            scores_of,
-            None if before is None else Stage(before, last),
-            pruning_ratio,
+        planned = partial(
+            allocate,
+            structure=structure,
             exponents=dict(enumerate(self.progress.get("exponents", []))),
             base_model_name_or_path=base_model_of(model),
         )
+        return next_plan(planned, config, scores_of, None if before is None else Stage(before, last), pruning_ratio)
 
     def _mask(self, model: PreTrainedModel, pruning_ratio: float, tokenizer: Any) -> None:
         before, now = self.plan, self._next(model, pruning_ratio, tokenizer)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.layers.processes import of_main_process
-from hf_prune.layers.statistics import Solution, Statistics, solve
+from hf_prune.layers.statistics import Solution, Statistics, solve_
 from hf_prune.layers.walk import StopForward, Walk, hidden_of, replaced_forward, with_hidden
 from hf_prune.layers.watch import watching
 from hf_prune.repair.consumers import BRANCHES
@@ -187,7 +187,7 @@ class LayerRepair:
             if sums.num_tokens != self.pruned.num_tokens:
                 logger.warning("%s is not given every token once in both models; it stays as it is.", consumer.name)
                 continue
-            solutions[consumer] = solve(sums, consumer.consumer.matrix(consumer.weight), consumer.bias, self.ridge)
+            solutions[consumer] = solve_(sums, consumer.consumer.matrix(consumer.weight), consumer.bias, self.ridge)
         for consumer, solution in solutions.items():
             consumer.write_(solution.weight, solution.bias)
         if only is not None and only.pruned is not None and only in solutions:
@@ -287,7 +287,7 @@ class LayerRepair:
                 "%s: experts %s saw fewer than %d tokens; they stay as they are.", consumer.name, few, enough
             )
         solutions = {
-            expert: solve(sums, consumer.consumer.matrix(consumer.weight[expert]), None, self.ridge)
+            expert: solve_(sums, consumer.consumer.matrix(consumer.weight[expert]), None, self.ridge)
             for expert, sums in enumerate(statistics)
             if expert not in few
         }

@@ -7,21 +7,25 @@ With H = Σ x xᵀ over the dense inputs of a consumer, K the inputs that stay a
 from __future__ import annotations
 
 import contextlib
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import CalibrationError
-from hf_prune.layers.statistics import factorised
+from hf_prune.layers.statistics import factorise_
 from hf_prune.layers.walk import Walk
+from hf_prune.layers.weights import is_on_disk
+from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.methods.obs import collecting
 from hf_prune.structure.consumers import Consumer, only_consumer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from hf_prune.layers.walk import Batch, Found, Part
+    from hf_prune.layers.walk import Batch, Found, LayerProtocol, Part
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
@@ -32,14 +36,15 @@ _CACHE_BYTES = 1 << 29
 class RepairPreview:
     """Repairs the masked dense model for a while, plan after plan.
 
-    Axes without a single linear consumer (experts) are only masked. The sums of all layers stay in memory, in float64,
-    also of a model on disk.
+    Axes without a single linear consumer (experts) are only masked. The sums of all layers are held in float64: those
+    of a model on disk in temporary files.
 
     Args:
         model: the dense model; left as it was.
         structure: its structure.
         batches: `input_ids`, int64 `[B, T]`, without padding.
         ridge: λ as a fraction of the mean diagonal of H, 0 or more.
+        protocol: how the model runs its layers, if that is known.
 
     Raises:
         CalibrationError: no batch, or activations that are not finite.
@@ -47,14 +52,22 @@ class RepairPreview:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, structure: Structure, batches: Iterable[Batch], ridge: float) -> None:
-        walk = Walk(model, structure.layer_paths, list(batches))
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        batches: Iterable[Batch],
+        ridge: float,
+        protocol: LayerProtocol | None = None,
+    ) -> None:
+        walk = Walk(model, structure.layer_paths, list(batches), protocol=protocol)
         if not walk.all_ids:
             raise CalibrationError("repair found no calibration batch, expected one or more: give a calibration text.")
         walk.check_layered()
         self._model, self._structure, self._ridge = model, structure, ridge
         found = [only_consumer(model, structure, axis.name) for axis in structure.axes.values() if axis.prunable]
         linear = {consumer.axis: consumer for consumer in found if consumer is not None and consumer.kind == "linear"}
+        self._folder = tempfile.TemporaryDirectory(prefix="hf_prune-") if is_on_disk(model) else None
         self._cache: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
         def visit(part: Part) -> Found:
@@ -62,10 +75,18 @@ class RepairPreview:
             with collecting(model, structure, here) as grams:
                 part.run()
             sums = {consumer.axis: own[0].over_processes() for consumer, own in grams.items()}
-            return {axis: own.symmetric_gram(centred=False) for axis, own in sums.items() if own.num_tokens}
+            return {axis: self._held(own.symmetric_gram(centred=False)) for axis, own in sums.items() if own.num_tokens}
 
         self._grams = walk.forward(visit, "repair preview", layered=True)
         self._consumers: dict[str, Consumer] = {axis: linear[axis] for axis in self._grams}
+
+    def _held(self, gram: Tensor) -> Tensor:
+        """The same numbers where they take no memory that is short: for models on disk in a file that is mapped."""
+        if self._folder is None:
+            return gram
+        file = Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}.safetensors"
+        write_tensors(file, {"gram": gram})
+        return read_tensors(file)[0]["gram"]
 
     @contextlib.contextmanager
     def applied(self, plan: PruningPlan, layer: int | None = None) -> Iterator[None]:
@@ -89,11 +110,12 @@ class RepairPreview:
             consumer = self._consumers[name]
             stored = self._model.get_parameter(consumer.parameter).data
             ids = consumer.units(self._structure).to(stored.device)
-            weight = consumer.matrix(stored).to(self._grams[name])
+            gram = self._grams[name].to(stored.device)
+            weight = consumer.matrix(stored).to(gram)
             stays = torch.isin(ids, torch.tensor(kept, device=ids.device)) | (ids < 0)
             inside, outside = torch.nonzero(stays)[:, 0], torch.nonzero(~stays)[:, 0]
-            gram = self._grams[name]
-            factor, *_ = factorised(gram[inside][:, inside], self._ridge)
+            factor = gram[inside][:, inside]
+            factorise_(factor, self._ridge)
             gain = torch.cholesky_solve(gram[inside][:, outside] @ weight[:, outside].T, factor).T
             result = torch.zeros_like(weight)
             result[:, inside] = weight[:, inside] + gain
