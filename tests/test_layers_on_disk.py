@@ -172,6 +172,43 @@ def test_one_layer_is_resident_at_a_time(checkpoint, monkeypatch):
     assert max(most) == 1
 
 
+OTHERS = {
+    "mamba2": {
+        "vocab_size": 96,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_heads": 12,
+        "head_dim": 8,
+        "state_size": 16,
+    }
+    | {"n_groups": 1, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
+    "zamba": {k: v for k, v in _SHAPE.items() if k != "head_dim"}  # layers 1 and 3 share their attention and MLP
+    | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 2, "mamba_d_state": 16}
+    | {"attention_hidden_size": 96, "attention_head_dim": 16, "use_mamba_kernels": False, "num_key_value_heads": 6},
+}
+
+
+@pytest.mark.parametrize("family", list(OTHERS))
+def test_state_spaces_and_shared_layers(family, tmp_path):
+    from transformers import CONFIG_MAPPING
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**OTHERS[family])).save_pretrained(tmp_path / "dense")
+    for config in (
+        WandaConfig(0.3, axes=("mlp",)),
+        LLMPrunerConfig(0.3, axes=("mlp",), criterion="first_order", repair="least_squares"),
+    ):
+        wanted, found = (
+            prune(tmp_path / "dense", config, calibration=calibration(), layers_on=where, dtype="float32")
+            for where in ("memory", "disk")
+        )
+        assert is_on_disk(found.model)
+        assert all(torch.equal(found.scores[axis], values) for axis, values in wanted.scores.items())
+        assert found.plan.kept_indices == wanted.plan.kept_indices
+        save_pruned(found.model, tmp_path / config.method)
+        assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / config.method), wanted.model)
+
+
 def test_boundaries_may_be_few_or_on_disk(checkpoint, monkeypatch, caplog):
     _, _, dense = checkpoint
     structure = infer_structure(dense)
