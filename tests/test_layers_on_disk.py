@@ -30,6 +30,7 @@ from hf_prune import (
 from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, StructureError
 from hf_prune.layers import boundaries
+from hf_prune.layers import walk as walk_module
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import is_on_disk, resident
 from hf_prune.loading import open_model
@@ -240,6 +241,25 @@ def test_boundaries_may_be_few_or_on_disk(checkpoint, monkeypatch, caplog):
         if dense.get_parameter(name).grad is not None:
             torch.testing.assert_close(wanted[name], dense.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
     dense.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", ["fisher, selection, repair", "obs", "search with repair"])
+def test_hidden_states_that_are_large_lie_in_files(checkpoint, name, monkeypatch):
+    family, path, _ = checkpoint
+    if family in NOT_ON.get(name, ()):
+        pytest.skip("refused in memory too")
+    config = CONFIGS[name]
+    wanted = prune(path, config, calibration=calibration(), layers_on="disk", dtype="float32")
+    written, write = [], walk_module.on_disk
+    monkeypatch.setattr(walk_module, "on_disk", lambda values: written.append(1) or write(values))
+    monkeypatch.setattr(boundaries, "MEMORY_BYTES", 0)
+    found = prune(path, config, calibration=calibration(), layers_on="disk", dtype="float32")
+    assert len(written) > 9
+    assert all(torch.equal(found.scores[axis], values) for axis, values in wanted.scores.items())
+    assert found.plan.kept_indices == wanted.plan.kept_indices
+    for layer in infer_structure(found.model).layer_paths:
+        with resident(found.model.get_submodule(layer)), resident(wanted.model.get_submodule(layer)):
+            assert same_weights(found.model.get_submodule(layer), wanted.model.get_submodule(layer))
 
 
 def test_weights_come_and_go(checkpoint):

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import torch
+
 from hf_prune.errors import CalibrationError
 from hf_prune.layers.work import read_tensors, write_tensors
 
@@ -18,9 +21,38 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MEMORY_BYTES = 1 << 31
-"""Boundaries that take more than this are kept on disk."""
+"""Hidden states that take more than this are kept on disk."""
+
+HELD = 8
+"""About so many times the hidden states of a model are held at once by what holds most, repair."""
 
 Rerun = Callable[[range, Sequence["Tensor"]], Iterator[list["Tensor"]]]
+
+
+def is_large(values: Tensor, num_batches: int) -> bool:
+    """Whether hidden states of so many batches, of which these are one, are to be kept in files."""
+    return HELD * num_batches * values.nbytes > MEMORY_BYTES
+
+
+def on_disk(values: Tensor) -> Tensor:
+    """A copy on the CPU that lies in a temporary file: read when it is used, and gone with the tensor.
+
+    Raises:
+        CalibrationError: the disk has no room for it.
+    """
+    if not values.numel():
+        return values.cpu()
+    with tempfile.TemporaryFile() as file:
+        try:
+            values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tofile(file)
+            file.flush()
+        except OSError as error:
+            raise CalibrationError(
+                f"hidden states could not be written to {tempfile.gettempdir()}: {error}. Free disk space, set TMPDIR, "
+                "or take fewer or shorter calibration samples."
+            ) from error
+        found = torch.from_numpy(np.memmap(file, np.uint8, "c"))
+    return found.view(values.dtype).view(values.shape)
 
 
 class Boundaries:

@@ -51,7 +51,8 @@ class Price:
     boundary_bytes: int
     """Of hidden states between layers that a backward pass needs: in memory, on disk where they are large."""
     held_bytes: int
-    """Of hidden states that are in memory on the CPU at the same time, those between layers aside."""
+    """Of hidden states that are held at the same time, those between layers aside: on the CPU, or if they are large in
+    temporary files."""
 
     @property
     def text(self) -> str:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from hf_prune.errors import CalibrationError, ScoreError, StructureError
-from hf_prune.layers.boundaries import Boundaries
+from hf_prune.layers.boundaries import Boundaries, is_large, on_disk
 from hf_prune.layers.losses import CHUNK_ELEMENTS, next_token
 from hf_prune.layers.processes import my_share, of_main_process
 from hf_prune.layers.weights import evaluating, input_device, is_on_disk, resident
@@ -285,7 +285,7 @@ class Walk:
             hidden, calls = _calls(self.model, self.layer_paths, self.protocol.outputs, ids)
             if self.calls and all(_same(own, other) for own, other in zip(calls, self.calls[-1], strict=True)):
                 calls = self.calls[-1]  # windows of one length are called alike: hold masks and angles once
-            self.hidden.append(hidden.detach().cpu())
+            self.hidden.append(self.held(hidden.detach()))
             self.calls.append(calls)
 
     def run(self, layer: int, batch: int, hidden: Tensor) -> Tensor:
@@ -294,7 +294,11 @@ class Walk:
         device = input_device(module)
         call = self.calls[batch][layer]
         args, kwargs = send_to_device((call.args, call.kwargs), device)
-        return hidden_of(module(hidden.to(device, copy=True), *args, **kwargs)).cpu()  # some add to it in place
+        return self.held(hidden_of(module(hidden.to(device, copy=True), *args, **kwargs)))  # some add to it in place
+
+    def held(self, values: Tensor, *, copy: bool = False) -> Tensor:
+        """What is to be kept of one batch, on the CPU: in a temporary file where the batches together are large."""
+        return on_disk(values) if is_large(values, len(self.ids)) else values.to("cpu", copy=copy)
 
     def head(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits `[B, T, V]` from last hidden states `[B, T, D]`, by the model's own code; keeps gradients."""
@@ -449,7 +453,7 @@ class Walk:
                     after = hidden_of(module(before.clone(), *args, **kwargs))
                     after.backward(self._gradients[batch].to(after.device))  # type: ignore[no-untyped-call]
                 assert before.grad is not None
-                self._gradients[batch] = before.grad.cpu()
+                self._gradients[batch] = self.held(before.grad)
 
     def _back_outside(self, each: Each) -> None:
         """Gradients of what is outside of the layers: of the head and the embeddings, which may be one tensor."""

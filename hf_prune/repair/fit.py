@@ -122,10 +122,10 @@ class LayerRepair:
                 for consumer in found.all():
                     if consumer.consumer.kind == "linear":
                         keep = dense.given[consumer.name].append
-                        stack.callback(consumer.dense.register_forward_hook(_keeper(keep)).remove)
+                        stack.callback(consumer.dense.register_forward_hook(self._keeper(keep)).remove)
                 for branch, module in found.dense.items() if batch == 0 else ():
                     keep = partial(returned.__setitem__, branch)
-                    stack.callback(module.register_forward_hook(_keeper(keep)).remove)
+                    stack.callback(module.register_forward_hook(self._keeper(keep)).remove)
                 dense.outputs.append(self.dense.run(found.layer, batch, hidden))
             if batch == 0:
                 self._look_at(dense, found, returned, hidden)
@@ -153,6 +153,14 @@ class LayerRepair:
             total = total + output if known else total
         rounding = 4 * torch.finfo(hidden.dtype).eps * float(after.norm())
         dense.additive = known and float((after - before - total).norm()) <= ADDITIVE * float(total.norm()) + rounding
+
+    def _keeper(self, keep: Callable[[Any], None]) -> Callable[..., None]:
+        """A hook that keeps a copy of what a module returned: some layers add to it in place."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            keep(with_hidden(output, self.dense.held(hidden_of(output), copy=True)))
+
+        return hook
 
     # --- linear consumers -------------------------------------------------------------------------------------------
 
@@ -191,7 +199,8 @@ class LayerRepair:
         for consumer, solution in solutions.items():
             consumer.write_(solution.weight, solution.bias)
         if only is not None and only.pruned is not None and only in solutions:
-            outputs[branch] = [only.pruned(x.to(only.weight.device)).cpu() for x in inputs[only.name]]
+            hold, device = self.pruned.held, only.weight.device
+            outputs[branch] = [hold(only.pruned(x.to(device))) for x in inputs[only.name]]
         return self._report({consumer.name: solution for consumer, solution in solutions.items()})
 
     def _missing(self, found: Branches, branch: Branch, dense: _Dense, outputs: Outputs, batch: int) -> Tensor:
@@ -222,7 +231,7 @@ class LayerRepair:
         waiting = {consumer.name for consumer in consumers}
 
         def see(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[name].append(args[0].cpu())
+            inputs[name].append(self.pruned.held(args[0]))
             waiting.discard(name)
             if not waiting:
                 raise StopForward
@@ -319,15 +328,6 @@ def _tokens(hidden: Tensor) -> int:
 
 def _equal(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and torch.equal(left, right)
-
-
-def _keeper(keep: Callable[[Any], None]) -> Callable[..., None]:
-    """A hook that keeps a copy of what a module returned: some layers add to it in place."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep(with_hidden(output, hidden_of(output).to("cpu", copy=True)))
-
-    return hook
 
 
 def _give(returned: Any, known: Tensor, device: torch.device, *args: Any, **kwargs: Any) -> Any:

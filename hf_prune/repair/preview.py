@@ -7,18 +7,16 @@ With H = Σ x xᵀ over the dense inputs of a consumer, K the inputs that stay a
 from __future__ import annotations
 
 import contextlib
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import CalibrationError
+from hf_prune.layers.boundaries import on_disk
 from hf_prune.layers.statistics import factorise_
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import is_on_disk
-from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.methods.obs import collecting
 from hf_prune.structure.consumers import Consumer, only_consumer
 
@@ -67,7 +65,6 @@ class RepairPreview:
         self._model, self._structure, self._ridge = model, structure, ridge
         found = [only_consumer(model, structure, axis.name) for axis in structure.axes.values() if axis.prunable]
         linear = {consumer.axis: consumer for consumer in found if consumer is not None and consumer.kind == "linear"}
-        self._folder = tempfile.TemporaryDirectory(prefix="hf_prune-") if is_on_disk(model) else None
         self._cache: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
         def visit(part: Part) -> Found:
@@ -75,18 +72,11 @@ class RepairPreview:
             with collecting(model, structure, here) as grams:
                 part.run()
             sums = {consumer.axis: own[0].over_processes() for consumer, own in grams.items()}
-            return {axis: self._held(own.symmetric_gram(centred=False)) for axis, own in sums.items() if own.num_tokens}
+            found = {axis: own.symmetric_gram(centred=False) for axis, own in sums.items() if own.num_tokens}
+            return {axis: on_disk(gram) if is_on_disk(model) else gram for axis, gram in found.items()}
 
         self._grams = walk.forward(visit, "repair preview", layered=True)
         self._consumers: dict[str, Consumer] = {axis: linear[axis] for axis in self._grams}
-
-    def _held(self, gram: Tensor) -> Tensor:
-        """The same numbers where they take no memory that is short: for models on disk in a file that is mapped."""
-        if self._folder is None:
-            return gram
-        file = Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}.safetensors"
-        write_tensors(file, {"gram": gram})
-        return read_tensors(file)[0]["gram"]
 
     @contextlib.contextmanager
     def applied(self, plan: PruningPlan, layer: int | None = None) -> Iterator[None]:

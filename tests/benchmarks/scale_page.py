@@ -104,7 +104,7 @@ def counted(found: Results) -> list[str]:
                 "read, GB": f"{(row['bytes_read'] + row['pruned_bytes_read']) / 1e9:,.0f}",
                 "written, GB": f"{row['bytes_written'] / 1e9:,.0f}",
                 "boundaries on disk, GB": f"{row['boundary_bytes'] / 1e9:,.0f}",
-                "hidden states in RAM, GB": f"{row['held_bytes'] / 1e9:,.0f}",
+                "hidden states held, GB": f"{row['held_bytes'] / 1e9:,.0f}",
                 "largest H in float64, GB": f"{row['largest_gram_bytes'] / 1e9:,.1f}",
             }
         )
