@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_prune.errors import CalibrationError, ConfigError
+from hf_prune.errors import CalibrationError, check_whole_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +43,7 @@ def load_text(source: str | Path, *, column: str = "text", max_chars: int | None
         ConfigError: `max_chars` is below 1.
     """
     if max_chars is not None:
-        _check_at_least(max_chars=(max_chars, 1))
+        check_whole_numbers(max_chars=(max_chars, 1))
     path = Path(source)
     if path.is_file():
         text = _read_file(path, column, max_chars)
@@ -80,7 +80,7 @@ def evaluation_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: in
         CalibrationError: the text has fewer than `window` tokens.
         ConfigError: `window` is below 1.
     """
-    _check_at_least(window=(window, 1))
+    check_whole_numbers(window=(window, 1))
     return _windows(token_stream(tokenizer, text), window, num_windows=1)
 
 
@@ -115,7 +115,7 @@ def calibration_batches(
         CalibrationError: `source` cannot be read, or has fewer than `num_samples * seq_len` tokens.
         ConfigError: a number is out of range.
     """
-    _check_at_least(num_samples=(num_samples, 1), seq_len=(seq_len, 1), batch_size=(batch_size, 1), seed=(seed, 0))
+    check_whole_numbers(num_samples=(num_samples, 1), seq_len=(seq_len, 1), batch_size=(batch_size, 1), seed=(seed, 0))
     tokens = _source_tokens(tokenizer, source, column)
     windows = _windows(tokens, seq_len, num_windows=num_samples)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
@@ -142,7 +142,7 @@ def training_windows(
         CalibrationError: `source` cannot be read, or has fewer than `window` tokens.
         ConfigError: `window` is below 1.
     """
-    _check_at_least(window=(window, 1))
+    check_whole_numbers(window=(window, 1))
     return _windows(_source_tokens(tokenizer, source, column), window, num_windows=1)
 
 
@@ -231,9 +231,3 @@ def _windows(tokens: Tensor, window: int, num_windows: int) -> Tensor:
             f"{num_windows * window:,}: pass a longer text, fewer windows or shorter ones"
         )
     return tokens[: found * window].view(found, window)
-
-
-def _check_at_least(**numbers: tuple[int, int]) -> None:
-    for name, (value, lowest) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ConfigError(f"{name} is {value!r}, expected an integer of {lowest} or more")

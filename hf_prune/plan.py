@@ -266,28 +266,5 @@ def count_parameters(
     return sum(structure.numel(name, widths) for name in structure.counted(budget) if stays(name))
 
 
-def describe(plan: PruningPlan, structure: Structure) -> list[tuple[str, str]]:
-    """Rows `(what, value)` for printing: asked and achieved ratios, parameters, then the widths of each layer."""
-    config, widths = plan.config, plan.widths
-    before, after = structure.num_parameters(), plan.num_parameters(structure)
-    achieved = ", ".join(f"{100 * plan.achieved[meaning]:.2f} % of {meaning}" for meaning in plan.achieved)
-    rows = [
-        ("asked", f"{100 * config.pruning_ratio:.2f} % of {config.budget} ({config.method}, {config.allocation_name})"),
-        ("achieved", achieved),
-        ("parameters", f"{before:,} → {after:,}"),
-    ]
-    rows += [(name, f"{widths[name]}/{n}") for name, n in plan.num_units.items() if _PER_LAYER.fullmatch(name) is None]
-    for layer in range(len(structure.layer_paths)):
-        prefix = f"layers.{layer}."
-        parts = [
-            f"{name.removeprefix(prefix)} {widths[name]}/{num_units}"
-            for name, num_units in plan.num_units.items()
-            if name.startswith(prefix) and name not in plan.vanished_axes
-        ]
-        parts += [f"{branch} removed" for branch in ("attention", "mlp") if (layer, branch) in plan.removed_branches]
-        rows.append((f"layers.{layer}", "removed" if layer in plan.removed_layers else ", ".join(parts)))
-    return rows
-
-
 def _is_fraction(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and 0 <= value <= 1

@@ -1,7 +1,13 @@
 """What pruning costs and gains: perplexity, size, speed, tables and pictures."""
 
 from hf_prune.evaluation.perplexity import PerplexityReport, perplexity
-from hf_prune.evaluation.report import comparison_table, markdown_table, perplexity_picture, widths_picture
+from hf_prune.evaluation.report import (
+    comparison_table,
+    learning_curve_picture,
+    markdown_table,
+    perplexity_picture,
+    widths_picture,
+)
 from hf_prune.evaluation.speed import (
     PrefillComparison,
     SpeedReport,
@@ -19,6 +25,7 @@ __all__ = [
     "ZeroShotReport",
     "compare_prefill",
     "comparison_table",
+    "learning_curve_picture",
     "markdown_table",
     "measure_speed",
     "num_bytes",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_prune.data import evaluation_windows
-from hf_prune.errors import CalibrationError, ConfigError
+from hf_prune.errors import CalibrationError, ConfigError, check_whole_numbers
 from hf_prune.layers.weights import inference, input_device
 
 if TYPE_CHECKING:
@@ -113,12 +113,9 @@ def _exp(value: float) -> float:
 
 
 def _check_numbers(model: nn.Module, window: int, batch_size: int, max_windows: int | None) -> None:
-    if window < 2:
-        raise ConfigError(f"window is {window}, expected 2 or more: the first token of a window is not predicted")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}, expected 1 or more")
-    if max_windows is not None and max_windows < 1:
-        raise ConfigError(f"max_windows is {max_windows}, expected 1 or more, or None for all")
+    check_whole_numbers(window=(window, 2), batch_size=(batch_size, 1))
+    if max_windows is not None:
+        check_whole_numbers(max_windows=(max_windows, 1))
     config: Any = getattr(model, "config", None)
     positions = getattr(config, "max_position_embeddings", None)
     if isinstance(positions, int) and window > positions:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.errors import ConfigError, HFPruneError
+from hf_prune.errors import HFPruneError, check_whole_numbers
 from hf_prune.layers.weights import inference, input_device
 
 if TYPE_CHECKING:
@@ -91,7 +91,8 @@ def measure_speed(
         ConfigError: a number is below 1.
         HFPruneError: the model gives no key-value cache.
     """
-    _check_positive(prompt_len=prompt_len, new_tokens=new_tokens, batch_size=batch_size, repeats=repeats)
+    check_whole_numbers(prompt_len=(prompt_len, 1), new_tokens=(new_tokens, 1))
+    check_whole_numbers(batch_size=(batch_size, 1), repeats=(repeats, 1))
     times = [time_request(model, prompt_len, new_tokens, batch_size) for _ in range(repeats + 1)][1:]
     prefill = statistics.median(seconds for seconds, _ in times)
     decode = statistics.median(sum(seconds) for _, seconds in times)
@@ -167,7 +168,8 @@ def compare_prefill(
     Raises:
         ConfigError: a number is below 1.
     """
-    _check_positive(prompt_len=prompt_len, batch_size=batch_size, repeats=repeats, num_threads=num_threads)
+    check_whole_numbers(prompt_len=(prompt_len, 1), batch_size=(batch_size, 1))
+    check_whole_numbers(repeats=(repeats, 1), num_threads=(num_threads, 1))
     models = (model_a, model_b)
     prompts = [_random_prompt(model, batch_size, prompt_len) for model in models]
     arguments = [_last_logits_only(model) for model in models]
@@ -211,9 +213,3 @@ def _random_prompt(model: nn.Module, batch_size: int, prompt_len: int) -> Tensor
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (batch_size, prompt_len), generator=generator)
     return ids.to(input_device(model))
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ConfigError(f"{name} is {value}, expected 1 or more")

@@ -17,7 +17,7 @@ from hf_prune.allocation.planning import allocate
 from hf_prune.allocation.steps import Stage, next_plan
 from hf_prune.checkpoint.files import agrees
 from hf_prune.config import PruningConfig
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, check_whole_numbers
 from hf_prune.methods import METHODS, score
 from hf_prune.pipeline import base_model_of, calibration_data, prune
 from hf_prune.plan import PruningPlan
@@ -105,13 +105,10 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         ):
             if value not in choices:
                 raise ConfigError(f"{name}: found {value!r}, expected one of {choices}.")
-        numbers = {"every": (self.every, 1), "batch_size": (self.batch_size, 1)}
-        numbers["begin_step"] = (self.begin_step, 1 if self.mode == "cut" else 0)
+        check_whole_numbers(every=(self.every, 1), batch_size=(self.batch_size, 1))
+        check_whole_numbers(begin_step=(self.begin_step, 1 if self.mode == "cut" else 0))
         if self.end_step is not None:
-            numbers["end_step"] = (self.end_step, self.begin_step + 1)
-        for name, (number, lowest) in numbers.items():
-            if type(number) is not int or number < lowest:
-                raise ConfigError(f"{name}: found {number!r}, expected a whole number from {lowest}.")
+            check_whole_numbers(end_step=(self.end_step, self.begin_step + 1))
         if self.pruning is None and self.mode != "report":
             raise ConfigError(f"mode {self.mode!r} needs a PruningConfig: say what to prune.")
         if self.mode == "gradual" and not isinstance(self.pruning, PruningConfig):

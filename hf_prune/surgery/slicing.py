@@ -11,7 +11,7 @@ from hf_prune.errors import PlanError
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
@@ -89,9 +89,3 @@ def _kept_names(
         new_name = pruned_name(name, structure, plan)
         if new_name is not None:
             yield name, tensor, new_name
-
-
-def missing_names(names: Iterable[str], structure: Structure) -> list[str]:
-    """Names of the structure that `names` lacks (tied names may be left out)."""
-    found = set(names)
-    return [name for name in structure.layouts if name not in found and structure.aliases.get(name, name) not in found]
