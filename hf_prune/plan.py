@@ -10,13 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_prune.atomic import replaced_file
 from hf_prune.config import LAYER_AXES, PruningConfig, selected_axes
 from hf_prune.errors import ConfigError, PlanError
-from hf_prune.reading import parse_json, read_text
+from hf_prune.reading import load_text_file, parse_json, save_text_file
 
 if TYPE_CHECKING:
     import os
@@ -193,21 +191,12 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to `path`; an interrupted write leaves an older file intact."""
-        target = Path(path)
-        try:
-            with replaced_file(target) as new:
-                new.write_text(self.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"the plan could not be written to {target}: {error}.") from error
+        save_text_file(path, self.to_json(), "plan", PlanError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Read a plan from `path`; `PlanError` if it is missing or damaged."""
-        try:
-            text = read_text(Path(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"no plan can be read from {path}: {error}.") from error
-        return cls.from_json(text)
+        return cls.from_json(load_text_file(path, "plan", PlanError))
 
     def _removed(self, name: str) -> frozenset[int]:
         kept = self.kept_indices.get(name)

@@ -1,13 +1,18 @@
-"""Read text and JSON files that others wrote: regular files of sane size only, so that reading ends and fits memory."""
+"""Text and JSON files. Of those that others wrote only regular ones of sane size are read, so that it ends and fits."""
 
 from __future__ import annotations
 
 import json
 import stat
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_prune.atomic import replaced_file
+
 if TYPE_CHECKING:
-    from pathlib import Path
+    import os
+
+    from hf_prune.errors import HFPruneError
 
 LARGEST_FILE = 100_000_000
 """Bytes; a tokenizer of 250,000 words takes a third of it."""
@@ -26,6 +31,23 @@ def read_text(path: Path) -> str:
     if len(content) > LARGEST_FILE:
         raise OSError(f"it is larger than {LARGEST_FILE:,} bytes")
     return content.decode("utf-8")
+
+
+def load_text_file(path: str | os.PathLike[str], what: str, refusal: type[HFPruneError]) -> str:
+    """`read_text` for a value called `what`; `refusal` if there is none or it cannot be read."""
+    try:
+        return read_text(Path(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise refusal(f"no {what} can be read from {path}: {error}.") from error
+
+
+def save_text_file(path: str | os.PathLike[str], text: str, what: str, refusal: type[HFPruneError]) -> None:
+    """Write `text`, a value called `what`; an interrupted write leaves an older file intact."""
+    try:
+        with replaced_file(Path(path)) as new:
+            new.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise refusal(f"the {what} could not be written to {path}: {error}.") from error
 
 
 def check_regular(path: Path) -> None:

@@ -16,11 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from hf_prune.atomic import replaced_file
 from hf_prune.config import CONFIGS, PruningConfig, selected_axes
 from hf_prune.data import load_text
 from hf_prune.errors import BudgetError, CheckpointError, ConfigError, ScoreError
@@ -29,8 +26,10 @@ from hf_prune.evaluation.perplexity import perplexity
 from hf_prune.evaluation.report import markdown_table, tradeoff_picture
 from hf_prune.evaluation.speed import measure_speed, num_parameters
 from hf_prune.latency import LatencyTable
+from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.methods import METHODS, check_scores, score
 from hf_prune.pipeline import base_model_of, calibration_data, prune
+from hf_prune.reading import save_text_file
 from hf_prune.structure.inference import infer_structure
 
 if TYPE_CHECKING:
@@ -211,9 +210,7 @@ class _Study:
             found = _load_scores(path, self.structure, config)
             if found is None:
                 found = score(self.model, self.structure, config, batches=self.batches(config))
-                path.parent.mkdir(exist_ok=True)
-                with replaced_file(path) as new:
-                    save_file({axis: values.contiguous() for axis, values in found.items()}, new)
+                write_tensors(path, found)
             self._scores[name] = found
         return self._scores[name]
 
@@ -223,8 +220,8 @@ def _load_scores(path: Path, structure: Structure, config: PruningConfig) -> dic
     if not path.exists():
         return None
     try:
-        return check_scores(load_file(path), structure, config)
-    except (SafetensorError, OSError, ScoreError) as error:
+        return check_scores(read_tensors(path)[0], structure, config)
+    except (CheckpointError, ScoreError) as error:
         logger.warning("%s is computed anew: %s", path, error)
         return None
 
@@ -267,11 +264,7 @@ class _Results:
         """Keep a row, and write all of them; an interrupted write leaves the older file."""
         self.rows[key] = {**dict(zip(_COLUMNS, key, strict=True)), **row}
         text = json.dumps({"circumstances": self._circumstances, "rows": list(self.rows.values())}, indent=1)
-        try:
-            with replaced_file(self._path) as new:
-                new.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"the results could not be written to {self._path}: {error}.") from error
+        save_text_file(self._path, text + "\n", "table of results", CheckpointError)
 
     def report(self, keys: Sequence[Key]) -> list[Values]:
         """Write the table of all rows there are, and a picture if one has a point; return those of `keys`."""
