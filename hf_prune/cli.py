@@ -18,8 +18,6 @@ from hf_prune.errors import ConfigError, HFPruneError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel
-
     from hf_prune.config import PruningConfig
 
 
@@ -48,6 +46,18 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Directory or Hub id of a causal LM.")]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, ... Default: cpu.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: the checkpoint's own.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="Text, for methods that need it: a .txt, .jsonl, .json or .parquet file, or a Hub dataset "
+        "(name:config:split).",
+        metavar="FILE|DATASET",
+    ),
+]
+Table = Annotated[
+    Path | None, typer.Option(help="JSON of measured latencies, for --budget latency. Default: measured.")
+]
+BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -93,18 +103,9 @@ def prune(
     model: Model,
     output: Annotated[Path | None, typer.Argument(help="New directory for the pruned checkpoint.")] = None,
     *,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Text, for methods that need it: a .txt, .jsonl, .json or .parquet file, or a Hub dataset "
-            "(name:config:split).",
-            metavar="FILE|DATASET",
-        ),
-    ] = None,
+    calibration: Calibration = None,
     config: Annotated[Path | None, typer.Option(help="JSON file of a PruningConfig; flags override it.")] = None,
-    latency_table: Annotated[
-        Path | None, typer.Option(help="JSON of measured latencies, for --budget latency. Default: measured.")
-    ] = None,
+    latency_table: Table = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -112,7 +113,7 @@ def prune(
             "paper_second_order; a config file and flags override it."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Calibration windows per forward pass.")] = 8,
+    batch_size: BatchSize = 8,
     device: Device = None,
     dtype: Dtype = None,
     layers_on: Annotated[
@@ -180,7 +181,7 @@ def sweep(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")],
     ratios: Annotated[str, typer.Option(help="Fractions to remove, separated by commas.")],
     text: Annotated[str, typer.Option(help="Text to measure perplexity on: a file, or a Hub dataset.")],
-    calibration: Annotated[str | None, typer.Option(help="Text, for what needs it.", metavar="FILE|DATASET")] = None,
+    calibration: Calibration = None,
     allocations: Annotated[
         list[str] | None,
         typer.Option(
@@ -189,10 +190,8 @@ def sweep(
     ] = None,
     repairs: Annotated[str, typer.Option(help="Values of repair, separated by commas.")] = "",
     window: Annotated[int, typer.Option(help="Tokens of each window of the text, 2 or more.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
-    latency_table: Annotated[
-        Path | None, typer.Option(help="JSON of measured latencies, for --budget latency. Default: measured.")
-    ] = None,
+    batch_size: BatchSize = 8,
+    latency_table: Table = None,
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -231,7 +230,7 @@ def evaluate(
     model: Model,
     text: Annotated[str, typer.Option(help="Text to measure perplexity on: a file, or a Hub dataset.")],
     window: Annotated[int, typer.Option(help="Tokens of each window, 2 or more; windows do not overlap.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    batch_size: BatchSize = 8,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -254,7 +253,7 @@ def evaluate(
     loaded = load_model(model, device=device, dtype=dtype)
     assert tokenizer is not None
     quality = evaluation.perplexity(loaded, tokenizer, content, window=window, batch_size=batch_size)
-    speed = evaluation.measure_speed(loaded, **_prompt(loaded))
+    speed = evaluation.measure_speed(loaded, **evaluation.usual_request(loaded))
     values: dict[str, str | int | float] = {
         "perplexity": quality.perplexity,
         "num_tokens": quality.num_tokens,
@@ -352,13 +351,6 @@ def _preset(name: str | None, model: str, fields: dict[str, Any]) -> PruningConf
         raise ConfigError("--preset needs --pruning-ratio: the fraction to remove, above 0 and below 1.")
     num_hidden_layers = load_config(model).get_text_config().num_hidden_layers
     return LLMPrunerConfig.preset(name, fields["pruning_ratio"], num_hidden_layers)
-
-
-def _prompt(model: PreTrainedModel) -> dict[str, int]:
-    """A prompt of 256 tokens and 32 new ones, or what the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 288
-    new_tokens = min(32, positions // 2)
-    return {"prompt_len": min(256, positions - new_tokens), "new_tokens": new_tokens}
 
 
 def _print_json(values: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from hf_prune.errors import BudgetError, CheckpointError, ConfigError, ScoreErro
 from hf_prune.evaluation.latency import measure_latency
 from hf_prune.evaluation.perplexity import perplexity
 from hf_prune.evaluation.report import markdown_table, tradeoff_picture
-from hf_prune.evaluation.speed import measure_speed, num_parameters
+from hf_prune.evaluation.speed import measure_speed, num_parameters, usual_request
 from hf_prune.latency import LatencyTable
 from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.methods import METHODS, check_scores, score
@@ -283,10 +283,8 @@ def _label(key: Key) -> str:
 
 
 def _speed(model: PreTrainedModel) -> Values:
-    """Milliseconds of a prompt of 256 tokens and of 32 new ones, or of what the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 288
-    new_tokens = min(32, positions // 2)
-    found = measure_speed(model, prompt_len=min(256, positions - new_tokens), new_tokens=new_tokens)
+    """Milliseconds of the usual request."""
+    found = measure_speed(model, **usual_request(model))
     prefill_ms, decode_ms = 1000 * found.prefill_s, 1000 * found.decode_s
     return {"prefill_ms": prefill_ms, "decode_ms": decode_ms, "latency_ms": prefill_ms + decode_ms}
 

@@ -6,7 +6,7 @@ from hf_prune.config.base import Allocation, AxisKind, Budget, PruningConfig
 from hf_prune.config.methods import LLMPrunerConfig, MagnitudeConfig, OBSConfig, RandomConfig, WandaConfig
 from hf_prune.config.policy_gradient import PolicyGradientConfig
 from hf_prune.config.prunenet import PruneNetConfig
-from hf_prune.config.selection import LAYER_AXES, axes_of_kind, is_protected, layer_unit_names, selected_axes
+from hf_prune.config.selection import LAYER_AXES, axes_of_kind, is_protected, may_go, selected_axes
 
 CONFIGS: dict[str, type[PruningConfig]] = {
     "custom": PruningConfig,
@@ -36,6 +36,6 @@ __all__ = [
     "WandaConfig",
     "axes_of_kind",
     "is_protected",
-    "layer_unit_names",
+    "may_go",
     "selected_axes",
 ]

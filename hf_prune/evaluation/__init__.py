@@ -15,6 +15,7 @@ from hf_prune.evaluation.speed import (
     measure_speed,
     num_bytes,
     num_parameters,
+    usual_request,
 )
 from hf_prune.evaluation.zero_shot import ZeroShotReport, zero_shot
 
@@ -32,6 +33,7 @@ __all__ = [
     "num_parameters",
     "perplexity",
     "perplexity_picture",
+    "usual_request",
     "widths_picture",
     "zero_shot",
 ]

@@ -18,11 +18,12 @@ from hf_prune.allocation.steps import Stage, next_plan
 from hf_prune.checkpoint.files import agrees
 from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError, check_whole_numbers
+from hf_prune.layers.processes import of_main_process
 from hf_prune.methods import METHODS, score
 from hf_prune.pipeline import base_model_of, calibration_data, prune
 from hf_prune.plan import PruningPlan
 from hf_prune.recovery.gradual import Schedule, ZeroedUnits, check_maskable, ratio_at
-from hf_prune.recovery.processes import launcher, of_first_process, shards_on_load
+from hf_prune.recovery.processes import launcher, shards_on_load
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.in_place import apply_plan_, become_
 
@@ -292,7 +293,7 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             result = prune(
                 model, self.pruning, tokenizer=tokenizer, calibration=self.calibration, batch_size=self.batch_size
             )
-            plan = of_first_process(result.plan)
+            plan = of_main_process(result.plan)
             if plan == result.plan:
                 become_(model, result.model, result.structure, plan, optimizer=optimizer)
             else:  # rounding made another decision here; DDP copies the first process's weights
@@ -338,7 +339,7 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         before, now = self.plan, self._next(model, pruning_ratio, tokenizer)
         if now is None:
             return
-        plan = of_first_process(now.plan)
+        plan = of_main_process(now.plan)
         self.progress = {**self.progress, "plan": plan.to_dict(), "scores": _as_lists(now.scores)}
         if plan != before:
             self._hold(model, plan)
