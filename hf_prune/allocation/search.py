@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from hf_prune.allocation.ladders import Ladder
+    from hf_prune.allocation.ladders import Floats, Ladder
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
     from hf_prune.layers.walk import Batch, LayerProtocol
@@ -158,11 +158,8 @@ def _child(
 ) -> Start | None:
     """A plan near one or two of the population (better ones are likelier parents); `None` if it misses the budget."""
 
-    def draw(number: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        found: np.ndarray[tuple[int], np.dtype[np.float64]] = torch.rand(
-            number, generator=generator, dtype=torch.float64
-        ).numpy()
-        return found
+    def draw(number: int) -> Floats:
+        return torch.rand(number, generator=generator, dtype=torch.float64).numpy()
 
     first, second = (population[int(draw(2).min() * len(population))] for _ in range(2))
     number = len(first.ladders)
@@ -190,13 +187,13 @@ def _miss(start: Start, structure: Structure, config: PruningConfig, latency: La
     return abs(spending.removed(start.taken) / spending.base - config.pruning_ratio)
 
 
-def _weights(start: Start) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _weights(start: Start) -> Floats:
     """The fractions that a plan removes, half a step more: with these weights the sequence passes through the plan."""
     gone = [len(ladder.removed(steps)) for ladder, steps in zip(start.ladders, start.taken, strict=True)]
     return np.array([(n + 0.5 * x.step) / x.axis.num_units for n, x in zip(gone, start.ladders, strict=True)])
 
 
-def _swapped(ladder: Ladder, steps: int, draws: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Ladder:
+def _swapped(ladder: Ladder, steps: int, draws: Floats) -> Ladder:
     """A ladder of layers where, every other time, one that goes and one that stays change places."""
     stays = len(ladder.order) - steps
     first = int(ladder.ends[ladder.num_taken - 1]) if ladder.num_taken else 0  # those before went earlier
@@ -222,7 +219,7 @@ class _Judge:
         protocol: LayerProtocol | None,
     ) -> None:
         self._model, self._structure, self._config = model, structure, config
-        self._preview = preview or _no_preview
+        self._preview = preview or (lambda plan, layer: contextlib.nullcontext())
         self._known: dict[str, float] = {}
         # what a plan loses depends on the windows, and on how repair would leave it
         how = f"{config.search_samples}-{'none' if preview is None else config.repair_ridge}"
@@ -280,11 +277,6 @@ class _Judge:
         """Tells plans apart."""
         kept = json.dumps(sorted(self._kept(start).items()))
         return hashlib.sha256(kept.encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _no_preview(plan: PruningPlan, layer: int | None) -> Iterator[None]:
-    yield
 
 
 def _windows(batches: Iterable[Batch], number: int) -> list[Tensor]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 WEIGHTS_NAME, CONFIG_NAME = "policy.safetensors", "policy.json"
-NUM_FEATURES = 8
 NORM_FEATURE = 0
 """The feature that ranks units as the norms of their rows do."""
 RIDGE = 1e-3
