@@ -78,6 +78,8 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 32,
     },
 }
+SHAPES["1b4"] = SHAPES["1b"] | {"num_hidden_layers": 4}
+SHAPES["7b1"] = SHAPES["7b"] | {"num_hidden_layers": 1}
 COUNTED: dict[str, PreTrainedConfig] = {
     "Llama-3-70B": LlamaConfig(
         vocab_size=128256,
@@ -393,7 +395,7 @@ def counted() -> list[dict[str, Any]]:
 
 
 def main(
-    shape: Annotated[Literal["tiny", "1b", "7b"] | None, typer.Option()] = None,
+    shape: Annotated[Literal["tiny", "1b", "1b4", "7b", "7b1"] | None, typer.Option()] = None,
     count: bool = False,
     directory: Annotated[Path | None, typer.Option(help="where models are written, and deleted again")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
