@@ -128,7 +128,8 @@ def calibration_batches(
     windows = _windows(tokens, seq_len, num_windows=num_samples)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     drawn = windows[order[: num_samples + num_held_out]]
-    batches = [x for part in (drawn[:num_samples], drawn[num_samples:]) if len(part) for x in part.split(batch_size)]
+    parts = (drawn[:num_samples], drawn[num_samples:])
+    batches = [part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)]
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
 
 

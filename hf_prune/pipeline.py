@@ -186,11 +186,10 @@ def prune(
     if history := history_of(found):
         pruned._learning_history = plan, history  # type: ignore[assignment]  # for the picture in checkpoints
     logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
-    measured: tuple[float, float] | tuple[None, None] = (None, None)
-    if held_out:
-        walk = Walk(model, structure.layer_paths, held_out, protocol=protocol)
-        measured = _measured(walk, pruned, structure, plan)
-    return PruningResult(pruned, plan, structure, found, *measured)
+    if not held_out:
+        return PruningResult(pruned, plan, structure, found)
+    walk = Walk(model, structure.layer_paths, held_out, protocol=protocol)
+    return PruningResult(pruned, plan, structure, found, *_measured(walk, pruned, structure, plan))
 
 
 def _measured(dense: Walk, pruned: PreTrainedModel, structure: Structure, plan: PruningPlan) -> tuple[float, float]:

@@ -40,7 +40,7 @@ from hf_prune.evaluation.perplexity import perplexity_of
 from hf_prune.gate import check_config, check_windows
 from hf_prune.inspection import inspect_config, verify
 from hf_prune.layers.price import price_of
-from hf_prune.layers.statistics import factorised, ridges, solving
+from hf_prune.layers.statistics import factorise_, ridges, solving
 from hf_prune.layers.walk import Walk
 from hf_prune.loading import open_model
 from hf_prune.sweep import sweep
@@ -433,10 +433,11 @@ def test_failures_of_linear_algebra_name_the_axis():
     with pytest.raises(ScoreError, match="no_proj: linear algebra failed"), solving("no_proj"):
         torch.linalg.solve(torch.zeros(2, 2), torch.ones(2, 2))
     with pytest.raises(ScoreError, match="x: linear algebra failed"), solving("x"):
-        factorised(torch.full((3, 3), math.nan, dtype=torch.float64), 0.0)
+        factorise_(torch.full((3, 3), math.nan, dtype=torch.float64), 0.0)
     assert next(ridges(torch.full((2, 2), -1e-20), 0.5)) == (0.5, 0.5)  # zeros but for rounding
-    factor, used, _ = factorised(torch.full((2, 2), -1e-20, dtype=torch.float64), 1e-2)
-    assert (factor.isfinite().all(), used) == (True, 1e-2)
+    matrix = torch.full((2, 2), -1e-20, dtype=torch.float64)
+    assert factorise_(matrix, 1e-2) == (1e-2, 1e-2)
+    assert matrix.tril().diagonal().tolist() == pytest.approx([0.1, 0.1])
 
 
 # --- perplexity on text that was not calibrated with ------------------------------------------------------------------
