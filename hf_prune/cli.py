@@ -157,6 +157,7 @@ def prune(
         work_dir=work_dir,
         device=device,
         dtype=dtype,
+        output=None if dry_run else output,
     )
     prune_s = time.perf_counter() - start
     if int(os.environ.get("RANK", "0")):  # one of several processes: the first one saves and prints
@@ -167,6 +168,7 @@ def prune(
     printing.print_outcome(
         output=None if dry_run else output,
         plugin=needs_plugin(result.model.config),
+        perplexity=(result.perplexity_before, result.perplexity_after),
         prune_s=prune_s,
         save_s=time.perf_counter() - start - prune_s,
     )
@@ -199,14 +201,19 @@ def sweep(
 ) -> None:
     """Compare methods, allocations and ratios: one table, one picture. Run again to go on where it stopped."""
     from hf_prune import printing
+    from hf_prune.data import check_there
+    from hf_prune.gate import check_config
     from hf_prune.latency import LatencyTable
-    from hf_prune.loading import load_model, load_tokenizer
+    from hf_prune.loading import load_config, load_model, load_tokenizer
     from hf_prune.sweep import sweep as run_sweep
 
     chosen = read_sweep(methods, ratios, allocations or [], repairs, fields)
     table = LatencyTable.load(latency_table) if latency_table is not None else None
     tokenizer = load_tokenizer(model, required=True)
     assert tokenizer is not None
+    check_config(load_config(model))
+    for source in (text, calibration or text):
+        check_there(source)
     dense = load_model(model, device=device, dtype=dtype)
     rows = run_sweep(
         dense,

@@ -11,6 +11,7 @@ import torch
 from hf_prune.allocation import allocate
 from hf_prune.config import AxisKind, RandomConfig, axes_of_kind
 from hf_prune.errors import BudgetError, ConfigError, StructureError
+from hf_prune.gate import check_model, quantised, unwrapped
 from hf_prune.layers.masking import masked
 from hf_prune.layers.weights import inference, input_device
 from hf_prune.methods import score
@@ -62,6 +63,8 @@ class InspectionReport:
     """Kinds of which no axis was found."""
     without_rule: dict[str, str]
     """Operations that no tracing rule covers → the module that ran them. The axes they touch are not prunable."""
+    quantised: str = ""
+    """By which method: `prune` refuses such a model. Empty otherwise."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -126,6 +129,7 @@ def inspect_config(config: PreTrainedConfig, cls: type[PreTrainedModel] | None =
         num_decoder_parameters=structure.num_parameters(budget="decoder"),
         families=tuple(sorted(families, key=lambda row: (not row.layers, row.name, row.layers))),
         missing=tuple(kind for kind in get_args(AxisKind) if not axes_of_kind(structure, kind)),
+        quantised=quantised(config),
         without_rule=dict(structure.without_rule),
     )
 
@@ -145,9 +149,11 @@ def verify(model: PreTrainedModel, *, pruning_ratio: float = 0.3, seed: int = 0)
         ConfigError: the model is in half precision, where rounding hides errors.
         StructureError: nothing can be verified.
     """
+    model = unwrapped(model)
     if model.dtype not in (torch.float32, torch.float64):
         raise ConfigError(f"verification compares logits; found {model.dtype}, expected float32 or float64.")
     structure = infer_structure(model)
+    check_model(model, structure, RandomConfig(pruning_ratio), None)
     generator = torch.Generator().manual_seed(seed)
     vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment]
     ids = torch.randint(vocab_size, (2, 16), generator=generator).to(input_device(model))

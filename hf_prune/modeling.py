@@ -63,17 +63,26 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
             CheckpointError: the checkpoint is damaged, or a tensor is missing.
             HFPruneError: what `hf_prune.prune` refuses.
         """
-        from transformers import AutoTokenizer
-
         source = str(pretrained_model_name_or_path)
-        if pruning_config is None and calibration is not None:
-            raise ConfigError("calibration was given without a pruning_config; pass one, or leave out calibration.")
-        model: Any = load_verified(source, **kwargs)
         if pruning_config is None:
-            return model  # type: ignore[no-any-return]
-        if tokenizer is None and isinstance(calibration, str):
-            shared = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
-            tokenizer = AutoTokenizer.from_pretrained(source, **{k: kwargs[k] for k in shared if k in kwargs})
+            if calibration is not None:
+                raise ConfigError("calibration was given without a pruning_config; pass one, or leave out calibration.")
+            return load_verified(source, **kwargs)  # type: ignore[return-value]
+        from hf_prune.gate import check_config, check_windows
+        from hf_prune.loading import load_config, load_tokenizer
+        from hf_prune.pipeline import calibration_data
+        from hf_prune.structure.building import build_empty
+
+        shared = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "gguf_file")
+        where = {name: kwargs[name] for name in shared if name in kwargs}
+        config = kwargs.get("config") or load_config(source, **where)
+        check_config(config, kwargs.get("quantization_config"))
+        if isinstance(calibration, str):
+            tokenizer = tokenizer or load_tokenizer(source, required=True, **where)
+        batches = calibration_data(pruning_config, tokenizer, calibration, batch_size=8) or ()
+        if not kwargs.get("trust_remote_code"):  # its class may not be known yet
+            check_windows(build_empty(config), batches)
+        model: Any = load_verified(source, **kwargs)
         return PrunedModelForCausalLM.prune(model, pruning_config, tokenizer=tokenizer, calibration=calibration)
 
     @staticmethod

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.atomic import replaced_file
+from hf_prune.errors import CheckpointError
 
 if TYPE_CHECKING:
     import os
@@ -54,6 +55,16 @@ def check_regular(path: Path) -> None:
     """Raise `OSError` unless `path` is a regular file or a link to one."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError("it is not a regular file")
+
+
+def check_files(directory: Path) -> None:
+    """Raise `CheckpointError` if a file of a directory, from which models are loaded, is a pipe or a device."""
+    for path in sorted(directory.iterdir()) if directory.is_dir() else ():
+        if (path.suffix in (".json", ".safetensors", ".py") or path.exists()) and not path.is_dir():
+            try:
+                check_regular(path)
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error}. Save or download it again.") from error
 
 
 def parse_json(text: str) -> Any:

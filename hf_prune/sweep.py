@@ -25,6 +25,7 @@ from hf_prune.evaluation.latency import measure_latency
 from hf_prune.evaluation.perplexity import perplexity
 from hf_prune.evaluation.report import markdown_table, tradeoff_picture
 from hf_prune.evaluation.speed import measure_speed, num_parameters, usual_request
+from hf_prune.gate import check_model, check_windows, unwrapped
 from hf_prune.latency import LatencyTable
 from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.methods import METHODS, check_scores, score
@@ -96,13 +97,15 @@ def sweep(
         HFPruneError: other bad input, before anything is measured where that can be known.
     """
     cells = _cells(methods, ratios, allocations, repairs, dict(settings or {}))
-    content = load_text(text)
+    content, model = load_text(text), unwrapped(model)
     study = _Study(model, tokenizer, infer_structure(model), calibration, batch_size, Path(output_dir), latency)
     results = _Results(study.folder, _circumstances(model, content, window, calibration, dict(settings or {})))
     missing = {key: config for key, config in cells.items() if key not in results.rows}
     for config in missing.values():  # missing text and unknown axes are found now, not after hours
-        study.batches(config)
+        batches = study.batches(config)
+        check_windows(model, batches or ())
         selected_axes(study.structure, config)
+        check_model(model, study.structure, config, batches)
 
     def measured(subject: PreTrainedModel) -> Values:
         found = perplexity(subject, tokenizer, content, window=window, batch_size=batch_size, progress=False)

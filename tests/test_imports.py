@@ -30,6 +30,7 @@ STAGES = {
     "methods": 4,
     "allocation": 5,
     "surgery": 6,
+    "gate": 4,
     "repair": 7,
     "evaluation.perplexity": 7,
     "evaluation.speed": 7,

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from hf_prune.checkpoint.files import CODE_NAME, PLAN_NAME, agrees, read_json, read_plan
 from hf_prune.checkpoint.per_layer import DIGESTS, check_loaded, check_saved
 from hf_prune.errors import CheckpointError, HFPruneError
-from hf_prune.reading import check_regular
+from hf_prune.reading import check_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -60,9 +60,7 @@ def load_verified(source: str, **arguments: Any) -> PreTrainedModel | tuple[PreT
     """
     from transformers import AutoModelForCausalLM
 
-    directory = Path(source, arguments.get("subfolder") or "")
-    if directory.is_dir():
-        check_files(directory)
+    check_source(source, arguments)
     with_info = arguments.pop("output_loading_info", False)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
@@ -83,14 +81,14 @@ def not_loaded(name: str, what: str, error: Exception) -> CheckpointError:
     )
 
 
-def check_files(directory: Path) -> None:
-    """Raise `CheckpointError` if a file that a loader would read is a pipe or a device, or config.json is no JSON."""
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".py") and not path.is_dir():
-            try:
-                check_regular(path)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error}. {_AGAIN}") from error
+def check_source(source: str | Path, arguments: Mapping[str, Any]) -> None:
+    """Check the files that `from_pretrained(source, **arguments)` would read, if that is a directory.
+
+    Raises:
+        CheckpointError: one of them is a pipe or a device, or config.json is no JSON.
+    """
+    directory = Path(source, arguments.get("subfolder") or "")
+    check_files(directory)
     if (directory / "config.json").exists():
         read_json(directory / "config.json")
 

@@ -39,8 +39,10 @@ class Price:
     """Of weights of the dense model's layers."""
     pruned_bytes_read: int
     """Of weights of pruned layers: of intermediate steps, and by saving, to which they are on disk."""
-    bytes_written: int
-    """Of pruned layers, of the checkpoint, and of hidden states that go to disk."""
+    layer_bytes: int
+    """Of pruned layers that go to disk on the way."""
+    checkpoint_bytes: int
+    """Of the weights of the pruned checkpoint."""
     operations: int
     """Floating point operations of forward and backward passes, two for each multiplication and addition; products of
     weights only, not those of attention."""
@@ -55,6 +57,12 @@ class Price:
     temporary files."""
 
     @property
+    def bytes_written(self) -> int:
+        """Of pruned layers, of the checkpoint, and of hidden states that go to disk."""
+        hidden = self.boundary_bytes if self.boundary_bytes > MEMORY_BYTES else 0
+        return self.layer_bytes + self.checkpoint_bytes + hidden
+
+    @property
     def text(self) -> str:
         """One line for people."""
         computed = self.operations + self.gram_operations + self.solving_operations
@@ -66,16 +74,19 @@ class Price:
 
 
 def price_of(
-    structure: Structure, config: PruningConfig, batches: Sequence[Mapping[str, Any]] | None, model: nn.Module
+    structure: Structure,
+    config: PruningConfig,
+    batches: Sequence[Mapping[str, Any]] | None,
+    model: nn.Module,
+    held_out: int = 0,
 ) -> Price:
-    """The price of pruning a model."""
+    """The price of pruning a model, and of measuring both models on so many tokens (see `PruningResult`)."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     lengths = [length for batch in batches or () for length in [batch["input_ids"].shape[1]] * len(batch["input_ids"])]
     channels, itemsize = embedding.weight.shape[1], embedding.weight.element_size()
     text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    return count_price(
-        structure, config, lengths, channels, itemsize, getattr(text_config, "num_experts_per_tok", None)
-    )
+    experts = getattr(text_config, "num_experts_per_tok", None)
+    return count_price(structure, config, lengths, channels, itemsize, experts, held_out)
 
 
 def count_price(
@@ -85,6 +96,7 @@ def count_price(
     hidden_size: int,
     itemsize: int,
     experts_per_token: int | None = None,
+    held_out: int = 0,
 ) -> Price:
     """As `price_of`, from numbers.
 
@@ -97,6 +109,7 @@ def count_price(
         hidden_size: channels of the residual stream.
         itemsize: bytes of a weight.
         experts_per_token: experts that a token is routed to; `None`: all.
+        held_out: tokens that perplexity of the dense and the pruned model is measured on.
     """
     counts = _Counts(structure, config, list(lengths), experts_per_token)
     dense, decoder = counts.layers, structure.num_parameters(budget="decoder")
@@ -111,12 +124,14 @@ def count_price(
     read = dense + scored + counts.allocating() + dense * (config.selection == "obs")  # a probe, and passes
     read += len(steps) * dense  # sliced, and perhaps repaired, layer by layer
     pruned_read = kept[-1] + sum(round((scored + probed) * size / dense) for size in kept[:-1])
+    if held_out:
+        read, pruned_read = read + dense, pruned_read + kept[-1]
     outside = structure.num_parameters() - dense
     boundary = counts.tokens * hidden_size * itemsize * (len(structure.layer_paths) + 1)
     boundary = boundary if config.method in ("llm_pruner", "obs") else 0
-    written = (sum(kept) + kept[-1] + outside) * itemsize + (boundary if boundary > MEMORY_BYTES else 0)
 
     operations, gram, solving = counts.computing(config)
+    operations += 2 * held_out * (counts.active * (dense + kept[-1]) // dense + 2 * counts.head)
     gram, solving = gram * len(steps), solving * len(steps)
     if repaired:
         own = counts.tokens if config.repair == "least_squares" else 0
@@ -132,7 +147,8 @@ def count_price(
     return Price(
         bytes_read=read * itemsize,
         pruned_bytes_read=pruned_read * itemsize,
-        bytes_written=written,
+        layer_bytes=sum(kept) * itemsize,
+        checkpoint_bytes=(kept[-1] + outside) * itemsize,
         operations=operations,
         gram_operations=gram,
         solving_operations=solving,

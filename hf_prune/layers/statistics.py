@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from hf_prune.errors import CalibrationError
+from hf_prune.errors import CalibrationError, ScoreError
 from hf_prune.layers.processes import sum_numbers, sum_over_processes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _BLOCKS = 8
 """The Gram matrix is symmetric: of so many block rows, only the blocks up to the diagonal are multiplied."""
 _COLUMNS = 512
 """Of matrices that are changed in place, so many columns at a time."""
 _HALVES = (torch.bfloat16, torch.float16)
-RIDGE_GROWTH = 10.0
-"""A matrix that is not positive definite gets so many times the ridge, until it is."""
+RIDGE_GROWTH, MOST_RIDGE = 10.0, 1e15
+"""A matrix that is not positive definite gets so many times the ridge, until it is, or the ridge is this large."""
 
 
 class Statistics:
@@ -158,13 +165,13 @@ def factorise_(gram: Tensor, ridge: float) -> tuple[float, float]:
         The ridge that it took: more than asked if the matrix is singular; and λ.
     """
     diagonal = gram.diagonal().clone()
-    scale = float(diagonal.mean()) or 1.0
+    tried = ridges(gram, ridge)
     while True:
-        gram.diagonal().add_(ridge * scale)
+        used, penalty = next(tried)
+        gram.diagonal().add_(penalty)
         if _cholesky_(gram):
-            return ridge, ridge * scale
+            return used, penalty
         gram.copy_(gram.triu(1) + gram.triu(1).T).diagonal().copy_(diagonal)
-        ridge = max(ridge * RIDGE_GROWTH, 1e-8)
 
 
 def _cholesky_(matrix: Tensor) -> bool:
@@ -185,3 +192,25 @@ def _cholesky_(matrix: Tensor) -> bool:
             square = rows[:, first:last]  # its upper triangle stays
             square.sub_((rows[:, start:stop] @ rows[:, start:stop].T).tril_())
     return True
+
+
+def ridges(gram: Tensor, ridge: float) -> Iterator[tuple[float, float]]:
+    """Ridges to try, each with what it adds to the diagonal; `LinAlgError` once all finite matrices were solved."""
+    mean = float(gram.diagonal().mean())
+    scale = mean if mean > 0 else 1.0  # rounding takes a centred matrix of zeros below 0
+    while math.isfinite(mean) and ridge < MOST_RIDGE:
+        yield ridge, ridge * scale
+        ridge = max(ridge * RIDGE_GROWTH, 1e-8)
+    raise LinAlgError("a matrix is not positive definite with any ridge")
+
+
+@contextlib.contextmanager
+def solving(what: str) -> Iterator[None]:
+    """Failures of linear algebra within become `ScoreError`, naming the axis or tensor."""
+    try:
+        yield
+    except LinAlgError as error:
+        raise ScoreError(
+            f"{what}: linear algebra failed ({str(error).splitlines()[0]}), expected finite weights and activations. "
+            "Load the model in float32, take more calibration text or a larger repair_ridge, or protect this axis."
+        ) from error

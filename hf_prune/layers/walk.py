@@ -158,6 +158,8 @@ class Walk:
         """Factor on the loss in a backward pass: 1 unless the model is float16."""
         self.row: int | None = None
         """The sample of a batch whose logits are being computed."""
+        self.look: Callable[[str], None] | None = None
+        """Called by the probe with the path of each layer on disk while its weights are in memory."""
         self._wanted, self._layered = set[str](), layered or work is not None
         self._known = [] if protocol is None else [protocol]  # shared by walks over the same model
         self._consume: Consume = _drop
@@ -620,6 +622,8 @@ def checked_ids(batch: Batch) -> Tensor:
         raise CalibrationError(
             f"a calibration batch is {{'input_ids': int64 [B, T]}} with tokens in it, found {found}."
         )
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise CalibrationError(f"a calibration batch holds input_ids of {ids.dtype}, expected whole numbers (int64).")
     mask = batch.get("attention_mask")
     if mask is not None and not bool(mask.all()):
         raise CalibrationError("a calibration batch holds padding; give windows of equal length without padding.")
@@ -669,6 +673,9 @@ def _probe(walk: Walk, ids: Tensor) -> LayerProtocol:
     with evaluating(model), contextlib.ExitStack() as stack:
         for path in walk.layer_paths:
             layer = model.get_submodule(path)
+            if walk.look is not None:
+                own = getattr(layer, "_old_forward", layer.forward)
+                stack.enter_context(replaced_forward(layer, partial(_looked_at, partial(walk.look, path), layer, own)))
             stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(after).remove)
         logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
@@ -716,6 +723,12 @@ def _calls(
         with contextlib.suppress(StopForward):
             model(input_ids=ids.to(input_device(model)), use_cache=False)
     return start[0], calls
+
+
+def _looked_at(look: Callable[[], None], layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    with resident(layer):
+        look()
+        return forward(*args, **kwargs)
 
 
 def _return(output: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -34,9 +34,6 @@ class WorkDir:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with replaced_file(path / "writable") as new:
-                new.write_text("")
-            (path / "writable").unlink(missing_ok=True)  # another process may have been here
         except OSError as error:
             raise CheckpointError(
                 f"the work directory {path} cannot be written to ({error}); choose another work_dir."

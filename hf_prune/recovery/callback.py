@@ -18,6 +18,7 @@ from hf_prune.allocation.steps import Stage, next_plan
 from hf_prune.checkpoint.files import agrees
 from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError, check_whole_numbers
+from hf_prune.gate import check_model, check_windows, unwrapped
 from hf_prune.layers.processes import of_main_process
 from hf_prune.methods import METHODS, score
 from hf_prune.pipeline import base_model_of, calibration_data, prune
@@ -152,6 +153,14 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Refuse what cannot work; in mode `start`, prune."""
         model = kwargs["model"]
         self._check_run(model, args)
+        if self.mode in ("gradual", "cut") and isinstance(self.pruning, PruningConfig):
+            structure = infer_structure(model)
+            if self.mode == "gradual":
+                check_maskable(structure, self.pruning)
+            tokenizer = kwargs.get("processing_class")
+            batches = calibration_data(self.pruning, tokenizer, self.calibration, self.batch_size)
+            check_windows(model, batches or ())
+            check_model(model, structure, self.pruning, batches)
         if self.mode == "start" and not self._is_done(model):
             self._slice(model, _own_optimizer(kwargs.get("optimizer")), kwargs.get("processing_class"))
 
@@ -234,13 +243,12 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             if _pruning_of(model) is None:
                 raise ConfigError("mode 'report' is for a pruned model, found one that is not; choose another mode.")
             return
-        if hasattr(model, "peft_config"):
-            raise ConfigError("the model carries an adapter: prune first, then add the adapter (mode 'report' logs).")
         launched = launcher(args)
         if self.mode == "start":
             if launched == "DeepSpeed" and shards_on_load():
                 raise ConfigError("DeepSpeed ZeRO-3 has split the weights while loading: prune before, with `prune`.")
             return
+        unwrapped(model)
         works = {"gradual": (None, "DDP"), "cut": (None,)}[self.mode]
         if launched not in works:
             raise ConfigError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.layers.processes import of_main_process
-from hf_prune.layers.statistics import Solution, Statistics, solve_
+from hf_prune.layers.statistics import Solution, Statistics, solve_, solving
 from hf_prune.layers.walk import StopForward, Walk, hidden_of, replaced_forward, with_hidden
 from hf_prune.layers.watch import watching
 from hf_prune.repair.consumers import BRANCHES
@@ -195,7 +195,8 @@ class LayerRepair:
             if sums.num_tokens != self.pruned.num_tokens:
                 logger.warning("%s is not given every token once in both models; it stays as it is.", consumer.name)
                 continue
-            solutions[consumer] = solve_(sums, consumer.consumer.matrix(consumer.weight), consumer.bias, self.ridge)
+            with solving(consumer.name):
+                solutions[consumer] = solve_(sums, consumer.consumer.matrix(consumer.weight), consumer.bias, self.ridge)
         for consumer, solution in solutions.items():
             consumer.write_(solution.weight, solution.bias)
         if only is not None and only.pruned is not None and only in solutions:
@@ -295,11 +296,12 @@ class LayerRepair:
             logger.warning(
                 "%s: experts %s saw fewer than %d tokens; they stay as they are.", consumer.name, few, enough
             )
-        solutions = {
-            expert: solve_(sums, consumer.consumer.matrix(consumer.weight[expert]), None, self.ridge)
-            for expert, sums in enumerate(statistics)
-            if expert not in few
-        }
+        with solving(consumer.name):
+            solutions = {
+                expert: solve_(sums, consumer.consumer.matrix(consumer.weight[expert]), None, self.ridge)
+                for expert, sums in enumerate(statistics)
+                if expert not in few
+            }
         for expert, solution in solutions.items():
             consumer.write_(solution.weight, expert=expert)
         return self._report({f"{consumer.name}[{expert}]": solution for expert, solution in solutions.items()})

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hf_prune.errors import CalibrationError
 from hf_prune.layers.boundaries import on_disk
-from hf_prune.layers.statistics import factorise_
+from hf_prune.layers.statistics import factorise_, solving
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import is_on_disk
 from hf_prune.methods.obs import collecting
@@ -105,7 +105,8 @@ class RepairPreview:
             stays = torch.isin(ids, torch.tensor(kept, device=ids.device)) | (ids < 0)
             inside, outside = torch.nonzero(stays)[:, 0], torch.nonzero(~stays)[:, 0]
             factor = gram[inside][:, inside]
-            factorise_(factor, self._ridge)
+            with solving(name):
+                factorise_(factor, self._ridge)
             gain = torch.cholesky_solve(gram[inside][:, outside] @ weight[:, outside].T, factor).T
             result = torch.zeros_like(weight)
             result[:, inside] = weight[:, inside] + gain

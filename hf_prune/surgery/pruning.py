@@ -14,7 +14,7 @@ import torch
 from accelerate import dispatch_model
 from torch import Tensor, nn
 
-from hf_prune.errors import CheckpointError, PlanError
+from hf_prune.errors import PlanError
 from hf_prune.layers.weights import device_map_of, input_device, is_on_disk, resident
 from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.structure.building import build_empty, fresh_config
@@ -81,7 +81,7 @@ class PrunedLayers:
     Raises:
         PlanError: the plan or the structure is not for this model.
         StructureError: no config can describe the pruned model.
-        CheckpointError: the folder cannot be written, or has no room.
+        CheckpointError: the folder cannot be written.
     """
 
     def __init__(
@@ -95,7 +95,8 @@ class PrunedLayers:
         self._folder = folder
         if self._on_disk:
             plan.check(structure)
-            self._check_room()
+            assert folder is not None
+            folder.mkdir(parents=True, exist_ok=True)
             self.model = self._outside()
         else:
             self.model = apply_plan(model, structure, plan)
@@ -192,19 +193,6 @@ class PrunedLayers:
     def _file(self, layer: int) -> Path:
         assert self._folder is not None
         return self._folder / f"layer-{layer:05}.safetensors"
-
-    def _check_room(self) -> None:
-        assert self._folder is not None
-        self._folder.mkdir(parents=True, exist_ok=True)
-        itemsize = max(parameter.element_size() for parameter in self._dense.parameters())
-        needed = self._plan.num_parameters(self._structure) * itemsize
-        there = sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
-        free = shutil.disk_usage(self._folder).free
-        if needed - there > free:
-            raise CheckpointError(
-                f"the pruned layers take {needed:,} bytes, {free:,} are free in {self._folder}. Free disk space, or "
-                "choose another work_dir."
-            )
 
 
 def _empty(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> PreTrainedModel:

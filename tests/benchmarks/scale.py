@@ -37,12 +37,13 @@ import hf_prune.methods.obs as obs
 from hf_prune import LLMPrunerConfig, OBSConfig, PruningConfig, infer_structure
 from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.checkpoint.verifying import verify_checkpoint
+from hf_prune.gate import check_model
 from hf_prune.layers.boundaries import MEMORY_BYTES
 from hf_prune.layers.price import count_price
 from hf_prune.layers.statistics import Statistics
 from hf_prune.loading import open_model
 from hf_prune.methods import score
-from hf_prune.pipeline import carry_out, check_before, decide
+from hf_prune.pipeline import carry_out, decide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -218,7 +219,7 @@ def prune_once(job: dict[str, Any], meter: Meter) -> dict[str, Any]:
         structure = infer_structure(model)
     batches = calibration(model, job)
     with meter.phase("score"):
-        check_before(model, structure, config, batches)
+        check_model(model, structure, config, batches)
         plan, _ = decide(model, structure, config, batches)
     with meter.phase("prune and repair"):
         pruned = carry_out(model, structure, plan, config, batches)

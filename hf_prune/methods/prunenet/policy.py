@@ -43,14 +43,12 @@ def scale_free_features(rows: UnitRows, depth: float) -> Tensor:
     if matrix.shape[0] < matrix.shape[1]:  # the same numbers from the smaller side
         gram, cosines = matrix @ matrix.T, unit @ unit.T
         rayleigh = (unit @ matrix.T).square().sum(1)
-        ridged = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-        leverage = torch.linalg.solve(ridged, gram).diagonal()
+        leverage = torch.linalg.solve(_ridged(gram), gram).diagonal()
         mean_cosine = cosines.square().mean(1)
     else:
         gram, cosines = matrix.T @ matrix, unit.T @ unit
         rayleigh = ((unit @ gram) * unit).sum(1)
-        ridged = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-        leverage = (torch.linalg.solve(ridged, matrix.T).T * matrix).sum(1)
+        leverage = (torch.linalg.solve(_ridged(gram), matrix.T).T * matrix).sum(1)
         mean_cosine = ((unit @ cosines) * unit).sum(1) / num_units
 
     def by_unit(values: Tensor) -> Tensor:
@@ -68,6 +66,10 @@ def scale_free_features(rows: UnitRows, depth: float) -> Tensor:
         norm * depth,
     ]
     return torch.stack(columns, dim=1)
+
+
+def _ridged(gram: Tensor) -> Tensor:
+    return gram + RIDGE * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram))  # all rows may be zero
 
 
 def row_features(rows: UnitRows) -> Tensor:
