@@ -28,7 +28,7 @@ from hf_prune import (
     prune,
 )
 from hf_prune.checkpoint.saving import save_pruned
-from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, StructureError
+from hf_prune.errors import CheckpointError, ConfigError, StructureError
 from hf_prune.layers import boundaries
 from hf_prune.layers import walk as walk_module
 from hf_prune.layers.walk import Walk
