@@ -28,7 +28,7 @@ from hf_prune import (
     prune,
 )
 from hf_prune.checkpoint.saving import save_pruned
-from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, StructureError
+from hf_prune.errors import CheckpointError, ConfigError, StructureError
 from hf_prune.layers import boundaries
 from hf_prune.layers import walk as walk_module
 from hf_prune.layers.walk import Walk
@@ -458,7 +458,7 @@ def test_bad_input_is_refused_before_work(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="has no data"):
         prune(dense.to("meta"), RandomConfig(0.3))
     monkeypatch.setattr(boundaries.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    with pytest.raises(CalibrationError, match=r"hidden states between the layers take [\d,]+ bytes, 10 are free"):
+    with pytest.raises(CheckpointError, match=r"this run writes [\d,]+ bytes to the disk of .*, 10 are free"):
         prune(path, LLMPrunerConfig(0.3), calibration=batches, work_dir=tmp_path / "work")
 
 
