@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_prune.checkpoint.loud import make_loud
 from hf_prune.config import RandomConfig
-from hf_prune.errors import StructureError
+from hf_prune.errors import CheckpointError, StructureError
 from hf_prune.plan import PruningPlan, prunable_units
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.building import build_empty, fresh_config
@@ -21,7 +21,7 @@ from hf_prune.surgery.judging import Judge
 from hf_prune.surgery.slicing import pruned_name, renamed, renumber
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterator
+    from collections.abc import Container, Iterator
 
     from torch import nn
     from transformers import PreTrainedModel
@@ -50,7 +50,7 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
     wanted = predicted_shapes(structure, plan)
     knobs = find_knobs(config, structure, cls) if _touched(structure, plan) else {}
     judge = Judge(config, structure, plan, cls)
-    start, _ = _without_layers(config, structure, plan, cls)
+    start, reason = _without_layers(config, structure, plan, cls)
     best: tuple[int, Any] | None = None
     tried: list[dict[str, Any]] = []
     for candidate in _candidates(start, structure, plan, knobs):
@@ -60,6 +60,10 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
         found = shapes(candidate, cls)
         if found is None or set(found) != set(wanted):
             continue
+        if any(
+            size < needed for name, shape in wanted.items() for size, needed in zip(found[name], shape, strict=True)
+        ):
+            continue  # resizing only takes away
         wrong = sum(found[name] != shape for name, shape in wanted.items())
         other_hidden = getattr(candidate, "hidden_size", None) != getattr(config, "hidden_size", None)
         if (best is not None and wrong >= best[0]) or (other_hidden and wrong):
@@ -75,7 +79,11 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
         result.pruning_config["surgery"]["modules"] = _surgery(result, config, structure, plan, cls, wanted, judge)
     if not result.pruning_config["surgery"]:
         del result.pruning_config["surgery"]
-    result = type(config).from_dict(make_loud({**result.to_dict(), "model_type": config.model_type}))
+    try:
+        values = make_loud({**result.to_dict(), "model_type": config.model_type})
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {reason}.") if reason else error from None
+    result = type(config).from_dict(values)
     if shapes(result, cls) != wanted:
         raise StructureError(f"{config.model_type}: the pruned layers cannot be resized to the planned shapes.")
     return result
@@ -110,12 +118,8 @@ def _record(plan: PruningPlan) -> dict[str, Any]:
 
 
 _INDEX_LIST = ("layer", "indices", "idx")
-_BOUNDARIES: dict[str, Callable[[int, int, list[int]], int]] = {  # part of a name → what a number of layers becomes
-    **dict.fromkeys(("first", "dense", "start", "max_window"), lambda value, n, stay: sum(i < value for i in stay)),
-    "end": lambda value, n, stay: sum(i <= value for i in stay) - 1,
-    "shared": lambda value, n, stay: sum(i >= n - value for i in stay),
-}
-_BY_POSITION = (*_BOUNDARIES, "period", "interval", "step", "freq", "offset", "every")
+_FROM_THE_START = ("first_k_dense", "dense_layers", "layer_start", "window_layers")
+_BY_PLACE = (*_FROM_THE_START, "layer_end", "shared_layers", "period", "interval", "step", "freq", "offset", "every")
 
 
 def depends_on_depth(config: Any, structure: Structure, cls: type | None = None) -> str:
@@ -187,7 +191,7 @@ def _without_layers(config: Any, structure: Structure, plan: PruningPlan, cls: t
     by_place = [
         f"{name}={value}"
         for name, value in {**values, **(values.get("text_config") or {})}.items()
-        if type(value) is int and 0 < value <= n and any(word in name for word in _BY_POSITION) and "token" not in name
+        if type(value) is int and 0 < value <= n and any(word in name for word in _BY_PLACE)
     ]
     follows = f" Layers follow their place: {', '.join(by_place)}." if by_place else ""
     _, reason = max(reasons, key=lambda found: found[0], default=(0, "no attribute holds their number"))
@@ -208,7 +212,8 @@ def _with_fewer_layers(
     usual = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     for place in (None, *(key for key, value in values.items() if isinstance(value, dict))):
         own = values if place is None else values[place]
-        listed, mapped, bounded = {}, {}, {}
+        listed: dict[str, Any] = {}
+        mapped: dict[str, Any] = {}
         for name, value in own.items():
             if _is_index_list(name, value, n):
                 gone = [layer for layer in range(n) if layer not in stay]
@@ -218,18 +223,18 @@ def _with_fewer_layers(
             elif isinstance(value, (list, str)) and 1 < len(value) <= n and ("types" in name or "pattern" in name):
                 full = [value[layer % len(value)] for layer in stay]
                 mapped[name] = "".join(full) if isinstance(value, str) else full
-            elif type(value) is int and 0 < value <= n and (word := next((w for w in _BOUNDARIES if w in name), None)):
-                bounded[name] = max(0, _BOUNDARIES[word](value, n, stay))
+            elif type(value) is int and value > 0 and any(word in name for word in _FROM_THE_START):
+                mapped[name] = sum(layer < value for layer in stay)
+            elif type(value) is int and "shared_layers" in name:
+                mapped[name] = sum(layer >= n - value for layer in stay)
         as_built = {
             **values["pruning_config"],
             "surgery": {**values["pruning_config"]["surgery"], "layers": layers},
         }
         counts = [name for name, value in own.items() if type(value) is int and value == n and "layer" in name]
         counts.sort(key=lambda name: name != usual)
-        variants = [{**listed, **mapped, **bounded}, {**listed, **mapped}, {**listed, "pruning_config": as_built}]
+        variants = [{**listed, **mapped}, *([{**listed, "pruning_config": as_built}] if place is None else [])]
         for count, variant in itertools.product(counts or ([""] if listed else []), variants):
-            if place is not None and "pruning_config" in variant:
-                continue
             changed = {**own, **variant, **({count: len(stay)} if count else {})}
             yield changed if place is None else {**values, place: changed}
 

@@ -7,6 +7,7 @@ the logits have the same number, they are equal for all weights and all inputs, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from dataclasses import replace
@@ -18,7 +19,7 @@ from hf_prune.checkpoint.per_layer import SelectInput
 from hf_prune.errors import StructureError
 from hf_prune.layers.masking import masked
 from hf_prune.structure.building import build_empty
-from hf_prune.structure.forward import Forward, TraceError, tensors
+from hf_prune.structure.forward import Forward, Lists, TraceError, tensors
 from hf_prune.structure.inference import traceable_config
 from hf_prune.surgery.slicing import renamed
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
     from hf_prune.structure.structure import Structure
 
 _WITHOUT_VALUES = frozenset(("device", "layout", "pin_memory", "memory_format", "non_blocking"))
-_VIEWS = frozenset(("_unsafe_view", "reshape", "_reshape_alias"))
-"""What `reshape` becomes, with a `clone` or without, depends on strides."""
+_VIEWS = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias"))
+_OF_SIZE = frozenset((*_VIEWS, "expand", "squeeze", "unsqueeze"))
+"""Left out where sizes do not count: what `reshape` becomes depends on strides, and one head is not repeated."""
 _INDICES = ("layer_idx", "layer_id", "layer_number")
 
 
@@ -79,52 +81,43 @@ class Judge:
         return ""
 
     def _run(self, config: Any, bypassed: PruningPlan | None = None) -> tuple[PreTrainedModel, _Expressions]:
-        with Forward() as construction:  # what constants it computes
+        with Forward() as construction, Lists(construction.values):  # what constants it computes
             model = build_empty(traceable_config(config), self._cls)
-        leaves: dict[int, Any] = {}
-        saved = model.state_dict(keep_vars=True)
-        for name, tensor in {**saved, **dict(model.named_buffers())}.items():
-            new = name if bypassed is None else renamed(name, self._structure, bypassed) or f"removed {name}"
-            value = None if name in saved else construction.values.get(tensor)
-            leaves.setdefault(id(tensor), new if value is None else _value(value, self._sizes))
+        run = _Expressions(self._numbers, construction, self._sizes)
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            new = name if bypassed is None else renamed(name, self._structure, bypassed)
+            run.names.setdefault(id(tensor), new or f"removed {name}")
         for module in model.modules():
             for key, hook in list(module._forward_pre_hooks.items()):
                 if isinstance(hook, SelectInput):
-                    module._forward_pre_hooks[key] = functools.partial(_select, hook, lambda: run)  # type: ignore
-        run = _Expressions(self._numbers, leaves, self._sizes)
-        if bypassed is None:
+                    module._forward_pre_hooks[key] = functools.partial(_select, hook, run)  # type: ignore[assignment]
+        with contextlib.nullcontext() if bypassed is None else masked(model, self._structure, bypassed):
             run.compute(model)
-        else:
-            with masked(model, self._structure, bypassed):
-                run.compute(model)
         return model, run
 
     def _constants(self, dense: nn.Module, model: nn.Module, path: str) -> str:
         """The attributes that differ in the modules around `path`."""
-        for layer, old in enumerate(self._structure.layer_paths):
-            container = old.rpartition(".")[0]
-            for around in (path, path.rpartition(".")[0]):
-                if layer in self._stay and f"{around}.".startswith(f"{container}.{self._stay.index(layer)}."):
-                    tail = around.removeprefix(f"{container}.{self._stay.index(layer)}")
-                    ours, theirs = vars(model.get_submodule(around)), vars(dense.get_submodule(old + tail))
-                    texts = [
-                        f"{around}.{name} is {value!r}, {theirs[name]!r} in the dense model"
-                        for name, value in ours.items()
-                        if isinstance(value, (bool, int, float, str))
-                        and name not in _INDICES
-                        and theirs.get(name, value) != value
-                    ]
-                    if texts:
-                        return "; ".join(texts)
-        return ""
+        old = {renamed(name, self._structure, self._plan): module for name, module in dense.named_modules()}
+        texts = [
+            f"{around}.{name} is {value!r}, {vars(old[around])[name]!r} in the dense model"
+            for around in (path, path.rpartition(".")[0])
+            if around in old
+            for name, value in vars(model.get_submodule(around)).items()
+            if isinstance(value, (bool, int, float, str))
+            and name not in _INDICES
+            and vars(old[around]).get(name, value) != value
+        ]
+        return "; ".join(texts[:3])
 
 
-class _Expressions(Forward):
+class _Expressions(Forward):  # type: ignore[no-untyped-call]
     """Numbers the expression of every tensor of a forward pass; equal expressions have equal numbers."""
 
-    def __init__(self, numbers: dict[Any, int], leaves: dict[int, Any], sizes: bool) -> None:
+    def __init__(self, numbers: dict[Any, int], construction: Forward, sizes: bool) -> None:
         super().__init__()
-        self._numbers, self._leaves, self._sizes = numbers, leaves, sizes
+        self._numbers, self._construction, self._sizes = numbers, construction, sizes
+        self.names: dict[int, str] = {}
+        """Of tensors that are saved, by id."""
         self._found: dict[int, int] = {}  # by id of a tensor
         self._written: dict[int, int] = {}  # the last write, by storage
         self.steps: list[tuple[int, str, str]] = []
@@ -142,10 +135,9 @@ class _Expressions(Forward):
         own = self._found.get(id(tensor))
         if own is None:
             self.alive.append(tensor)
-            leaf = self._leaves.get(id(tensor))
-            if leaf is None:
-                leaf = "unknown" if tensor.is_meta else _value(tensor, self._sizes)
-            own = self._found[id(tensor)] = self._of(leaf)
+            value = self._construction.values.get(tensor) if tensor.is_meta else tensor
+            leaf = "unknown" if value is None else _value(value, self._sizes)
+            own = self._found[id(tensor)] = self._of(self.names.get(id(tensor), leaf))
         written = self._written.get(tensor.untyped_storage()._cdata)
         return own if written is None else self._of((own, written))
 
@@ -158,7 +150,8 @@ class _Expressions(Forward):
         self, func: Any, name: str, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], outputs: list[Tensor]
     ) -> None:
         """Number the results of an operation."""
-        if name == "clone":
+        whole = name == "slice" and outputs[0].shape == inputs[0].shape
+        if name == "clone" or (not self._sizes and (name in _OF_SIZE or whole)):
             self.same(outputs[0], inputs[0])
             return
         arguments, written = [], []
@@ -209,12 +202,12 @@ def _value(value: Tensor, sizes: bool) -> Any:
     return str(value.dtype), tuple(value.shape), repr(flat.tolist())
 
 
-def _select(hook: SelectInput, run: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _select(hook: SelectInput, run: _Expressions, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Run a hook that leaves out units of an argument: the rest is what it was."""
     result = hook(module, args, kwargs)
     for before, after in zip(tensors((args, kwargs)), tensors(result), strict=True):
         if after is not before:
-            run().same(after, before)
+            run.same(after, before)
     return result
 
 
