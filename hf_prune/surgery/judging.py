@@ -151,7 +151,8 @@ class _Expressions(Forward):  # type: ignore[no-untyped-call]
     ) -> None:
         """Number the results of an operation."""
         whole = name == "slice" and outputs[0].shape == inputs[0].shape
-        if name == "clone" or (not self._sizes and (name in _OF_SIZE or whole)):
+        copied = name in ("clone", "_to_copy") and outputs[0].dtype == inputs[0].dtype
+        if copied or (not self._sizes and (name in _OF_SIZE or whole)):
             self.same(outputs[0], inputs[0])
             return
         arguments, written = [], []
