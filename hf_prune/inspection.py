@@ -16,6 +16,7 @@ from hf_prune.layers.masking import masked
 from hf_prune.layers.weights import inference, input_device
 from hf_prune.methods import score
 from hf_prune.structure.inference import infer_structure
+from hf_prune.surgery.configuring import depends_on_depth
 from hf_prune.surgery.expressing import family, find_knobs
 from hf_prune.surgery.pruning import apply_plan
 
@@ -44,7 +45,7 @@ class FamilyReport:
     """Removing units equals masking them; false where a norm mixes all units."""
     prunable: bool
     reason: str
-    """Why it cannot be pruned, or why it is not exact; empty otherwise."""
+    """Why it cannot be pruned, why it is not exact, or what layers compute from their place; empty otherwise."""
     attributes: str
     """Config attributes that hold the width; empty where no attribute does (the layer is built and resized)."""
 
@@ -117,7 +118,7 @@ def inspect_config(config: PreTrainedConfig, cls: type[PreTrainedModel] | None =
             parameters_per_unit=per_unit,
             exact=exact,
             prunable=axes[0].prunable,
-            reason=_reason(axes[0]),
+            reason=_reason(axes[0]) or (name == "layers" and depends_on_depth(config, structure, cls)) or "",
             attributes=knobs.get(name, "") if axes[0].layer is not None and axes[0].prunable else "",
         )
         for (name, num_units, per_unit, exact, _), axes in alike.items()

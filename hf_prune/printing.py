@@ -204,7 +204,8 @@ def _remarks(row: FamilyReport) -> Iterator[str]:
     """What in the config holds the width, and what is against pruning."""
     where = f"{row.name} (layers {ranges(row.layers)})" if row.layers else row.name
     if row.reason:
-        yield f"{where}: {'not exact' if row.prunable else 'not prunable'}: {row.reason}"
+        verdict = "not prunable" if not row.prunable else "depends on depth" if row.exact else "not exact"
+        yield f"{where}: {verdict}: {row.reason}"
     if row.layers and row.prunable:
         yield f"{where}: width held by {row.attributes or 'no config attribute: its layers are built and resized'}"
 

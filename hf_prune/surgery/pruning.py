@@ -19,7 +19,7 @@ from hf_prune.layers.weights import device_map_of, input_device, is_on_disk, res
 from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.structure.building import build_empty, fresh_config
 from hf_prune.surgery.configuring import pruned_config
-from hf_prune.surgery.slicing import check_tensor, pruned_name, renumber, slice_state_dict, slice_tensor
+from hf_prune.surgery.slicing import check_tensor, pruned_name, renamed, renumber, slice_state_dict, slice_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -220,12 +220,11 @@ def _assign(module: nn.Module, name: str, tensor: Tensor, requires_grad: bool | 
 
 def _copy_buffers(model: nn.Module, pruned: nn.Module, structure: Structure, plan: PruningPlan) -> None:
     """Buffers that are not saved (rotary frequencies) are computed by constructors; take the dense model's values."""
-    names = dict(model.named_buffers())
-    renamed = {_renamed(name, structure, plan): buffer for name, buffer in names.items()}
+    dense_buffers = {renamed(name, structure, plan): buffer for name, buffer in model.named_buffers()}
     saved = pruned.state_dict().keys()  # those of layers come with their weights
     for name, buffer in pruned.named_buffers():
         if buffer.is_meta and name not in saved:
-            dense: Any = renamed.get(name)
+            dense: Any = dense_buffers.get(name)
             if dense is not None and dense.shape != buffer.shape and dense.dim() == buffer.dim() and _is_uniform(dense):
                 dense = dense.flatten()[:1].expand(buffer.shape)
             if dense is None or dense.shape != buffer.shape:
@@ -238,12 +237,3 @@ def _copy_buffers(model: nn.Module, pruned: nn.Module, structure: Structure, pla
 
 def _is_uniform(values: Tensor) -> bool:
     return values.numel() > 0 and bool((values == values.flatten()[0]).all())
-
-
-def _renamed(name: str, structure: Structure, plan: PruningPlan) -> str | None:
-    for layer, path in enumerate(structure.layer_paths):
-        if name.startswith(path + "."):
-            if layer in plan.removed_layers:
-                return None
-            return renumber(name, layer, structure, plan)
-    return name

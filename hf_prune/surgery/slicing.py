@@ -82,6 +82,14 @@ def renumber(path: str, layer: int, structure: Structure, plan: PruningPlan) -> 
     return f"{old.rpartition('.')[0]}.{layer - before}{path.removeprefix(old)}"
 
 
+def renamed(path: str, structure: Structure, plan: PruningPlan) -> str | None:
+    """Path of a module or buffer in the pruned model; `None` if its layer goes."""
+    for layer, layer_path in enumerate(structure.layer_paths):
+        if f"{path}.".startswith(f"{layer_path}."):
+            return None if layer in plan.removed_layers else renumber(path, layer, structure, plan)
+    return path
+
+
 def _kept_names(
     state_dict: Mapping[str, Tensor], structure: Structure, plan: PruningPlan
 ) -> Iterator[tuple[str, Tensor, str]]:
