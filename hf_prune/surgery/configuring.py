@@ -59,7 +59,7 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
             continue
         wrong = sum(found[name] != shape for name, shape in wanted.items())
         other_hidden = getattr(candidate, "hidden_size", None) != getattr(config, "hidden_size", None)
-        if other_hidden and (wrong or _scales(candidate, cls) != _scales(trimmed, cls)):
+        if other_hidden and (wrong or scales(candidate, cls) != scales(trimmed, cls)):
             continue  # what a class derives from its hidden size (head_dim, the scale of embeddings) must stay
         if best is None or wrong < best[0]:
             best = (wrong, candidate)
@@ -184,8 +184,8 @@ def _candidates(trimmed: Any, structure: Structure, plan: PruningPlan, knobs: di
     yield trimmed
 
 
-def _scales(config: Any, cls: type | None) -> dict[tuple[str, str], float]:
-    """Floats that the modules of a model keep."""
+def scales(config: Any, cls: type | None) -> dict[tuple[str, str], float]:
+    """Floats that the modules of the model of `config` keep, by module and name."""
     modules = build_empty(fresh_config(config), cls).named_modules()
     return {(path, k): v for path, module in modules for k, v in vars(module).items() if isinstance(v, float)}
 
