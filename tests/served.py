@@ -18,7 +18,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB = 320
-WORDS = "the river old house light morning she walked slowly and never spoke of what had been said that winter".split()
+WORDS = (
+    "the",
+    "river",
+    "old",
+    "house",
+    "light",
+    "morning",
+    "she",
+    "walked",
+    "slowly",
+    "and",
+    "never",
+    "spoke",
+    "winter",
+)
 
 # Name → what stays of the three layers (3 KV groups or more, 40 MLP channels, 36 hidden channels or more).
 KEPT: dict[str, dict[str, tuple[int, ...]]] = {
@@ -33,7 +47,7 @@ KEPT: dict[str, dict[str, tuple[int, ...]]] = {
     "no mlp": {"layers.mlp": (1,), "layers.1.attention": (2,)},
     "no layer": {"layers": (0, 2), "layers.2.mlp": tuple(range(30))},
     "hidden": {"hidden": tuple(range(1, 36, 2)), "layers.1.mlp": tuple(range(30))},
-    "uniform": {f"layers.{i}.{axis}" : tuple(range(n)) for i in range(3) for axis, n in (("attention", 2), ("mlp", 29))},
+    "uniform": {f"layers.{i}.{axis}": tuple(range(n)) for i in range(3) for axis, n in (("attention", 2), ("mlp", 29))},
 }
 
 
@@ -92,12 +106,12 @@ class Completion:
 class LlamaCpp:
     """llama.cpp in this process, with one thread and float32 keys and values."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, num_tokens: int = 64) -> None:
         import xllamacpp
 
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(path)
-        parameters.n_ctx, parameters.n_parallel = 64, 1
+        parameters.n_ctx, parameters.n_parallel = num_tokens, 1
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -121,6 +135,8 @@ def compare(model: PreTrainedModel, path: Path, prompt: list[int] | None = None)
     with torch.no_grad():
         logits = model(torch.tensor([prompt + found.ids[:-1]])).logits[0, len(prompt) - 1 :]
     expected = logits.double().log_softmax(-1)
-    worst = max(abs(value - expected[i, token].item()) for i, top in enumerate(found.top) for token, value in top.items())
+    worst = max(
+        abs(value - expected[i, token].item()) for i, top in enumerate(found.top) for token, value in top.items()
+    )
     expected[:, 1] = -torch.inf  # the end of the text, which llama.cpp was asked to pass over
     return worst, expected.argmax(-1).tolist() == found.ids

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from hf_prune.errors import CheckpointError, ConfigError, HFPruneError
+from safetensors import SafetensorError
+
+from hf_prune.errors import CheckpointError, ConfigError
 
 Format = Literal["plain", "gguf", "onnx"]
 
@@ -33,7 +35,7 @@ def export(
     checkpoint: str | Path,
     output: str | Path,
     *,
-    format: Format,
+    format: Format | str,
     dtype: str | None = None,
     round_to: int | None = None,
 ) -> Exported:
@@ -78,5 +80,5 @@ def export(
         from hf_prune.exporting.plain import write_plain
 
         return write_plain(str(checkpoint), output, dtype)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{output} could not be written ({error}); nothing is left of it.") from error

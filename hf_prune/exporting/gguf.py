@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +22,14 @@ from hf_prune.atomic import replaced_file
 from hf_prune.errors import ConfigError, StructureError
 from hf_prune.exporting import Exported
 from hf_prune.exporting.plain import ordinary, write_plain
-from hf_prune.exporting.tokenizer import Vocabulary, vocabulary
+from hf_prune.exporting.tokenizer import tokenizer_values
 from hf_prune.layers.weights import read_weight
 from hf_prune.loading import load_config, load_tokenizer, open_model
 from hf_prune.surgery.expressing import shapes
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from transformers import PreTrainedModel
 
     from hf_prune.surgery.configuring import Shapes
@@ -86,17 +87,19 @@ class _Sizes:
     heads: list[int]
     groups: list[int]
     mlp: list[int]
+    window: int | None
     notes: list[str] = field(default_factory=list)
 
-    def of(self, dimension: str, layer: int = 0) -> int:
-        if dimension == "vocabulary":
-            return self.vocabulary
-        if dimension == "hidden":
-            return self.padded_hidden
-        per_layer = {"queries": self.heads, "keys": self.groups}
-        if dimension in per_layer:
-            return per_layer[dimension][layer] * self.head_dim
-        return self.mlp[layer] if dimension == "mlp" else self.head_dim
+    def of(self, dimension: str, layer: int) -> int:
+        """Length of a dimension, by its name in the tables above."""
+        return {
+            "vocabulary": self.vocabulary,
+            "hidden": self.padded_hidden,
+            "queries": self.heads[layer] * self.head_dim,
+            "keys": self.groups[layer] * self.head_dim,
+            "head": self.head_dim,
+            "mlp": self.mlp[layer],
+        }[dimension]
 
 
 def write_gguf(checkpoint: str, output: Path, dtype: str | None, round_to: int | None) -> Exported:
@@ -106,32 +109,32 @@ def write_gguf(checkpoint: str, output: Path, dtype: str | None, round_to: int |
     except ImportError as error:
         raise ConfigError("GGUF files need the package gguf: pip install 'hf_prune[gguf]'.") from error
     config = load_config(checkpoint)
-    base = ordinary(config)
+    base, found = ordinary(config), shapes(config, None)
     dtype = dtype or _own_dtype(config)
     if dtype not in DTYPES:
         raise ConfigError(f"dtype: found {dtype!r}, expected one of {DTYPES}.")
     _check(base)
-    found = shapes(config, None)
     if found is None:
         raise StructureError(f"{config.model_type}: the model cannot be built from its config.")
     sizes = _sizes(base, found, dtype, round_to or (_BLOCK if dtype.startswith("q") else 1))
     rope, factors = _rope(base, sizes.architecture)
     tokenizer = load_tokenizer(checkpoint, required=True)
     assert tokenizer is not None
-    words = vocabulary(tokenizer, base, sizes.vocabulary)
+    values = {**_values(base, sizes, dtype), **rope, **tokenizer_values(tokenizer, base, sizes.vocabulary)}
+    entries = list(_entries(found, base, sizes, factors))
+    output.parent.mkdir(parents=True, exist_ok=True)
     if sizes.architecture == "openelm" and not base.tie_word_embeddings:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
             plain = write_plain(checkpoint, Path(folder) / "plain", None)
             written = write_gguf(str(plain.path), output, dtype, round_to)
         note = "llama.cpp has no architecture for a qwen3 with layers that differ and a head of its own"
         return replace(written, num_parameters=plain.num_parameters, notes=(note, *plain.notes, *written.notes))
-    entries = list(_entries(found, base, sizes, factors))
-    source = open_model(checkpoint, layers_on="disk")
-    with replaced_file(output) as new:
-        _write(new, entries, source, sizes, base, rope, words, dtype)
     uneven = sum(_type(entry, dtype).name == "F16" for entry in entries) if dtype.startswith("q") else 0
     if uneven:
         sizes.notes.append(f"{uneven} tensors are f16: their rows are no multiple of {_BLOCK}")
+    source = open_model(checkpoint, layers_on="disk")
+    with replaced_file(output) as new:
+        _write(new, sizes.architecture, values, entries, source, dtype)
     num_exported = sum(math.prod(entry.shape) for entry in entries)
     size = output.stat().st_size
     return Exported(output, sizes.architecture, source.num_parameters(), num_exported, size, tuple(sizes.notes))
@@ -146,8 +149,8 @@ def _check(base: Any) -> None:
     """Refuse what llama.cpp computes in another way, or not at all."""
     if base.model_type not in _ARCHITECTURES:
         raise ConfigError(
-            f"found a {base.model_type} model, GGUF export knows {', '.join(_ARCHITECTURES)}. Export it as plain, and use "
-            "llama.cpp's own converter if it knows this family."
+            f"found a {base.model_type} model, GGUF export knows {', '.join(_ARCHITECTURES)}. Export it as plain, and "
+            "use llama.cpp's own converter if it knows this family."
         )
     if base.hidden_act not in ("silu", "swish"):
         raise ConfigError(f"hidden_act: found {base.hidden_act!r}, llama.cpp computes silu in this architecture.")
@@ -169,7 +172,8 @@ def _sizes(base: Any, found: Shapes, dtype: str, round_to: int) -> _Sizes:
     equal = len({*zip(heads, groups, mlp, strict=True)}) == 1
     if base.model_type == "qwen2" and heads[0] * head_dim != hidden:  # the one that takes them to be equal
         equal = False
-    sizes = _Sizes(plain if equal else differing, hidden, hidden, head_dim, vocab_size, heads, groups, mlp)
+    window = getattr(base, "sliding_window", None)
+    sizes = _Sizes(plain if equal else differing, hidden, hidden, head_dim, vocab_size, heads, groups, mlp, window)
     if not equal:
         # A layer without channels would lose its attention as well; the head size is read from layer 0; openelm has no
         # layers without attention.
@@ -184,14 +188,16 @@ def _sizes(base: Any, found: Shapes, dtype: str, round_to: int) -> _Sizes:
     if dtype.startswith("q") and hidden % _BLOCK and "model.layers.0.self_attn.q_norm.weight" not in found:
         sizes.padded_hidden = _BLOCK * math.ceil(hidden / _BLOCK)
         sizes.notes.append(f"{sizes.padded_hidden - hidden} hidden channels of zeros were added, norms adjusted")
-    if window := getattr(base, "sliding_window", None):
+    if window:
         sizes.notes.append(f"llama.cpp attends to all tokens here: right up to {window:,}, the sliding window")
     return sizes
 
 
 def _rope(base: Any, architecture: str) -> tuple[dict[str, Any], Tensor | None]:
-    """What llama.cpp is told of rotary embeddings: values by the `GGUFWriter` method that adds them, and divisors of the
-    frequencies `[head_dim / 2]`.
+    """What llama.cpp is told of rotary embeddings.
+
+    Returns:
+        Values by the `GGUFWriter` method that adds them, and divisors of the frequencies `[head_dim / 2]`, if any.
 
     Raises:
         ConfigError: it has no such kind of scaling.
@@ -233,7 +239,11 @@ def _entries(found: Shapes, base: Any, sizes: _Sizes, factors: Tensor | None) ->
         parts = {**(_ATTENTION if heads else {}), **_MLP}
         places.append((f"model.layers.{layer}.", f"blk.{layer}.", parts, layer))
     tensors = {*_OUTSIDE, *_ATTENTION, *_MLP}
-    foreign = [name for name in found if _in_layer(name).rpartition(".")[0] not in tensors]
+    foreign = [
+        name
+        for name in found
+        if _in_layer(name).rpartition(".")[0] not in tensors or (name.endswith("bias") and base.model_type == "qwen3")
+    ]
     if foreign:
         raise StructureError(f"{foreign[0]}: llama.cpp has no such tensor in {sizes.architecture}.")
     somewhere = {_in_layer(name) for name in found}
@@ -277,7 +287,7 @@ def _reader(
         tensor = pad(tensor, [n for amount in reversed(missing) for n in (0, amount)])
         if target in ("attn_q", "attn_k") and sizes.architecture in _INTERLEAVED:
             half = sizes.head_dim // 2
-            tensor = tensor.unflatten(0, (-1, 2, half)).transpose(1, 2).flatten(0, 2)
+            tensor = tensor.reshape(-1, 2, half, *tensor.shape[1:]).transpose(1, 2).flatten(0, 2)
         return tensor
 
     return read
@@ -300,49 +310,45 @@ def _type(entry: _Entry, dtype: str) -> Any:
     return GGMLQuantizationType[dtype.upper()]
 
 
-def _write(
-    path: Path,
-    entries: list[_Entry],
-    source: PreTrainedModel,
-    sizes: _Sizes,
-    base: Any,
-    rope: dict[str, Any],
-    words: Vocabulary,
-    dtype: str,
-) -> None:
-    """Write the file; one tensor at a time is in memory."""
-    import numpy as np
-    from gguf import GGUFWriter, LlamaFileType, quant_shape_to_byte_shape, quantize
+def _values(base: Any, sizes: _Sizes, dtype: str) -> dict[str, Any]:
+    """What the file says of the model, by the method of `GGUFWriter` that adds it, without `add_`."""
+    from gguf import LlamaFileType
 
     def per_layer(numbers: list[int]) -> int | list[int]:
         return numbers if sizes.architecture in ("deci", "openelm") else numbers[0]
 
-    writer = GGUFWriter(path, sizes.architecture)
-    if source.config._name_or_path:
-        writer.add_name(Path(source.config._name_or_path).name)
-    writer.add_file_type(LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
-    writer.add_quantization_version(2)
-    writer.add_block_count(len(sizes.mlp))
-    writer.add_context_length(min(base.max_position_embeddings, getattr(base, "sliding_window", None) or math.inf))
-    writer.add_embedding_length(sizes.padded_hidden)
-    writer.add_head_count(per_layer(sizes.heads))
-    writer.add_head_count_kv(per_layer(sizes.groups))
-    writer.add_feed_forward_length(per_layer(sizes.mlp))
-    writer.add_key_length(sizes.head_dim)
-    writer.add_value_length(sizes.head_dim)
-    writer.add_rope_dimension_count(sizes.head_dim)
-    writer.add_layer_norm_rms_eps(base.rms_norm_eps * sizes.hidden / sizes.padded_hidden)
-    writer.add_vocab_size(sizes.vocabulary)
-    for name, value in rope.items():
+    return {
+        "file_type": LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"],
+        "quantization_version": 2,
+        "block_count": len(sizes.mlp),
+        "context_length": min(base.max_position_embeddings, sizes.window or base.max_position_embeddings),
+        "embedding_length": sizes.padded_hidden,
+        "head_count": per_layer(sizes.heads),
+        "head_count_kv": per_layer(sizes.groups),
+        "feed_forward_length": per_layer(sizes.mlp),
+        "key_length": sizes.head_dim,
+        "value_length": sizes.head_dim,
+        "rope_dimension_count": sizes.head_dim,
+        "layer_norm_rms_eps": base.rms_norm_eps * sizes.hidden / sizes.padded_hidden,
+        "vocab_size": sizes.vocabulary,
+    }
+
+
+def _write(
+    path: Path, architecture: str, values: dict[str, Any], entries: list[_Entry], source: PreTrainedModel, dtype: str
+) -> None:
+    """Write the file; one tensor at a time is in memory."""
+    import numpy as np
+    from gguf import GGUFWriter, quant_shape_to_byte_shape, quantize
+
+    writer = GGUFWriter(path, architecture)
+    for name, value in values.items():
         getattr(writer, f"add_{name}")(value)
-    words.write(writer)
     for entry in entries:
-        kind = _type(entry, dtype)
-        if kind.name in ("F32", "F16"):
-            numpy_type = np.dtype(np.float32 if kind.name == "F32" else np.float16)
-            shape = entry.shape
-        else:
-            numpy_type, shape = np.dtype(np.uint8), quant_shape_to_byte_shape(entry.shape, kind)
+        kind, shape = _type(entry, dtype), entry.shape
+        numpy_type = np.dtype({"F32": np.float32, "F16": np.float16}.get(kind.name, np.uint8))
+        if numpy_type == np.uint8:
+            shape = quant_shape_to_byte_shape(shape, kind)
         writer.add_tensor_info(entry.name, shape, numpy_type, math.prod(shape) * numpy_type.itemsize, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

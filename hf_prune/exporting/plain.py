@@ -226,7 +226,9 @@ def _notes(config: Any, target: Any, structure: Structure, plan: PruningPlan) ->
             f"written as {target.model_type}: the same weights and computation, but the {config.model_type} config "
             "refuses these sizes"
         )
-    padded = sorted({family(structure.axes[name]) for name in plan.kept_indices if structure.axes[name].layer is not None})
+    padded = sorted(
+        {family(structure.axes[name]) for name in plan.kept_indices if structure.axes[name].layer is not None}
+    )
     notes += [f"units of zeros were added to {name} in layers narrower than the widest" for name in padded]
     for branch in ("attention", "mlp"):
         layers = [layer for layer, gone in sorted(plan.removed_branches) if gone == branch]

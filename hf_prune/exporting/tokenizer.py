@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import ConfigError
@@ -30,52 +29,20 @@ _SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
     ((f"{_WORDS}\\p{{N}}{{1,3}}|{_REST}",), True): "llama-bpe",
     ((_TEKKEN,), True): "tekken",
 }
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # token types of llama.cpp
+_NORMAL, _, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)  # token types of llama.cpp
+_NEVER = -1e6  # score of what no merge makes
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a GGUF file says of a tokenizer."""
-
-    model: str
-    """`gpt2`: merges of bytes; `llama`: pieces with scores, as SentencePiece has them."""
-    pre: str
-    tokens: list[str]
-    types: list[int]
-    scores: list[float]
-    merges: list[str]
-    special: dict[str, int]
-    """`bos`, `eos`, `unk`, `pad` → token id."""
-    adds: dict[str, bool]
-    """Whether `bos` and `eos` are put around a text; `space_prefix`: a space before it."""
-    chat_template: str | None
-
-    def write(self, writer: Any) -> None:
-        """Add it to a `GGUFWriter`."""
-        writer.add_tokenizer_model(self.model)
-        writer.add_tokenizer_pre(self.pre)
-        writer.add_token_list(self.tokens)
-        writer.add_token_types(self.types)
-        if self.scores:
-            writer.add_token_scores(self.scores)
-        if self.merges:
-            writer.add_token_merges(self.merges)
-        for name, token in self.special.items():
-            getattr(writer, f"add_{name}_token_id")(token)
-        writer.add_add_bos_token(self.adds["bos"])
-        writer.add_add_eos_token(self.adds["eos"])
-        writer.add_add_space_prefix(self.adds["space_prefix"])
-        if self.chat_template is not None:
-            writer.add_chat_template(self.chat_template)
-
-
-def vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, vocab_size: int) -> Vocabulary:
-    """Read a tokenizer for llama.cpp.
+def tokenizer_values(tokenizer: PreTrainedTokenizerBase, config: Any, vocab_size: int) -> dict[str, Any]:
+    """What a GGUF file says of a tokenizer.
 
     Args:
         tokenizer: a fast tokenizer: byte-level BPE, or BPE of SentencePiece pieces with byte fallback.
         config: of the model: its special token ids count where the tokenizer has none.
         vocab_size: rows of the embedding.
+
+    Returns:
+        Values by the method of `GGUFWriter` that adds them, without `add_`.
 
     Raises:
         ConfigError: llama.cpp would split texts in another way.
@@ -91,50 +58,44 @@ def vocabulary(tokenizer: PreTrainedTokenizerBase, config: Any, vocab_size: int)
     if max(texts) >= vocab_size:
         raise _refused(f"found token {max(texts)}, expected less than the {vocab_size} rows of the embedding")
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-    scores: dict[int, float] = {}
-    space_prefix = False
-    if pieces := bool(model.get("byte_fallback")):
-        space_prefix = _space_prefix(content)
-        scores = _scores(model["vocab"], merges)
-        pre = "default"
-    else:
-        pre = _split(content)
+    pieces = bool(model.get("byte_fallback"))
     types = []
     for index in range(vocab_size):
-        kind = _NORMAL if index in texts else _UNUSED
+        text = texts.get(index)
         if index in added:
-            kind = _CONTROL if added[index]["special"] else _USER_DEFINED
-        elif pieces and re.fullmatch("<0x[0-9A-F]{2}>", texts.get(index, "")):
-            kind = _BYTE
-        types.append(_UNKNOWN if pieces and texts.get(index) == model.get("unk_token") else kind)
-    special = {name: _token_id(tokenizer, config, name) for name in ("bos", "eos", "unk", "pad")}
-    one = tokenizer("a")["input_ids"]
+            types.append(_CONTROL if added[index]["special"] else _USER_DEFINED)
+        elif pieces and re.fullmatch("<0x[0-9A-F]{2}>", text or ""):
+            types.append(_BYTE)
+        else:
+            types.append(_UNUSED if text is None else _NORMAL)
+    values: dict[str, Any] = {
+        "token_list": [texts.get(index, f"[PAD{index}]") for index in range(vocab_size)],
+        "token_types": types,
+    }
+    if pieces:
+        scores = _scores(model["vocab"], merges)
+        values |= {"tokenizer_model": "llama", "tokenizer_pre": "default", "add_space_prefix": _space_prefix(content)}
+        values["token_scores"] = [scores.get(index, _NEVER) for index in range(vocab_size)]
+    else:
+        values |= {"tokenizer_model": "gpt2", "tokenizer_pre": _split(content)}
+        values["token_merges"] = [" ".join(pair) for pair in merges]
+    ids = tokenizer("a")["input_ids"]
+    for name, place in (("bos", 0), ("eos", -1), ("unk", None), ("pad", None)):
+        found = getattr(tokenizer, f"{name}_token_id", None)
+        found = getattr(config, f"{name}_token_id", None) if found is None else found
+        if isinstance(found, list):
+            found = found[0]
+        if found is not None:
+            values[f"{name}_token_id"] = found
+        if place is not None:
+            values[f"add_{name}_token"] = found is not None and ids[place] == found
     template = getattr(tokenizer, "chat_template", None)
-    return Vocabulary(
-        model="llama" if pieces else "gpt2",
-        pre=pre,
-        tokens=[texts.get(index, f"[PAD{index}]") for index in range(vocab_size)],
-        types=types,
-        scores=[scores.get(index, -1e6) for index in range(vocab_size)] if pieces else [],
-        merges=[] if pieces else [" ".join(pair) for pair in merges],
-        special={name: token for name, token in special.items() if token is not None},
-        adds={
-            "bos": special["bos"] is not None and one[0] == special["bos"],
-            "eos": special["eos"] is not None and one[-1] == special["eos"],
-            "space_prefix": space_prefix,
-        },
-        chat_template=template.get("default") if isinstance(template, dict) else template,
-    )
+    template = template.get("default") if isinstance(template, dict) else template
+    return values if template is None else {**values, "chat_template": template}
 
 
 def _refused(reason: str) -> ConfigError:
     return ConfigError(f"tokenizer: {reason}: llama.cpp would give other token ids. Export as plain instead.")
-
-
-def _token_id(tokenizer: Any, config: Any, name: str) -> int | None:
-    found = getattr(tokenizer, f"{name}_token_id", None)
-    found = getattr(config, f"{name}_token_id", None) if found is None else found
-    return found[0] if isinstance(found, list) else found
 
 
 def _parts(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -168,7 +129,7 @@ def _split(content: dict[str, Any]) -> str:
 
 
 def _space_prefix(content: dict[str, Any]) -> bool:
-    """Whether a tokenizer of SentencePiece pieces puts a space before a text, and does nothing else to it."""
+    """Whether a tokenizer of pieces puts a space before a text; besides, it may turn spaces into ▁."""
     prefix = False
     for step in [*_parts(content["normalizer"]), *_parts(content["pre_tokenizer"])]:
         if step["type"] == "Prepend" and step["prepend"] == "▁":
