@@ -118,6 +118,16 @@ def test_a_llama_with_a_head_count_that_its_class_refuses_is_a_mistral(tmp_path)
     assert any("llama config refuses" in note for note in written.notes)
 
 
+def test_a_llama_with_biases_has_no_other_class(tmp_path):
+    from served import tiny_served_model
+
+    model = tiny_served_model("llama", "different", attention_bias=True)
+    model.save_pretrained(tmp_path / "pruned")
+    written, plain_model = exported(tmp_path / "pruned", tmp_path / "plain")
+    assert written.architecture == "LlamaForCausalLM"
+    assert difference(model, plain_model) < 1e-4
+
+
 def test_heads_that_no_attribute_counts_stay_as_many_as_the_base_has(tmp_path):
     kept = {f"layers.{layer}.{axis}": (0, 1, 3) for layer in range(3) for axis in ("attention", "mlp")}
     path, pruned = saved(tmp_path, "gpt2", kept)

@@ -135,7 +135,7 @@ def write_gguf(checkpoint: str, output: Path, dtype: str | None, round_to: int |
     source = open_model(checkpoint, layers_on="disk")
     with replaced_file(output) as new:
         _write(new, sizes.architecture, values, entries, source, dtype)
-    num_exported = sum(math.prod(entry.shape) for entry in entries)
+    num_exported = sum(math.prod(entry.shape) for entry in entries if entry.name != "rope_freqs.weight")
     size = output.stat().st_size
     return Exported(output, sizes.architecture, source.num_parameters(), num_exported, size, tuple(sizes.notes))
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +29,7 @@ from hf_prune.surgery.expressing import family, shapes
 from hf_prune.surgery.slicing import pad_tensor, pruned_name
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
     from torch import Tensor
@@ -51,7 +51,7 @@ def write_plain(checkpoint: str, output: Path, dtype: str | None) -> Exported:
     model.generation_config = source.generation_config
     # What transformers takes for weights left on disk it reads one file's worth at a time.
     model.hf_device_map = {"": "disk"}
-    weights = _Padded(source, structure, plan)
+    weights: Any = _Padded(source, structure, plan)
     add_hook_to_module(model, AlignDevicesHook("cpu", offload=True, weights_map=weights, place_submodules=False))
     tokenizer = load_tokenizer(checkpoint, required=False)
     with replaced_directory(output) as new:
@@ -65,8 +65,8 @@ def write_plain(checkpoint: str, output: Path, dtype: str | None) -> Exported:
     return Exported(output, name, source.num_parameters(), model.num_parameters(), size, notes)
 
 
-class _Padded(Mapping[str, "Tensor"]):
-    """The weights of the wider model, each made when it is asked for."""
+class _Padded:
+    """The weights of the wider model by name, each made when it is asked for."""
 
     def __init__(self, source: PreTrainedModel, structure: Structure, plan: PruningPlan) -> None:
         self._source, self._structure, self._plan = source, structure, plan
@@ -75,12 +75,6 @@ class _Padded(Mapping[str, "Tensor"]):
         if pruned_name(name, self._structure, self._plan) is None:  # of a branch that was removed
             return torch.zeros(self._structure.shape(name), dtype=self._source.dtype)
         return pad_tensor(name, read_weight(self._source, name), self._structure, self._plan)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._structure.layouts)
-
-    def __len__(self) -> int:
-        return len(self._structure.layouts)
 
 
 def plain_config(config: Any) -> tuple[Any, Structure, PruningPlan]:
@@ -166,13 +160,17 @@ def _attempts(config: Any, found: Shapes) -> Iterator[tuple[Any, Structure, Prun
 
     The later ones leave more and more axes as wide as the base: not every config can say how many heads there are.
     """
-    bases = [ordinary(config)]
-    if config.model_type in _SAME_WEIGHTS:
-        bases.append(ordinary(config, *_SAME_WEIGHTS[config.model_type]))
+    others = [_SAME_WEIGHTS[config.model_type]] if config.model_type in _SAME_WEIGHTS else []
     narrowed = []
-    for base in bases:
-        structure = infer_structure(base)
-        plan = plan_between(structure, found)
+    for kind in ((None, None), *others):
+        try:
+            base = ordinary(config, *kind)
+            structure = infer_structure(base)
+            plan = plan_between(structure, found)
+        except StructureError:
+            if not narrowed:
+                raise
+            continue  # the other class has no place for some tensor
         widest: dict[str, int] = {}
         for name in plan.num_units.keys() - plan.vanished_axes:
             if structure.axes[name].kind != "layer":
