@@ -150,6 +150,7 @@ def test_a_sliding_window_bounds_the_context(tmp_path):
 _TEXTS = (
     "he walked 12345 miles, wasn't it?\n\n  Slowly   SHE'S\tthere! ",
     "  (the old-house)...\r\n\r\n 1.5e10 x_y The light",
+    "camelCaseRIVERs: a/\n\nb 98765 12345",
 )
 _WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -161,17 +162,18 @@ _TEKKEN = (
 
 
 def trained(pre_tokenizer, *, bos=False, **model):
-    """A byte-level tokenizer that splits texts as told, trained on such texts."""
+    """A byte-level tokenizer that splits texts as told; it has learned merges across splits, so that they matter."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     raw = Tokenizer(models.BPE(**model))
-    raw.pre_tokenizer = pre_tokenizer
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=316, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
     )
     raw.train_from_iterator([*_TEXTS * 3, "12 123 1234 THE !! \n\n"], trainer)
+    raw.pre_tokenizer = pre_tokenizer
     raw.add_tokens(["<house>"])
     if bos:
         raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])

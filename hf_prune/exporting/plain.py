@@ -161,7 +161,7 @@ def _attempts(config: Any, found: Shapes) -> Iterator[tuple[Any, Structure, Prun
     The later ones leave more and more axes as wide as the base: not every config can say how many heads there are.
     """
     others = [_SAME_WEIGHTS[config.model_type]] if config.model_type in _SAME_WEIGHTS else []
-    narrowed = []
+    narrowed: list[tuple[Any, Structure, PruningPlan, dict[str, int]]] = []
     for kind in ((None, None), *others):
         try:
             base = ordinary(config, *kind)
