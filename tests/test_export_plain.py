@@ -166,6 +166,16 @@ def test_what_zeros_would_change_is_refused_and_nothing_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("format", ["plain", "gguf"])
+def test_quantised_checkpoints_are_refused(format, tmp_path):
+    tiny_model("llama", dtype=torch.float32).save_pretrained(tmp_path / "dense")
+    path = tmp_path / "dense" / "config.json"
+    quantised = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": quantised}))
+    with pytest.raises(StructureError, match="quantised"):
+        hf_prune.export(tmp_path / "dense", tmp_path / "out", format=format)
+
+
 def test_bad_arguments_are_refused_before_anything_is_read(tmp_path):
     (tmp_path / "there").write_text("mine")
     with pytest.raises(CheckpointError, match="exists already"):

@@ -193,6 +193,8 @@ def ordinary(config: Any, model_type: str | None = None, values: Mapping[str, An
     """`config` without what pruning wrote into it: all layers as wide as the base model's; of another type if given."""
     from transformers import CONFIG_MAPPING
 
+    if getattr(config, "quantization_config", None):
+        raise StructureError("found a quantised checkpoint, expected one that is not. Export first, quantise then.")
     ours = ("per_layer_config", "pruning_config", "auto_map", FLAG, DIGESTS)
     own = {key: value for key, value in config.to_dict().items() if key not in (*ours, "model_type")}
     kind = type(config) if model_type is None else CONFIG_MAPPING[model_type]
