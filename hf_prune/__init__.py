@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from hf_prune.errors import HFPruneError as HFPruneError
     from hf_prune.evaluation.latency import measure_latency as measure_latency
     from hf_prune.evaluation.perplexity import perplexity as perplexity
+    from hf_prune.exporting import Exported as Exported
+    from hf_prune.exporting import export as export
     from hf_prune.latency import LatencyTable as LatencyTable
     from hf_prune.modeling import PrunedModelForCausalLM as PrunedModelForCausalLM
     from hf_prune.pipeline import PruningResult as PruningResult
@@ -47,6 +49,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "DistillationTrainer": "hf_prune.recovery.distillation",
     "DivergenceGuard": "hf_prune.recovery.divergence",
+    "Exported": "hf_prune.exporting",
     "HFPruneError": "hf_prune.errors",
     "LLMPrunerConfig": "hf_prune.config",
     "LatencyTable": "hf_prune.latency",
@@ -66,6 +69,7 @@ _WHERE = {
     "allocate": "hf_prune.allocation",
     "apply_plan": "hf_prune.surgery.pruning",
     "apply_plan_": "hf_prune.surgery.in_place",
+    "export": "hf_prune.exporting",
     "hill_exponents": "hf_prune.allocation",
     "infer_structure": "hf_prune.structure.inference",
     "lora_config": "hf_prune.recovery.lora",

@@ -336,6 +336,38 @@ def recover(
 
 
 @app.command()
+def export(
+    checkpoint: Model,
+    output: Annotated[Path, typer.Argument(help="New file (gguf) or directory.")],
+    format: Annotated[
+        str, typer.Option(help="plain: stock transformers, all layers alike; gguf: llama.cpp; onnx.", metavar="FORMAT")
+    ],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="gguf: f32, f16, bf16, q8_0 or q4_0; else as torch has it. Default: the checkpoint's own."),
+    ] = None,
+    round_to: Annotated[
+        int | None,
+        typer.Option(
+            help="gguf: MLP widths become a multiple of this by zeros; 256 for K-quants. Default: as dtype needs."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a pruned or dense checkpoint in a format that other engines read."""
+    from hf_prune import printing
+    from hf_prune.exporting import export as run
+
+    written = run(checkpoint, output, format=format, dtype=dtype, round_to=round_to)
+    values = {name: value for name, value in vars(written).items() if name != "notes"} | {"path": str(written.path)}
+    if as_json:
+        _print_json({**values, "notes": written.notes})
+    else:
+        notes = {f"note {i}": note for i, note in enumerate(written.notes, 1)}
+        printing.print_values({**values, **notes})
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Directory for the pictures, the table and the pruned model.")] = Path(
         "demo_output"

@@ -28,6 +28,7 @@ PAGES = (
     "docs/repair.md",
     "docs/allocation.md",
     "docs/recovery.md",
+    "docs/serving.md",
     "docs/design.md",
     "docs/changelog.md",
     "docs/contributing.md",

@@ -55,6 +55,20 @@ def slice_tensor(name: str, tensor: Tensor, structure: Structure, plan: PruningP
     )
 
 
+def pad_tensor(name: str, tensor: Tensor, structure: Structure, plan: PruningPlan) -> Tensor:
+    """The inverse of `slice_tensor`: the shape of the dense tensor, zero in the units that `plan` removes."""
+    found, expected = tuple(tensor.shape), structure.shape(name, plan.widths)
+    if found != expected:
+        raise PlanError(f"{name}: found shape {found}, the plan leaves {expected}.")
+    padded = tensor.detach()
+    for dim, layout in enumerate(structure.layouts[name]):
+        if any(axis in plan.kept_indices for axis in lay.axes(layout)):
+            wider = padded.new_zeros(*padded.shape[:dim], lay.size(layout, {}), *padded.shape[dim + 1 :])
+            kept = lay.indices(layout, plan.kept_indices).to(tensor.device)
+            padded = wider.index_copy_(dim, kept, padded)
+    return padded
+
+
 def check_tensor(name: str, tensor: Tensor, structure: Structure) -> None:
     """Raise `PlanError` unless `structure` describes this tensor."""
     if name not in structure.layouts:
