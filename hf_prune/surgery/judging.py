@@ -13,7 +13,9 @@ import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hf_prune.checkpoint.per_layer import SelectInput
 from hf_prune.errors import StructureError
@@ -33,6 +35,7 @@ _WITHOUT_VALUES = frozenset(("device", "layout", "pin_memory", "memory_format", 
 _VIEWS = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias"))
 _OF_SIZE = frozenset((*_VIEWS, "expand", "squeeze", "unsqueeze"))
 """Left out where sizes do not count: what `reshape` becomes depends on strides, and one head is not repeated."""
+_PRODUCTS = {torch.einsum: "einsum"} | dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), "matmul")
 _INDICES = ("layer_idx", "layer_id", "layer_number")
 
 
@@ -127,7 +130,8 @@ class _Expressions(Forward):  # type: ignore[no-untyped-call]
 
     def compute(self, model: nn.Module) -> None:
         """Run the model."""
-        output = self.run(model)
+        with _Composites(self):
+            output = self.run(model)
         self.result = self.number(output["logits"] if "logits" in output else next(tensors(output)))
 
     def number(self, tensor: Tensor) -> int:
@@ -145,6 +149,11 @@ class _Expressions(Forward):  # type: ignore[no-untyped-call]
         """Take `tensor` for the same as `other`."""
         self.alive.append(tensor)
         self._found[id(tensor)] = self.number(other)
+
+    def composed(self, name: str, arguments: Any, output: Tensor) -> None:
+        """Number the result of an operation as a whole, whatever it is made of at these sizes."""
+        self.alive.append(output)
+        self._found[id(output)] = self._of((0, (name, self._literal(arguments))))
 
     def saw(
         self, func: Any, name: str, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], outputs: list[Tensor]
@@ -184,6 +193,20 @@ class _Expressions(Forward):  # type: ignore[no-untyped-call]
         if isinstance(value, (list, tuple)):
             return tuple(map(self._literal, value))
         return value if value is None or type(value) in (bool, int, str) else repr(value)
+
+
+class _Composites(TorchFunctionMode):  # type: ignore[no-untyped-call]
+    """Takes products for one operation: of which ones they are made depends on sizes, such as that of a single head."""
+
+    def __init__(self, run: _Expressions) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._run = run
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func in _PRODUCTS:
+            self._run.composed(_PRODUCTS[func], args, output)
+        return output
 
 
 @functools.cache
