@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_prune.atomic import temporary_directory
@@ -13,6 +12,7 @@ from hf_prune.errors import ConfigError, HFPruneError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
