@@ -29,9 +29,9 @@ lint: install
 test: lint
 	$(BIN)/pytest -n $(WORKERS)
 
-# Kill `prune` ten times at random places; it must end with the same bits.
+# Kill every long command twenty times at random places; it must end with the same bits.
 kills: install
-	HF_PRUNE_KILLS=10 $(BIN)/pytest tests/test_layers_on_disk.py -k killed
+	HF_PRUNE_KILLS=20 $(BIN)/pytest tests/test_kills.py
 
 # Random plans over 24 families, until there are 10,000 in docs/laws.json (about 45 minutes of one core); goes on where it stopped.
 laws: install

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hf_prune.recovery.lora import merge_adapters as merge_adapters
     from hf_prune.recovery.recover import recover as recover
     from hf_prune.recovery.resuming import align_to_checkpoint as align_to_checkpoint
+    from hf_prune.recovery.resuming import last_checkpoint as last_checkpoint
     from hf_prune.structure.inference import infer_structure as infer_structure
     from hf_prune.structure.structure import Structure as Structure
     from hf_prune.surgery.in_place import apply_plan_ as apply_plan_
@@ -72,6 +73,7 @@ _WHERE = {
     "export": "hf_prune.exporting",
     "hill_exponents": "hf_prune.allocation",
     "infer_structure": "hf_prune.structure.inference",
+    "last_checkpoint": "hf_prune.recovery.resuming",
     "lora_config": "hf_prune.recovery.lora",
     "measure_latency": "hf_prune.evaluation.latency",
     "merge_adapters": "hf_prune.recovery.lora",

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import inspect as inspect_module
 import os
+import signal
+import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,17 +25,52 @@ if TYPE_CHECKING:
     from hf_prune.config import PruningConfig
 
 
+_GOES_ON = {"prune": "--work-dir", "sweep": "", "recover": "--resume"}
+"""Commands that take up what was done when they are given again, with this option."""
+
+
 class _Commands(TyperGroup):
-    """Bad input ends in one red line and exit code 2. Any other error is ours and keeps its traceback."""
+    """Bad input and a full disk end in one red line and exit code 2. Any other error is ours and keeps its traceback.
+
+    SIGTERM is taken as Ctrl-C is: what was begun is cleaned up, and one line says how to go on.
+    """
 
     def invoke(self, ctx: Any) -> Any:
+        from hf_prune.printing import print_error
+
+        words, before = list(ctx.args), signal.getsignal(signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread() and before == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
         except HFPruneError as error:
-            from hf_prune.printing import print_error
-
             print_error(str(error))
             raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            print_error(f"no space is left: {error}. Free disk space, or choose another directory.")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as stop:
+            number = int(stop.args[0]) if stop.args else signal.SIGINT
+            if not int(os.environ.get("RANK", "0")):
+                typer.echo(f"interrupted{_how_to_go_on(str(ctx.invoked_subcommand), words)}.", err=True)
+            raise typer.Exit(128 + number) from None
+        finally:
+            if signal.getsignal(signal.SIGTERM) is _terminate:
+                signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _how_to_go_on(command: str, words: list[str]) -> str:
+    if command not in _GOES_ON:
+        return ""
+    option = _GOES_ON[command]
+    given = not option or any(word.split("=")[0] == option for word in words)
+    return ": the same command goes on" if given else f"; runs with {option} go on"
 
 
 app = typer.Typer(
@@ -58,6 +97,7 @@ Table = Annotated[
     Path | None, typer.Option(help="JSON of measured latencies, for --budget latency. Default: measured.")
 ]
 BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that is in the output directory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -127,6 +167,7 @@ def prune(
         typer.Option(help="Directory for intermediate results: the same command resumes an interrupted run."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but save: print the plan.")] = False,
+    overwrite: Overwrite = False,
     **fields: Any,
 ) -> None:
     """Prune a model and save it: weights, widths in config.json, plan, tokenizer and model card."""
@@ -136,37 +177,43 @@ def prune(
 
     from hf_prune import pipeline, printing
     from hf_prune.checkpoint.files import needs_plugin
-    from hf_prune.checkpoint.saving import check_directory, save_pruned
+    from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
     from hf_prune.latency import LatencyTable
+    from hf_prune.layers.processes import reserved_for_all
     from hf_prune.loading import load_tokenizer
 
-    if output is not None and not dry_run:
-        check_directory(output.absolute())
+    target = None if dry_run else output
+    if target is not None:
+        fields = {name: getattr(chosen, name, None) for name in ("policy", "save_policy", "state_dir")}
+        read = {name: Path(value) for name, value in fields.items() if value} | {"work_dir": work_dir}
+        check_apart(target, model=model, calibration=calibration, config=config, latency_table=latency_table, **read)
+        check_directory(target.absolute(), overwrite=overwrite)
     table = LatencyTable.load(latency_table) if latency_table is not None else None
     tokenizer = load_tokenizer(model, required=calibration is not None)
     printing.show_price()
     start = time.perf_counter()
-    result = pipeline.prune(
-        model,
-        chosen,
-        tokenizer=tokenizer,
-        calibration=calibration,
-        batch_size=batch_size,
-        latency=table,
-        layers_on=layers_on,  # type: ignore[arg-type]  # checked there
-        work_dir=work_dir,
-        device=device,
-        dtype=dtype,
-        output=None if dry_run else output,
-    )
-    prune_s = time.perf_counter() - start
-    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one saves and prints
-        return
-    if output is not None and not dry_run:
-        save_pruned(result.model, output, plan=result.plan, tokenizer=tokenizer)
+    with reserved_for_all(target) if target is not None else nullcontext():
+        result = pipeline.prune(
+            model,
+            chosen,
+            tokenizer=tokenizer,
+            calibration=calibration,
+            batch_size=batch_size,
+            latency=table,
+            layers_on=layers_on,  # type: ignore[arg-type]  # checked there
+            work_dir=work_dir,
+            device=device,
+            dtype=dtype,
+            output=target,
+        )
+        prune_s = time.perf_counter() - start
+        if int(os.environ.get("RANK", "0")):  # one of several processes: the first one saves and prints
+            return
+        if target is not None:
+            save_pruned(result.model, target, plan=result.plan, tokenizer=tokenizer)
     printing.print_plan(result.plan, result.structure)
     printing.print_outcome(
-        output=None if dry_run else output,
+        output=target,
         plugin=needs_plugin(result.model.config),
         perplexity=(result.perplexity_before, result.perplexity_after),
         prune_s=prune_s,
@@ -201,13 +248,17 @@ def sweep(
 ) -> None:
     """Compare methods, allocations and ratios: one table, one picture. Run again to go on where it stopped."""
     from hf_prune import printing
+    from hf_prune.checkpoint.saving import check_apart
     from hf_prune.data import check_there
     from hf_prune.gate import check_config
     from hf_prune.latency import LatencyTable
     from hf_prune.loading import load_config, load_model, load_tokenizer
+    from hf_prune.sweep import check_folder
     from hf_prune.sweep import sweep as run_sweep
 
     chosen = read_sweep(methods, ratios, allocations or [], repairs, fields)
+    check_apart(output, model=model)
+    check_folder(output)
     table = LatencyTable.load(latency_table) if latency_table is not None else None
     tokenizer = load_tokenizer(model, required=True)
     assert tokenizer is not None
@@ -297,7 +348,8 @@ def recover(
     hidden_weight: Annotated[float, typer.Option(help="Weight of hidden-state matching, 0 or more.")] = 0.0,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
     seq_len: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of this output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Train a pruned model and save it: LoRA (the default) or all weights, with or without a teacher.
 
@@ -325,6 +377,7 @@ def recover(
         steps=steps,
         seq_len=seq_len,
         resume=resume,
+        overwrite=overwrite,
         **options,
     )
     if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import AutoModelForCausalLM
 
+from hf_prune.atomic import replaced_file
 from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.config import LLMPrunerConfig, MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig
 from hf_prune.data import load_text
@@ -23,6 +24,7 @@ from hf_prune.layers.weights import inference
 from hf_prune.loading import load_model, load_tokenizer
 from hf_prune.pipeline import prune
 from hf_prune.printing import print_plan
+from hf_prune.reading import save_text_file
 from hf_prune.structure.inference import infer_structure
 
 if TYPE_CHECKING:
@@ -86,11 +88,13 @@ def run_demo(output: Path, *, model_dir: Path = MODEL_DIR) -> None:
     for title, model in (("dense", dense), ("pruned", reloaded)):
         console.print(Text(f"\n{title}: ", style="bold") + Text(_continue(model, tokenizer, PROMPT)))
 
-    (output / "results.md").write_text(markdown_table(rows), encoding="utf-8")
+    save_text_file(output / "results.md", markdown_table(rows))
     written = ["results.md", "pruned/"]
     if find_spec("matplotlib") is not None:
-        perplexity_picture(rows, output / "perplexity.png")
-        widths_picture(plan.widths, plan.num_units, output / "widths.png", title=f"What {SAVED[0]} keeps")
+        with replaced_file(output / "perplexity.png") as new:
+            perplexity_picture(rows, new)
+        with replaced_file(output / "widths.png") as new:
+            widths_picture(plan.widths, plan.num_units, new, title=f"What {SAVED[0]} keeps")
         written += ["perplexity.png", "widths.png"]
     console.print(f"\nWritten to {output}: {', '.join(written)} ({time.perf_counter() - start:.0f} s)")
 

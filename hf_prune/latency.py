@@ -215,7 +215,7 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to `path`; an interrupted write leaves an older file intact."""
-        save_text_file(path, self.to_json() + "\n", "latency table", PlanError)
+        save_text_file(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:

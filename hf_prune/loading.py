@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import shutil
-import tempfile
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from hf_prune.atomic import temporary_directory
 from hf_prune.errors import ConfigError, HFPruneError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -112,15 +112,10 @@ def open_model(
         needed = structure.num_parameters() * _itemsize(config, dtype)
         if needed <= MEMORY_SHARE * free_memory(device):
             return load_model(str(source), device=device, dtype=dtype)
-    own = Path(tempfile.mkdtemp(prefix="hf_prune-")) if folder is None else folder
-    try:
+    with contextlib.ExitStack() as held:
+        own = folder or held.enter_context(temporary_directory())
         model = load_model(str(source), device=device, dtype=dtype, on_disk=structure.layer_paths, folder=own)
-    except BaseException:
-        if folder is None:
-            shutil.rmtree(own, ignore_errors=True)
-        raise
-    if folder is None:
-        weakref.finalize(model, shutil.rmtree, own, ignore_errors=True)
+        weakref.finalize(model, held.pop_all().close)
     return model
 
 

@@ -191,7 +191,7 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to `path`; an interrupted write leaves an older file intact."""
-        save_text_file(path, self.to_json(), "plan", PlanError)
+        save_text_file(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:

@@ -42,13 +42,10 @@ def load_text_file(path: str | os.PathLike[str], what: str, refusal: type[HFPrun
         raise refusal(f"no {what} can be read from {path}: {error}.") from error
 
 
-def save_text_file(path: str | os.PathLike[str], text: str, what: str, refusal: type[HFPruneError]) -> None:
-    """Write `text`, a value called `what`; an interrupted write leaves an older file intact."""
-    try:
-        with replaced_file(Path(path)) as new:
-            new.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise refusal(f"the {what} could not be written to {path}: {error}.") from error
+def save_text_file(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` as `replaced_file` does; `CheckpointError` if the disk refuses."""
+    with replaced_file(Path(path)) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def check_regular(path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from hf_prune.atomic import held_by, replaced_file
 from hf_prune.config import CONFIGS, PruningConfig, selected_axes
 from hf_prune.data import load_text
 from hf_prune.errors import BudgetError, CheckpointError, ConfigError, ScoreError
@@ -27,6 +28,7 @@ from hf_prune.evaluation.report import markdown_table, tradeoff_picture
 from hf_prune.evaluation.speed import measure_speed, num_parameters, usual_request
 from hf_prune.gate import check_model, check_windows, unwrapped
 from hf_prune.latency import LatencyTable
+from hf_prune.layers.processes import reserved_for_all
 from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.methods import METHODS, check_scores, score
 from hf_prune.pipeline import base_model_of, calibration_data, prune
@@ -229,6 +231,12 @@ def _load_scores(path: Path, structure: Structure, config: PruningConfig) -> dic
         return None
 
 
+def check_folder(folder: Path) -> None:
+    """Raise `ConfigError` if `folder` holds something, but no sweep."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "results.json").exists():
+        raise ConfigError(f"{folder} is not empty and holds no sweep; name a new directory.")
+
+
 class _Results:
     """The rows in `results.json`: read when made, written at each change."""
 
@@ -236,11 +244,11 @@ class _Results:
         self._path = folder / "results.json"
         self._circumstances = circumstances
         self.rows: dict[Key, Values] = {}
+        held_by(self, reserved_for_all(folder.absolute()))
         try:
+            check_folder(folder)
             folder.mkdir(parents=True, exist_ok=True)
             found = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else None
-            if found is None and any(folder.iterdir()):
-                raise ConfigError(f"{folder} is not empty and holds no sweep; name a new directory.")
             if found is not None:
                 self._take(found)
         except OSError as error:
@@ -267,16 +275,17 @@ class _Results:
         """Keep a row, and write all of them; an interrupted write leaves the older file."""
         self.rows[key] = {**dict(zip(_COLUMNS, key, strict=True)), **row}
         text = json.dumps({"circumstances": self._circumstances, "rows": list(self.rows.values())}, indent=1)
-        save_text_file(self._path, text + "\n", "table of results", CheckpointError)
+        save_text_file(self._path, text + "\n")
 
     def report(self, keys: Sequence[Key]) -> list[Values]:
         """Write the table of all rows there are, and a picture if one has a point; return those of `keys`."""
         folder = self._path.parent
-        (folder / "results.md").write_text(markdown_table(list(self.rows.values())), encoding="utf-8")
+        save_text_file(folder / "results.md", markdown_table(list(self.rows.values())))
         drawable = any(row.get("decoder_ratio") and row["perplexity"] for row in self.rows.values())
         if drawable and find_spec("matplotlib") is not None:
             rows = [{**row, "method": _label(key)} for key, row in self.rows.items()]
-            tradeoff_picture(rows, folder / "tradeoff.png")
+            with replaced_file(folder / "tradeoff.png") as new:
+                tradeoff_picture(rows, new)
         return [self.rows[key] for key in keys]
 
 

@@ -87,7 +87,7 @@ def test_learned_masks_leave_their_learning_curve(model, text, tmp_path):
     flags = ("--method", "policy_gradient", "--pruning-ratio", 0.3, "--init", "magnitude", "--policy-steps", 3)
     flags += ("--calibration", text, "--num-samples", 4, "--seq-len", 8, "--state-dir", state)
     for _ in range(2):  # the second time nothing is left to learn: the curve comes from the state
-        result = run("prune", model, output, *flags)
+        result = run("prune", model, output, *flags, "--overwrite")
         assert result.exit_code == 0, result.output
         assert (output / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
         assert "](learning_curve.png)" in (output / "README.md").read_text()

@@ -5,7 +5,7 @@ import pytest
 from structures import llama
 
 from hf_prune.config import RandomConfig
-from hf_prune.errors import PlanError
+from hf_prune.errors import CheckpointError, PlanError
 from hf_prune.plan import PruningPlan, prunable_units
 
 SMALL = {"num_layers": 3, "hidden": 16, "mlp": 12, "kv": 2, "group": 2, "head_dim": 4, "vocab": 32}
@@ -40,7 +40,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "plan.json"
     make_plan({}).save(path)
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(PlanError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         make_plan({"layers.0.mlp": (1,)}).save(path)
     monkeypatch.undo()
     assert PruningPlan.load(path) == make_plan({})

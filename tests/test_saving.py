@@ -199,7 +199,9 @@ def test_too_full_a_disk_is_seen_before_writing(tmp_path, monkeypatch):
 
 def test_files_left_by_a_killed_swap_are_moved_back(checkpoint):
     before = contents(checkpoint)
-    checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.old-0123abcd"))
+    left = checkpoint.with_name(f".{checkpoint.name}.new-0123abcd")
+    left.mkdir()
+    checkpoint.rename(left / ".replaced")
     with pytest.raises(RuntimeError, match="stop"), atomic.replaced_directory(checkpoint):
         raise RuntimeError("stop")
     assert contents(checkpoint) == before

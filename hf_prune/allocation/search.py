@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 from hf_prune.allocation.budgets import spending_of
 from hf_prune.allocation.ladders import state_after
 from hf_prune.allocation.sequences import Share, by_fraction, nearest_prefix
-from hf_prune.atomic import replaced_file
 from hf_prune.errors import BudgetError, CalibrationError, ConfigError
 from hf_prune.layers.losses import divergence
 from hf_prune.layers.masking import masked
@@ -223,11 +222,9 @@ class _Judge:
         self._known: dict[str, float] = {}
         # what a plan loses depends on the windows, and on how repair would leave it
         how = f"{config.search_samples}-{'none' if preview is None else config.repair_ridge}"
-        self._file = None if work is None else work.stage(f"search-{how}").path / "divergences.json"
-        self._stored: dict[str, float] = {}
-        if self._file is not None and self._file.exists():
-            self._stored = json.loads(self._file.read_text(encoding="utf-8"))
-        self._stored = of_main_process(self._stored)
+        self._work = None if work is None else work.stage(f"search-{how}")
+        found = None if self._work is None else self._work.load("divergences")
+        self._stored: dict[str, float] = of_main_process(found[1] if found else {})
         self._walk = Walk(model, structure.layer_paths, windows, protocol=protocol)
         self._dense = [output.offloaded() for output in self._walk.outputs()]
 
@@ -245,9 +242,8 @@ class _Judge:
         if asked:
             plans = [make_plan(self._structure, self._kept(start), self._config, None) for start in asked.values()]
             self._stored |= dict(zip(asked, self._divergences(plans), strict=True))
-            if self._file is not None:
-                with replaced_file(self._file) as file:
-                    file.write_text(json.dumps(self._stored), encoding="utf-8")
+            if self._work is not None:
+                self._work.save("divergences", {}, self._stored)
         self._known |= {key: self._stored[key] for key in new}
         return [Individual(start.ladders, start.taken, self._known[self.key(start)]) for start in starts]
 

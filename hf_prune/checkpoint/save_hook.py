@@ -6,13 +6,15 @@ import functools
 import hashlib
 import logging
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.checkpoint.files import CODE_NAME, PLAN_NAME, agrees, needs_plugin, read_plan
+from hf_prune.checkpoint.files import CODE_NAME, PLAN_NAME, agrees, needs_plugin, read_json, read_plan
 from hf_prune.checkpoint.per_layer import DIGESTS, config_digest
 from hf_prune.errors import CheckpointError
+from hf_prune.layers.processes import main_writes
+from hf_prune.layers.weights import is_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,6 +62,25 @@ def plan_of(model: PreTrainedModel, directory: Path | None = None) -> PruningPla
     return None
 
 
+def check_source(model: PreTrainedModel, directory: Path) -> None:
+    """Refuse to save over the checkpoint that `model` was pruned from, or over one that its layers are read from.
+
+    Raises:
+        CheckpointError: `directory` is where it came from, and what lies there is another model.
+    """
+    config = model.config
+    for source in {config._name_or_path, (config.pruning_config or {}).get("base_model_name_or_path")} - {None, ""}:
+        with suppress(OSError):  # a Hub id, or gone
+            if not os.path.samefile(source, directory) or not (directory / "config.json").exists():
+                continue
+            there = read_json(directory / "config.json").get("pruning_config") or {}
+            if is_on_disk(model) or there.get("widths") != config.pruning_config.get("widths"):
+                raise CheckpointError(
+                    f"{directory} holds the model that this one was pruned from or is read from; it would be lost. "
+                    "Choose another directory."
+                )
+
+
 def source_plans(config: PreTrainedConfig) -> Iterator[Path]:
     """Plan files where the model came from: a directory, or the Hub's cache (never the network)."""
     source = getattr(config, "_name_or_path", "")
@@ -91,15 +112,17 @@ def _with_companions(original: Callable[..., None]) -> Callable[..., None]:
         )
         if not pruned or os.path.isfile(save_directory):
             return original(self, save_directory, is_main_process, *args, **kwargs)
+        check_source(self, Path(save_directory))
         self.config.architectures = [type(self).__name__.removeprefix("FSDP")]  # as the original will do
         references, code = _remote_code(self.config)
-        with _saved_auto_map(self.config, references):
+        writes = main_writes(f"save_pretrained {os.path.realpath(save_directory)}")
+        with _saved_auto_map(self.config, references), writes if is_main_process else nullcontext(False) as mine:
             # before the original: it may push the directory to the Hub before it returns
-            if is_main_process:
+            if mine:
                 digests = _write_companions(self, Path(save_directory), code)
                 setattr(self.config, DIGESTS, digests | {"config.json": config_digest(self.config.to_dict())})
             try:
-                return original(self, save_directory, is_main_process, *args, **kwargs)
+                return original(self, save_directory, mine, *args, **kwargs)
             finally:
                 vars(self.config).pop(DIGESTS, None)
 

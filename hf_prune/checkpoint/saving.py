@@ -24,9 +24,10 @@ from hf_prune.checkpoint.files import (
     load_plan,
     read_plan,
 )
-from hf_prune.checkpoint.save_hook import install_save_hook, plan_of, source_plans
+from hf_prune.checkpoint.save_hook import check_source, install_save_hook, plan_of, source_plans
 from hf_prune.checkpoint.verifying import verify_checkpoint
 from hf_prune.errors import CheckpointError
+from hf_prune.layers.processes import main_writes
 from hf_prune.layers.weights import is_on_disk, to_bytes
 
 if TYPE_CHECKING:
@@ -82,6 +83,10 @@ def save_pruned(
 ) -> None:
     """Save a pruned model with plan, tokenizer, model card and pictures. Replaces `save_directory` in one step.
 
+    As `save_pretrained` does, it replaces an older checkpoint: training saves again and again. But never one that the
+    model was pruned from: nothing could bring that back. Of several processes the main one writes, and the others that
+    call it wait.
+
     Everything is written beside `save_directory` and swapped in by renames: an error, a full disk or an interruption
     leaves what was there. Weights are safetensors only. From an older checkpoint in `save_directory`, tokenizer files
     (if `tokenizer` is `None`), licence files and the hand-written parts of README.md are taken over. The pictures are
@@ -103,11 +108,24 @@ def save_pruned(
     directory = Path(os.path.realpath(save_directory))
     _check_model(model, plan)
     install_save_hook()
-    check_directory(directory, model)
+    check_source(model, directory)
     plan = plan or plan_of(model, directory)
     if plan is not None:
         model._pruning_plan = plan  # from here on it travels with the model
-    with _naming("the directory", directory), replaced_directory(directory) as new:
+    with main_writes(f"save {directory}") as mine:
+        if mine:
+            check_directory(directory, model)
+            _write(model, directory, tokenizer, max_shard_size, report)
+
+
+def _write(
+    model: PreTrainedModel,
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_shard_size: int | str,
+    report: Mapping[str, Any] | None,
+) -> None:
+    with replaced_directory(directory) as new:
         with _naming("the weights and configuration", directory):
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
@@ -179,11 +197,39 @@ def _check_model(model: PreTrainedModel, plan: PruningPlan | None) -> None:
         )
 
 
-def check_directory(directory: Path, model: PreTrainedModel | None = None) -> None:
+def check_apart(directory: Path, **inputs: Any) -> None:
+    """Refuse a directory to write to that is, or holds, what is read: a model, a text, a work directory, ...
+
+    Args:
+        directory: will be replaced as a whole.
+        **inputs: by name; Hub ids, rows, and models that come from no directory are passed over.
+
+    Raises:
+        CheckpointError: it is an input, by whichever links and paths, or one lies in it.
+    """
+    for name, value in inputs.items():
+        source = getattr(getattr(value, "config", None), "_name_or_path", value)
+        if not source or not (isinstance(source, Path) or (isinstance(source, str) and os.path.exists(source))):
+            continue
+        path = Path(os.path.realpath(source))
+        if any(_are_same(directory, place) for place in (path, *path.parents)):
+            raise CheckpointError(
+                f"the output {directory} would replace what is read: {name} is {source}. Choose another output."
+            )
+
+
+def _are_same(one: Path, other: Path) -> bool:
+    with suppress(OSError):  # one is not there
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def check_directory(directory: Path, model: PreTrainedModel | None = None, *, overwrite: bool = True) -> None:
     """Refuse what must not be replaced, and a disk too full for `model` if it is known, before anything is done.
 
     Raises:
-        CheckpointError: `directory` is a file, holds more than a checkpoint, or does not fit on the disk.
+        CheckpointError: `directory` is a file, holds more than a checkpoint, or (without `overwrite`) anything, or the
+            model does not fit on the disk.
     """
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file, expected a directory. Choose another save directory.")
@@ -197,6 +243,11 @@ def check_directory(directory: Path, model: PreTrainedModel | None = None) -> No
             raise CheckpointError(
                 f"{directory} holds more than a checkpoint ({some}) and would be replaced as a whole. "
                 "Choose a new directory, or move these files away."
+            )
+        if not overwrite and any(directory.iterdir()):
+            raise CheckpointError(
+                f"{directory} holds a checkpoint already. Choose a new directory, or replace it (overwrite=True, "
+                "--overwrite)."
             )
     if model is None:
         return

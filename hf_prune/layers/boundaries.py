@@ -6,16 +6,18 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from hf_prune.atomic import held_by, temporary_directory
 from hf_prune.errors import CalibrationError
 from hf_prune.layers.work import read_tensors, write_tensors
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -78,10 +80,8 @@ class Boundaries:
         self._memory: dict[int, list[Tensor]] = {}
         self._segment: dict[int, list[Tensor]] = {}
         each = sum(hidden.nbytes for hidden in first)
-        self._temporary = None
         if folder is None and self._kept() * each > MEMORY_BYTES:
-            self._temporary = tempfile.TemporaryDirectory(prefix="hf_prune-")
-            folder = Path(self._temporary.name)
+            folder = held_by(self, temporary_directory())
         self._folder = folder
         if folder is not None:
             there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))

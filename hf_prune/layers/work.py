@@ -9,9 +9,9 @@ from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_prune.atomic import replaced_file
+from hf_prune.atomic import held_by, replaced_file
 from hf_prune.errors import CheckpointError
-from hf_prune.layers.processes import least_of_processes
+from hf_prune.layers.processes import least_of_processes, reserved_for_all
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,17 +21,20 @@ if TYPE_CHECKING:
 
 
 class WorkDir:
-    """A directory, or a part of one, whose files are written in one step each.
+    """A directory, or a part of one, whose files are written in one step each. No other run may use it meanwhile.
 
     Args:
         path: made if it is not there.
+        whole: of which it is a part.
 
     Raises:
-        CheckpointError: it cannot be written to.
+        CheckpointError: it cannot be written to, or another process does.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, whole: WorkDir | None = None) -> None:
+        self.path, self._whole = path, whole
+        if whole is None:
+            held_by(self, reserved_for_all(path.absolute()))
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -43,7 +46,7 @@ class WorkDir:
         """A part of this directory for one stage of a run; of several processes each has its own."""
         state = PartialState()
         own = f"-{state.process_index}-of-{state.num_processes}" if state.num_processes > 1 else ""
-        return WorkDir(self.path / f"{name.replace(' ', '_')}{own}")
+        return WorkDir(self.path / f"{name.replace(' ', '_')}{own}", self)
 
     def claim(self, identity: Mapping[str, Any]) -> None:
         """Note what run this directory belongs to; the main process writes.
@@ -139,14 +142,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, 
     """Write a safetensors file in one step, with a note in its header; `CheckpointError` if the disk refuses."""
     own = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
     own = {name: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for name, x in own.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced_file(path) as new:
-            save_file(own, new, metadata={"note": json.dumps(note or {})})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} could not be written: {error}. Free disk space, or choose another directory."
-        ) from error
+    with replaced_file(path) as new:
+        save_file(own, new, metadata={"note": json.dumps(note or {})})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

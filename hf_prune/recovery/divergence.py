@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_prune.errors import DivergenceError, check_whole_numbers
+from hf_prune.recovery.resuming import last_checkpoint
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -61,7 +61,7 @@ class DivergenceGuard(TrainerCallback):  # type: ignore[misc]
 
 
 def _diverged(what: str, args: TrainingArguments, step: int) -> DivergenceError:
-    kept = get_last_checkpoint(args.output_dir) if args.output_dir else None
+    kept = last_checkpoint(args.output_dir) if args.output_dir else None
     where = f"The last good checkpoint is {kept}." if kept else "No checkpoint was saved yet."
     return DivergenceError(
         f"training diverged at step {step}: {what}. {where} Resume from it, or start again, with a lower "

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
+import os
+import shutil
+import traceback
 from collections.abc import Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import Trainer, default_data_collator
-from transformers.trainer_utils import get_last_checkpoint
 
-from hf_prune.checkpoint.saving import check_directory, save_pruned
+from hf_prune.atomic import replaced_directory
+from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
 from hf_prune.data import training_windows
 from hf_prune.errors import CheckpointError, ConfigError, check_whole_numbers
+from hf_prune.layers.processes import of_main_process, reserved_for_all
 from hf_prune.loading import load_model, load_tokenizer
 from hf_prune.recovery.arguments import training_arguments
 from hf_prune.recovery.callback import PruningCallback
@@ -23,8 +30,11 @@ from hf_prune.recovery.distillation import DistillationTrainer
 from hf_prune.recovery.divergence import DivergenceGuard
 from hf_prune.recovery.lora import add_adapters, lora_config, merge_adapters
 from hf_prune.recovery.processes import launcher
+from hf_prune.recovery.resuming import checkpoints, is_whole
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from peft import LoraConfig
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,6 +73,7 @@ def recover(
     steps: int = 300,
     seq_len: int = 256,
     resume: bool = False,
+    overwrite: bool = False,
     **options: Any,
 ) -> RecoveryResult:
     """Train a pruned model on text and save it: LoRA or all weights, with or without the dense model as teacher.
@@ -72,7 +83,7 @@ def recover(
 
     Args:
         model: a pruned model (or any causal LM): in memory (it is modified in place), or its directory or Hub id.
-        output_dir: where the recovered model goes: new, empty, or a checkpoint that it replaces.
+        output_dir: where the recovered model goes: new or empty, and never where something is read from.
         train: text to train on, cut into windows of `seq_len` tokens; or rows ready for a Trainer.
         eval: text to choose the best checkpoint by, in windows of `seq_len` tokens; never text that results are
             reported on.
@@ -85,7 +96,8 @@ def recover(
         hidden_weight: weight of hidden-state matching, 0 or more.
         steps: optimizer steps, 1 or more.
         seq_len: tokens of each window, 2 or more.
-        resume: go on from the last checkpoint in `<output_dir>-training` (from the start if there is none).
+        resume: go on from the last whole checkpoint in `<output_dir>-training` (from the start if there is none).
+        overwrite: `output_dir` may hold a checkpoint, which is replaced at the end.
         **options: fields of `TrainingArguments`, in place of the defaults of `training_arguments`.
 
     Returns:
@@ -100,53 +112,64 @@ def recover(
     directory = Path(output_dir).absolute()
     training_dir = directory.with_name(f"{directory.name}-training")
     args = training_arguments(training_dir, options, steps=steps, lora=bool(lora), evaluates=eval is not None)
+    for target in (directory, training_dir):
+        check_apart(target, model=model, teacher=teacher, train=train, eval=eval)
+    check_directory(directory, overwrite=overwrite)
     source = None if _in_memory(model) else str(model)
-    own = load_model(source) if source is not None else model
-    name = source or own.config._name_or_path  # type: ignore[union-attr]
-    tokenizer = tokenizer or load_tokenizer(name, required=isinstance(train, (str, Path)))
-    check_directory(directory, own)
-    checkpoint = _checkpoint(training_dir, resume)
-    rows = {"train_dataset": _rows(train, tokenizer, seq_len)}
-    if eval is not None:
-        rows["eval_dataset"] = _rows(eval, tokenizer, seq_len)
-    sharded = launcher(args) in ("FSDP", "DeepSpeed")
-    if sharded and source is None:
-        raise ConfigError("under FSDP or DeepSpeed pass the model's directory: its weights are gathered through files.")
+    with reserved_for_all(directory), _full_disk(training_dir):
+        checkpoint = of_main_process(_checkpoint(training_dir, resume) if args.process_index == 0 else None)
+        own = load_model(source) if source is not None else model
+        name = source or own.config._name_or_path  # type: ignore[union-attr]
+        tokenizer = tokenizer or load_tokenizer(name, required=isinstance(train, (str, Path)))
+        check_directory(directory, own, overwrite=overwrite)
+        rows = {"train_dataset": _rows(train, tokenizer, seq_len)}
+        if eval is not None:
+            rows["eval_dataset"] = _rows(eval, tokenizer, seq_len)
+        sharded = launcher(args) in ("FSDP", "DeepSpeed")
+        if sharded and source is None:
+            raise ConfigError(
+                "under FSDP or DeepSpeed pass the model's directory: its weights are gathered through files."
+            )
 
-    use_cache = own.config.use_cache  # type: ignore[union-attr]
-    trained: Any = own
-    if lora:
-        trained = add_adapters(own, lora_config(own) if lora is True else lora, seed=args.seed)  # type: ignore[arg-type]
-    distillation: dict[str, Any] = {}
-    if teacher is not None:
-        distillation = {"temperature": temperature, "alpha": alpha, "hidden_weight": hidden_weight, "teacher": teacher}
-    trainer_class = Trainer if teacher is None else DistillationTrainer
-    trainer = trainer_class(
-        trained,
-        args,
-        data_collator=default_data_collator,
-        processing_class=tokenizer,
-        callbacks=_callbacks(own),
-        **rows,
-        **distillation,
-    )
-    # Not by `trainer.evaluate()` before training: accelerate then takes the model for prepared and never wraps it in
-    # DDP, so that each process trains alone.
-    args.eval_on_start = eval is not None and checkpoint is None
-    trainer.train(resume_from_checkpoint=checkpoint)
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    before = _perplexity(losses[0]) if losses else None
-    after = _perplexity(trainer.evaluate()["eval_loss"]) if eval is not None else None
+        use_cache = own.config.use_cache  # type: ignore[union-attr]
+        trained: Any = own
+        if lora:
+            trained = add_adapters(own, lora_config(own) if lora is True else lora, seed=args.seed)  # type: ignore[arg-type]
+        distillation: dict[str, Any] = {}
+        if teacher is not None:
+            distillation = {
+                "temperature": temperature,
+                "alpha": alpha,
+                "hidden_weight": hidden_weight,
+                "teacher": teacher,
+            }
+        trainer_class = Trainer if teacher is None else DistillationTrainer
+        trainer = trainer_class(
+            trained,
+            args,
+            data_collator=default_data_collator,
+            processing_class=tokenizer,
+            callbacks=_callbacks(own),
+            **rows,
+            **distillation,
+        )
+        # Not by `trainer.evaluate()` before training: accelerate then takes the model for prepared and never wraps it
+        # in DDP, so that each process trains alone.
+        args.eval_on_start = eval is not None and checkpoint is None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        before = _perplexity(losses[0]) if losses else None
+        after = _perplexity(trainer.evaluate()["eval_loss"]) if eval is not None else None
 
-    result = _gathered(trainer, source, training_dir) if sharded else trainer.model
-    if lora and result is not None:
-        result = merge_adapters(result)
-    if result is not None:
-        result.config.use_cache = use_cache
-    if args.should_save and result is not None:
-        _save(result, directory, tokenizer, _report(eval, before, after))
-    trainer.accelerator.wait_for_everyone()
-    return RecoveryResult(result if result is not None else own, before, after, trainer.state.log_history)  # type: ignore[arg-type]
+        result = _gathered(trainer, source, training_dir) if sharded else trainer.model
+        if lora and result is not None:
+            result = merge_adapters(result)
+        if result is not None:
+            result.config.use_cache = use_cache
+        if args.should_save and result is not None:
+            _save(result, directory, tokenizer, _report(eval, before, after))
+        trainer.accelerator.wait_for_everyone()
+        return RecoveryResult(result if result is not None else own, before, after, trainer.state.log_history)  # type: ignore[arg-type]
 
 
 def _in_memory(model: object) -> bool:
@@ -155,14 +178,34 @@ def _in_memory(model: object) -> bool:
 
 def _checkpoint(training_dir: Path, resume: bool) -> str | None:
     """The checkpoint to go on from."""
-    found: str | None = get_last_checkpoint(str(training_dir)) if training_dir.is_dir() else None
-    if found is not None and not resume:
+    found = checkpoints(training_dir)
+    if found and not resume:
         raise CheckpointError(
             f"{training_dir} holds checkpoints of an earlier run. Go on with it (resume=True, --resume), or remove it."
         )
-    if resume and found is None:
+    while found and not is_whole(found[0]):
+        logger.warning("%s was not written to its end, and is removed", found[0])
+        shutil.rmtree(found.pop(0))
+    if resume and not found:
         logger.warning("no checkpoint in %s: training starts from the beginning", training_dir)
-    return found
+    return str(found[0]) if found else None
+
+
+@contextmanager
+def _full_disk(training_dir: Path) -> Iterator[None]:
+    """Name what to do when the Trainer cannot write a checkpoint."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        in_torch = any(frame.f_code is torch.save.__code__ for frame in frames)  # whose errors say nothing of the disk
+        if not (full or in_torch or isinstance(error, SafetensorError)):
+            raise
+        raise CheckpointError(
+            f"training stopped: writing to {training_dir} failed ({str(error).splitlines()[0]}). Free disk space and "
+            "go on with resume=True (--resume)."
+        ) from error
 
 
 def _rows(text: Text, tokenizer: PreTrainedTokenizerBase | None, seq_len: int) -> Any:
@@ -206,9 +249,10 @@ def _save(model: Any, directory: Path, tokenizer: PreTrainedTokenizerBase | None
     if getattr(model.config, "pruning_config", None):
         save_pruned(model, directory, tokenizer=tokenizer, report=report)
         return
-    model.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    with replaced_directory(Path(os.path.realpath(directory))) as new:
+        model.save_pretrained(new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
 
 
 def _report(text: Text | None, before: float | None, after: float | None) -> dict[str, Any]:

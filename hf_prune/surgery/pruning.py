@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import shutil
-import tempfile
-import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import dispatch_model
 from torch import Tensor, nn
 
+from hf_prune.atomic import held_by, temporary_directory
 from hf_prune.errors import PlanError
 from hf_prune.layers.weights import device_map_of, input_device, is_on_disk, resident
 from hf_prune.layers.work import read_tensors, write_tensors
@@ -23,6 +20,7 @@ from hf_prune.surgery.slicing import check_tensor, pruned_name, renamed, renumbe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -89,17 +87,13 @@ class PrunedLayers:
     ) -> None:
         self._dense, self._structure, self._plan = model, structure, plan
         self._on_disk = is_on_disk(model)
-        self._temporary = None
-        if self._on_disk and folder is None:
-            self._temporary = folder = Path(tempfile.mkdtemp(prefix="hf_prune-"))
-        self._folder = folder
         if self._on_disk:
             plan.check(structure)
-            assert folder is not None
-            folder.mkdir(parents=True, exist_ok=True)
             self.model = self._outside()
+            self._folder: Path | None = folder or held_by(self.model, temporary_directory())
+            self._folder.mkdir(parents=True, exist_ok=True)
         else:
-            self.model = apply_plan(model, structure, plan)
+            self._folder, self.model = folder, apply_plan(model, structure, plan)
         self._stay = [layer for layer in range(len(structure.layer_paths)) if layer not in plan.removed_layers]
 
     @contextlib.contextmanager
@@ -156,8 +150,6 @@ class PrunedLayers:
         paths = [renumber(self._structure.layer_paths[i], i, self._structure, self._plan) for i in self._stay]
         device_map = device_map_of(self.model, paths, str(input_device(self.model)))
         dispatch_model(self.model, device_map, offload_dir=str(self._folder), offload_index=index)
-        if self._temporary is not None:
-            weakref.finalize(self.model, shutil.rmtree, self._temporary, ignore_errors=True)
         return self.model
 
     def _outside(self) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +11,14 @@ from torch import Tensor
 
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.layers.work import read_tensors, write_tensors
-from hf_prune.reading import parse_json, read_text, save_text_file
 
 if TYPE_CHECKING:
     import os
 
     from hf_prune.methods.prunenet.rows import UnitRows
 
-FORMAT = 1
-WEIGHTS_NAME, CONFIG_NAME = "policy.safetensors", "policy.json"
+FORMAT = 2
+FILE = "policy.safetensors"
 NORM_FEATURE = 0
 """The feature that ranks units as the norms of their rows do."""
 RIDGE = 1e-3
@@ -112,12 +110,11 @@ class Policy:
         return features @ self.weight + self.bias
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `policy.safetensors` and `policy.json`; each file is replaced in one step."""
-        path = Path(directory)
-        values = {name: value for name, value in asdict(self).items() if not isinstance(value, Tensor)}
-        write_tensors(path / WEIGHTS_NAME, {"weight": self.weight, "bias": self.bias})
-        text = json.dumps({"format": FORMAT, **values}, indent=2) + "\n"
-        save_text_file(path / CONFIG_NAME, text, "policy", CheckpointError)
+        """Write `policy.safetensors` in one step: the weights, and everything else as JSON in its header."""
+        known = {"format": FORMAT, **asdict(self)}
+        tensors = {name: value for name, value in known.items() if isinstance(value, Tensor)}
+        note = {name: value for name, value in known.items() if name not in tensors}
+        write_tensors(Path(directory) / FILE, tensors, note)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Policy:
@@ -126,21 +123,17 @@ class Policy:
         Raises:
             CheckpointError: there is none, or it is damaged or of another format.
         """
-        path = Path(directory)
-        try:
-            tensors, _ = read_tensors(path / WEIGHTS_NAME)
-            values = parse_json(read_text(path / CONFIG_NAME))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"no policy can be read from {path}: {error}. Give a directory that save_policy wrote."
-            ) from error
+        path = Path(directory) / FILE
+        if not path.exists():
+            raise CheckpointError(f"no policy can be read from {directory}. Give a directory that save_policy wrote.")
+        tensors, values = read_tensors(path)
         expected = {"format", "features", "state", "history", "settings"}
         if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != expected:
-            raise CheckpointError(f"{path / CONFIG_NAME}: expected format {FORMAT} with the keys {sorted(expected)}.")
+            raise CheckpointError(f"{path}: expected format {FORMAT} with the keys {sorted(expected)} in its header.")
         none = torch.empty(0, 0)
         weight, bias = tensors.get("weight", none), tensors.get("bias", none)
         if weight.dim() != 1 or bias.dim() != 0 or not bool(weight.isfinite().all() and bias.isfinite()):
-            raise CheckpointError(f"{path / WEIGHTS_NAME}: expected finite tensors `weight` [features] and `bias` [].")
+            raise CheckpointError(f"{path}: expected finite tensors `weight` [features] and `bias` [].")
         del values["format"]
         return cls(weight.float(), bias.float(), **values)
 
