@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from models import permute_units_, shared_model, shared_structure, tiny_model
 from scipy.stats import ks_2samp
 
@@ -332,6 +333,12 @@ def test_policies_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match="no policy can be read"):
         score(model, structure, PruneNetConfig(0.3, policy=str(tmp_path / "none")))
     tensors, values = read_tensors(path / "policy.safetensors")
+    now = Policy.load(path)
+    save_file(tensors, path / "policy.safetensors")  # as format 1 was: two files
+    (path / "policy.json").write_text(json.dumps({**values, "format": 1}))
+    first = Policy.load(path)
+    assert torch.equal(first.weight, now.weight)
+    assert (first.settings, first.history, first.features) == (now.settings, now.history, now.features)
     write_tensors(path / "policy.safetensors", tensors, {**values, "format": 1})
     with pytest.raises(CheckpointError, match="expected format 2"):
         Policy.load(path)
@@ -383,6 +390,7 @@ def test_paper_preset_and_json():
 def test_an_axis_without_matrices_is_refused():
     structure = shared_structure("llama")
     import dataclasses
+import json
 
     members = tuple(m for m in structure.members["layers.0.mlp"] if m.role != "consumer")
     broken = dataclasses.replace(structure, members={**structure.members, "layers.0.mlp": members})

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.layers.work import read_tensors, write_tensors
+from hf_prune.reading import load_text_file, parse_json
 
 if TYPE_CHECKING:
     import os
@@ -127,6 +128,8 @@ class Policy:
         if not path.exists():
             raise CheckpointError(f"no policy can be read from {directory}. Give a directory that save_policy wrote.")
         tensors, values = read_tensors(path)
+        if not values and (first := path.with_suffix(".json")).exists():  # format 1 had two files
+            values = dict(parse_json(load_text_file(first, "policy", CheckpointError))) | {"format": FORMAT}
         expected = {"format", "features", "state", "history", "settings"}
         if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != expected:
             raise CheckpointError(f"{path}: expected format {FORMAT} with the keys {sorted(expected)} in its header.")
