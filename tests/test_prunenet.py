@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from models import permute_units_, shared_model, shared_structure, tiny_model
+from safetensors.torch import save_file
 from scipy.stats import ks_2samp
 
 from hf_prune.allocation import allocate
@@ -390,7 +391,6 @@ def test_paper_preset_and_json():
 def test_an_axis_without_matrices_is_refused():
     structure = shared_structure("llama")
     import dataclasses
-import json
 
     members = tuple(m for m in structure.members["layers.0.mlp"] if m.role != "consumer")
     broken = dataclasses.replace(structure, members={**structure.members, "layers.0.mlp": members})
