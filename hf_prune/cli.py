@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect as inspect_module
 import os
 import time
@@ -48,6 +49,10 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Directory or Hub id of a causal LM.")]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, ... Default: cpu.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: the checkpoint's own.")]
+Fit = Annotated[
+    str | None,
+    typer.Option(help="Memory for weights and key-value cache (see --context, --batch, --bits).", metavar="8GB"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -58,11 +63,19 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Load the weights; prove that slicing = masking.")] = False,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="For --verify: float32 or float64.")] = "float32",
+    fit: Fit = None,
+    context: Annotated[int, typer.Option(help="For --fit: tokens in the cache of each sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(help="For --fit: sequences at a time.")] = 1,
+    bits: Annotated[int, typer.Option(help="For --fit: 4, 8, 16 or 32 bits of each weight.")] = 16,
 ) -> None:
     """Show which axes a model has, what can be pruned, and what cannot and why. Needs config.json only."""
     from hf_prune import inspection, printing
     from hf_prune.loading import load_config, load_model
 
+    if fit is not None:
+        found = inspection.inspect_fit(load_config(model), fit, context=context, batch=batch, bits=bits)
+        _print_json(found.to_dict()) if as_json else printing.print_fit(found)
+        return
     report = inspection.inspect_config(load_config(model))
     checks = inspection.verify(load_model(model, device=device, dtype=dtype)) if verify else []
     if as_json:
@@ -112,6 +125,7 @@ def prune(
             "paper_second_order; a config file and flags override it."
         ),
     ] = None,
+    fit: Fit = None,
     batch_size: Annotated[int, typer.Option(help="Calibration windows per forward pass.")] = 8,
     device: Device = None,
     dtype: Dtype = None,
@@ -129,7 +143,13 @@ def prune(
     **fields: Any,
 ) -> None:
     """Prune a model and save it: weights, widths in config.json, plan, tokenizer and model card."""
+    if fit is not None:
+        if fields["pruning_ratio"] is not None or fields["budget"] is not None:
+            raise ConfigError("--fit says how much goes: leave out --pruning-ratio and --budget.")
+        fields |= {"pruning_ratio": 0.5, "budget": "memory"}
     chosen = read_config(config, fields, _preset(preset, model, fields))
+    if fit is not None:
+        chosen = _fitted(chosen, model, fit)
     if output is None and not dry_run:
         raise ConfigError("no output directory was given: name one after the model, or pass --dry-run.")
 
@@ -352,6 +372,16 @@ def _preset(name: str | None, model: str, fields: dict[str, Any]) -> PruningConf
         raise ConfigError("--preset needs --pruning-ratio: the fraction to remove, above 0 and below 1.")
     num_hidden_layers = load_config(model).get_text_config().num_hidden_layers
     return LLMPrunerConfig.preset(name, fields["pruning_ratio"], num_hidden_layers)
+
+
+def _fitted(config: PruningConfig, model: str, fit: str) -> PruningConfig:
+    """`config` with the ratio at which the model fits, from config.json alone."""
+    from hf_prune.loading import load_config
+    from hf_prune.memory import fit_ratio
+    from hf_prune.structure.inference import infer_structure
+
+    structure = infer_structure(load_config(model), cache=True)
+    return dataclasses.replace(config, pruning_ratio=fit_ratio(structure, fit, config))
 
 
 def _prompt(model: PreTrainedModel) -> dict[str, int]:

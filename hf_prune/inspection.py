@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from hf_prune.allocation import allocate
-from hf_prune.config import AxisKind, RandomConfig, axes_of_kind
+from hf_prune.config import AxisKind, PruningConfig, RandomConfig, axes_of_kind, selected_axes
 from hf_prune.errors import BudgetError, ConfigError, StructureError
 from hf_prune.layers.masking import masked
 from hf_prune.layers.weights import inference, input_device
+from hf_prune.memory import Memory, count_memory, fit_ratio, memory_of, usable_bytes
 from hf_prune.methods import score
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.expressing import family, find_knobs
@@ -128,6 +129,49 @@ def inspect_config(config: PreTrainedConfig, cls: type[PreTrainedModel] | None =
         missing=tuple(kind for kind in get_args(AxisKind) if not axes_of_kind(structure, kind)),
         without_rule=dict(structure.without_rule),
     )
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """Whether a dense model fits into memory, and what would have to go."""
+
+    usable: int
+    """Bytes that may be taken: `MARGIN` is left free."""
+    dense: Memory
+    rows: tuple[dict[str, Any], ...]
+    """Per choice of axes: fractions removed and bytes left, or a `note` why it does not fit; empty if the model does."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return dataclasses.asdict(self)
+
+
+def inspect_fit(
+    config: PreTrainedConfig, fit: int | str, *, context: int = 4096, batch: int = 1, bits: int = 16
+) -> FitReport:
+    """Whether the model of `config` fits into `fit` bytes, and at which ratios it would; without weights.
+
+    Raises:
+        ConfigError: a number out of range.
+        StructureError: the model cannot be traced, or keeps no key-value cache.
+    """
+    structure = infer_structure(config, cache=True)
+    asked = PruningConfig(0.5, budget="memory", context=context, batch=batch, bits=bits)
+    usable, dense = usable_bytes(fit), count_memory(structure, asked)
+    rows = []
+    choices: tuple[tuple[AxisKind, ...], ...] = (("mlp", "attention"), ("mlp",), ("attention",), ("hidden",), ("layer",))
+    for axes in choices if dense.total > usable else ():
+        own = dataclasses.replace(asked, axes=axes, pruning_ratio=fit_ratio(structure, fit, asked))
+        row: dict[str, Any] = {"axes": ", ".join(axes)}
+        try:
+            scores = {axis.name: torch.ones(axis.num_units) for axis in selected_axes(structure, own)}
+            plan = allocate(scores, structure, own)
+            row |= {name: plan.achieved[name] for name in ("decoder", "model", "memory")}
+            row |= {"bytes": memory_of(plan, structure).total}
+        except (BudgetError, StructureError) as error:
+            row["note"] = str(error)
+        rows.append(row)
+    return FitReport(usable, dense, tuple(rows))
 
 
 def verify(model: PreTrainedModel, *, pruning_ratio: float = 0.3, seed: int = 0) -> list[Verification]:

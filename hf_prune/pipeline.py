@@ -47,7 +47,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WITH_RATIO = ("pruning_ratio", "budget", "allocation", "min_units", "round_to")
+_WITH_RATIO = (
+    "pruning_ratio",
+    "budget",
+    "allocation",
+    "min_units",
+    "round_to",
+    "targets",
+    "context",
+    "batch",
+    "bits",
+)
 _AFTER_SCORES = (
     *_WITH_RATIO,
     "standardise",
@@ -129,7 +139,7 @@ def prune(
     PartialState()  # of several processes each has its own "cuda" from here on
     work = None if work_dir is None else WorkDir(Path(work_dir))
     model, tokenizer = _opened(source, config, tokenizer, calibration, layers_on, work, device, dtype)
-    structure = infer_structure(model)
+    structure = infer_structure(model, cache=config.budget == "memory")
     batches = calibration_data(config, tokenizer, calibration, batch_size)
     if config.budget == "latency" and latency is None:
         if is_on_disk(model):

@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hf_prune.memory import MARGIN, memory_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from hf_prune.evaluation.report import Row
-    from hf_prune.inspection import FamilyReport, InspectionReport, Verification
+    from hf_prune.inspection import FamilyReport, FitReport, InspectionReport, Verification
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
@@ -81,6 +83,21 @@ def print_inspection(report: InspectionReport) -> None:
         _print(f"no rule for operation {operation} (first in {module}): the axes it touches stay whole")
 
 
+def print_fit(report: FitReport) -> None:
+    """Whether the dense model fits; if not, what would have to go, one row per choice of axes."""
+    verdict = "fits" if report.dense.total <= report.usable else "does not fit"
+    _print(f"the dense model {verdict}: {report.dense.text}; {report.usable:,} are usable ({MARGIN:.0%} left free)")
+    table = _table("axes", "of memory", "of decoder", "of model", "bytes", numbers=(1, 2, 3, 4))
+    for row in report.rows:
+        shown = [f"{100 * row[name]:.2f} %" if name in row else "–" for name in ("memory", "decoder", "model")]
+        table.add_row(row["axes"], *shown, f"{row['bytes']:,}" if "bytes" in row else "–")
+    if report.rows:
+        table.title = "To be removed"
+        _print(table)
+    for row in report.rows:
+        _print(f"{row['axes']}: {row['note']}" if "note" in row else "")
+
+
 def print_verification(checks: Sequence[Verification]) -> None:
     """Masked against sliced, one row per kind of axes."""
     table = _table("kind", "masked−sliced", "rounding up to", "dense−sliced", "equal", numbers=(1, 2, 3))
@@ -100,6 +117,8 @@ def print_plan(plan: PruningPlan, structure: Structure) -> None:
         ("asked", f"{100 * config.pruning_ratio:.2f} % of {config.budget} ({config.method}, {config.allocation_name})"),
         ("achieved", achieved),
         ("parameters", f"{before:,} → {after:,}"),
+        *([("for", config.target.text)] if config.targets else []),
+        *([("memory", memory_of(plan, structure).text)] if config.budget == "memory" else []),
     ]
     widths = plan.widths
     whole = [name for name in ("hidden", "layers", "layers.attention", "layers.mlp") if name in plan.kept_indices]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.checkpoint.files import needs_plugin
+from hf_prune.config.targets import together
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -30,6 +31,7 @@ _BUDGETS = {
     "decoder": "attention and MLP parameters of the decoder layers",
     "model": "all parameters",
     "units": "units of the pruned axes",
+    "memory": "bytes of weights and cache",
 }
 _PART = re.compile(r"<!-- hf_prune: .*?<!-- /hf_prune -->\n?", re.DOTALL)
 _AUTOMATIC = re.compile(
@@ -154,6 +156,8 @@ def _ratios(pruning: Mapping[str, Any]) -> str:
     settings, achieved = pruning.get("settings", {}), pruning.get("achieved", {})
     rows = []
     for budget, meaning in _BUDGETS.items():
+        if budget == "memory" != settings.get("budget"):
+            continue
         asked = settings.get("pruning_ratio") if settings.get("budget") == budget else None
         rows.append([meaning, _percent(asked), _percent(achieved.get(budget))])
     return _table(["removed part of", "asked", "achieved"], rows)
@@ -191,15 +195,16 @@ def _widths(widths: Mapping[str, int], plan: PruningPlan | None) -> str:
 
 
 def _settings(pruning: Mapping[str, Any], plan: PruningPlan | None) -> str:
-    method = pruning.get("method", "")
+    method, settings = pruning.get("method", ""), pruning.get("settings", {})
     lines = [f"Method: {_METHODS.get(method, f'`{method}`')}."]
     if pruning.get("calibration"):
         lines.append(f"Calibration: {pruning['calibration']}.")
+    if settings.get("targets"):
+        lines.append(f"Pruned for {together(settings['targets']).text}.")
     lines.append(f"Written by hf_prune {pruning.get('hf_prune_version', '')}.".replace(" .", "."))
     if plan is not None:
         lines.append("The indices of all kept units are in `pruning_plan.json`.")
-    settings = json.dumps(pruning.get("settings", {}), indent=2)
-    return " ".join(lines) + f"\n\n```json\n{settings}\n```"
+    return " ".join(lines) + f"\n\n```json\n{json.dumps(settings, indent=2)}\n```"
 
 
 def _evaluation(report: Mapping[str, Any]) -> str:
