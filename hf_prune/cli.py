@@ -260,6 +260,9 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many questions of each task.")] = None,
+    assists: Annotated[
+        str | None, typer.Option(help="Measure it as the draft of this dense model: speculative decoding.")
+    ] = None,
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -292,7 +295,41 @@ def evaluate(
         values[f"{report.task} accuracy"] = report.accuracy
         if report.accuracy_norm is not None:
             values[f"{report.task} accuracy_norm"] = report.accuracy_norm
+    if assists is not None:
+        from hf_prune.evaluation.assisting import measure_assisted
+
+        lengths = _prompt(loaded)
+        found = measure_assisted(
+            load_model(assists, device=device, dtype=dtype),
+            loaded,
+            tokenizer,
+            content,
+            prompt_len=max(2, min(64, lengths["prompt_len"])),
+            new_tokens=min(64, 2 * lengths["new_tokens"]),
+        )
+        values |= {f"draft {name}": value for name, value in dataclasses.asdict(found).items()}
     _print_json(values) if as_json else printing.print_values(values)
+
+
+@app.command()
+def quantise(
+    checkpoint: Annotated[str, typer.Argument(help="Directory or Hub id of a pruned model.")],
+    output: Annotated[Path, typer.Argument(help="New directory for the quantised checkpoint.")],
+    scheme: Annotated[str, typer.Option(help="int8, fp8 or int4 (torchao), or nf4 (bitsandbytes).")] = "int8",
+    text: Annotated[
+        str | None, typer.Option(help="Measure perplexity on it: dense, pruned, both quantised.", metavar="FILE|DATASET")
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens of each window of the text, 2 or more.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    as_json: AsJson = False,
+    device: Device = None,
+) -> None:
+    """Quantise a pruned checkpoint: weights of 8 or 4 bits that `from_pretrained` loads."""
+    from hf_prune import printing
+    from hf_prune.quantising import quantise as run
+
+    rows = run(checkpoint, output, scheme, text=text, window=window, batch_size=batch_size, device=device)
+    _print_json({"rows": rows}) if as_json else printing.print_rows(rows, output)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

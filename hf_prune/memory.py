@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MARGIN = 0.05
 """Share of the memory to fit into that is left for activations and what an engine allocates itself."""
 GROUP = 32
-"""Weights of a row that share a scale and a zero point at 4 bits; at 8 bits a row shares a scale. All have 16 bits."""
+"""Weights of a row that share a scale and a zero point of 16 bits each at 4 bits; at 8 bits a row shares 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def bytes_of(structure: Structure, name: str, config: PruningConfig, widths: Wid
     if bits >= 16 or name not in structure.owners or len(shape) < 2 or min(shape[-2:]) < 2:
         return numel * (4 if bits == 32 else 2)
     rows = numel // shape[-1]
-    return numel + 2 * rows if bits == 8 else math.ceil(numel / 2) + 4 * rows * math.ceil(shape[-1] / GROUP)
+    return numel + 4 * rows if bits == 8 else math.ceil(numel / 2) + 4 * rows * math.ceil(shape[-1] / GROUP)
 
 
 def cache_bytes(

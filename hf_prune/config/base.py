@@ -74,8 +74,8 @@ class PruningConfig:
     batch: int = 1
     """Budget `memory`: sequences at a time, 1 or more."""
     bits: int = 16
-    """Budget `memory`: bits of each weight in the matrices of decoder layers: 4, 8, 16 or 32; the rest, the cache and
-    the scales have 16 (at 32 bits all have 32)."""
+    """Budget `memory`: bits of each weight in the matrices of decoder layers: 4, 8, 16 or 32; scales come on
+    top (see `memory.GROUP`), and the rest and the cache have 16 (at 32 bits all have 32)."""
     protect: tuple[str, ...] = ()
     """Patterns (`*`, `?`, `[...]`) of axes that stay whole, such as `layers.0.*`; they protect whole layers too."""
     seed: int = 0

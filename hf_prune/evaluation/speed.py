@@ -63,9 +63,15 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def num_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers; tied ones count once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes of the parameters and buffers, of quantised ones with their scales; tied ones count once."""
+    return sum(_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
+
+
+def _bytes(tensor: Any) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao's: values, scales, zero points
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    absmax = getattr(getattr(tensor, "quant_state", None), "absmax", None)  # bitsandbytes' scales
+    return tensor.numel() * tensor.element_size() + (0 if absmax is None else _bytes(absmax))
 
 
 def measure_speed(
