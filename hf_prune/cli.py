@@ -73,8 +73,10 @@ def inspect(
     from hf_prune.loading import load_config, load_model
 
     if fit is not None:
+        if verify:
+            raise ConfigError("--fit needs no weights and --verify does: ask one question at a time.")
         found = inspection.inspect_fit(load_config(model), fit, context=context, batch=batch, bits=bits)
-        _print_json(found.to_dict()) if as_json else printing.print_fit(found)
+        _print_json({"rows": found}) if as_json else printing.print_rows(found)
         return
     report = inspection.inspect_config(load_config(model))
     checks = inspection.verify(load_model(model, device=device, dtype=dtype)) if verify else []
@@ -317,7 +319,8 @@ def quantise(
     output: Annotated[Path, typer.Argument(help="New directory for the quantised checkpoint.")],
     scheme: Annotated[str, typer.Option(help="int8, fp8 or int4 (torchao), or nf4 (bitsandbytes).")] = "int8",
     text: Annotated[
-        str | None, typer.Option(help="Measure perplexity on it: dense, pruned, both quantised.", metavar="FILE|DATASET")
+        str | None,
+        typer.Option(help="Measure perplexity on it: dense, pruned, both quantised.", metavar="FILE|DATASET"),
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens of each window of the text, 2 or more.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,

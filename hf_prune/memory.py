@@ -70,7 +70,7 @@ def memory_of(plan: PruningPlan, structure: Structure) -> Memory:
 
 
 def bytes_of(structure: Structure, name: str, config: PruningConfig, widths: Widths | None = None) -> int:
-    """Bytes of one parameter: of matrices in decoder layers at `config.bits` with their scales, of others at 16 or 32."""
+    """Bytes of one parameter: matrices in decoder layers at `config.bits` with their scales, others at 16 or 32."""
     shape = structure.shape(name, widths)
     numel, bits = math.prod(shape), config.bits
     if bits >= 16 or name not in structure.owners or len(shape) < 2 or min(shape[-2:]) < 2:
@@ -86,7 +86,7 @@ def cache_bytes(
     removed_layers: frozenset[int] = frozenset(),
     removed_branches: frozenset[tuple[int, str]] = frozenset(),
 ) -> int:
-    """Bytes of the cache alone: see `count_memory`. States that do not grow with the tokens count as in the dense model."""
+    """Bytes of the cache alone: see `count_memory`. States of one size count as in the dense model."""
     if structure.cache is None:
         raise StructureError(
             f"budget 'memory' found nothing known of the cache of this {structure.model_type} model: infer its "
@@ -103,17 +103,12 @@ def cache_bytes(
     return config.batch * numel * (4 if config.bits == 32 else 2)
 
 
-def fit_ratio(structure: Structure, fit: int | str, config: PruningConfig) -> float:
-    """The ratio of budget `memory` at which the model fits.
-
-    Args:
-        structure: of the dense model, inferred with `cache=True`.
-        fit: bytes, or a text such as `"8GB"` or `"8GiB"`, of which `MARGIN` is left free.
-        config: its `bits`, `context` and `batch` count.
+def fit_ratio(structure: Structure, fit: str, config: PruningConfig) -> float:
+    """The ratio of budget `memory` at which the model fits into `fit` bytes (see `usable_bytes`).
 
     Raises:
         ConfigError: `fit` is not a size.
-        BudgetError: the dense model fits, or the memory is too small for anything.
+        BudgetError: the dense model fits.
     """
     dense, usable = count_memory(structure, config), usable_bytes(fit)
     if dense.total <= usable:
@@ -121,16 +116,9 @@ def fit_ratio(structure: Structure, fit: int | str, config: PruningConfig) -> fl
     return 1 - usable / dense.total
 
 
-def usable_bytes(fit: int | str) -> int:
-    """What `MARGIN` leaves of so many bytes.
-
-    Raises:
-        ConfigError: not a size.
-    """
+def usable_bytes(fit: str) -> int:
+    """What `MARGIN` leaves of a size such as `8GB` or `7.5GiB`; `ConfigError` if it is none."""
     try:
-        size = to_bytes(fit)
+        return math.floor(to_bytes(fit) * (1 - MARGIN))
     except (ValueError, OverflowError) as error:
         raise ConfigError(f"fit: found {fit!r}, expected bytes such as 8GB or 7.5GiB.") from error
-    if size < 1:
-        raise ConfigError(f"fit: found {fit!r}, expected 1 byte or more.")
-    return math.floor(size * (1 - MARGIN))

@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_prune.memory import MARGIN, memory_of
+from hf_prune.memory import memory_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from hf_prune.evaluation.report import Row
-    from hf_prune.inspection import FamilyReport, FitReport, InspectionReport, Verification
+    from hf_prune.inspection import FamilyReport, InspectionReport, Verification
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
@@ -83,21 +83,6 @@ def print_inspection(report: InspectionReport) -> None:
         _print(f"no rule for operation {operation} (first in {module}): the axes it touches stay whole")
 
 
-def print_fit(report: FitReport) -> None:
-    """Whether the dense model fits; if not, what would have to go, one row per choice of axes."""
-    verdict = "fits" if report.dense.total <= report.usable else "does not fit"
-    _print(f"the dense model {verdict}: {report.dense.text}; {report.usable:,} are usable ({MARGIN:.0%} left free)")
-    table = _table("axes", "of memory", "of decoder", "of model", "bytes", numbers=(1, 2, 3, 4))
-    for row in report.rows:
-        shown = [f"{100 * row[name]:.2f} %" if name in row else "–" for name in ("memory", "decoder", "model")]
-        table.add_row(row["axes"], *shown, f"{row['bytes']:,}" if "bytes" in row else "–")
-    if report.rows:
-        table.title = "To be removed"
-        _print(table)
-    for row in report.rows:
-        _print(f"{row['axes']}: {row['note']}" if "note" in row else "")
-
-
 def print_verification(checks: Sequence[Verification]) -> None:
     """Masked against sliced, one row per kind of axes."""
     table = _table("kind", "masked−sliced", "rounding up to", "dense−sliced", "equal", numbers=(1, 2, 3))
@@ -138,14 +123,15 @@ def print_outcome(*, output: Path | None, plugin: bool, prune_s: float, save_s: 
     _print(_grid(rows))
 
 
-def print_rows(rows: Sequence[Row], output: Path) -> None:
-    """The table of a sweep, and where it is."""
+def print_rows(rows: Sequence[Row], output: Path | None = None) -> None:
+    """A table, the notes of its rows, and where it, or what it describes, was written."""
     from hf_prune.evaluation.report import comparison_table
 
     _print(comparison_table([{name: value for name, value in row.items() if name != "note"} for row in rows]))
     for row in rows:
-        _print(f"{row['method']}, {row['allocation']}: {row['note']}" if row.get("note") else "")
-    _print(f"written to {output}")
+        names = [str(row[name]) for name in ("method", "allocation", "axes") if name in row]
+        _print(f"{', '.join(names)}: {row['note']}" if row.get("note") else "")
+    _print(f"written to {output}" if output is not None else "")
 
 
 def widths_table(plan: PruningPlan, num_layers: int) -> Table:

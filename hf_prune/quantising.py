@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,14 +14,14 @@ from torch import nn
 from hf_prune.checkpoint.saving import check_directory, save_pruned
 from hf_prune.checkpoint.verifying import load_verified
 from hf_prune.data import load_text
-from hf_prune.errors import CheckpointError, ConfigError, StructureError
+from hf_prune.errors import CheckpointError, ConfigError, HFPruneError, StructureError
 from hf_prune.evaluation.perplexity import perplexity
 from hf_prune.evaluation.speed import num_bytes, num_parameters
 from hf_prune.loading import load_config, load_model, load_tokenizer
 from hf_prune.structure.building import build_empty
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from hf_prune.evaluation.report import Row
 
@@ -80,55 +79,44 @@ def quantise(
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"scheme: found {scheme!r}, expected one of {list(SCHEMES)}.")
-    library = SCHEMES[scheme].library
-    if find_spec(library) is None:
-        raise ConfigError(f"scheme {scheme!r} needs {library}: pip install {library}.")
+    if find_spec(SCHEMES[scheme].library) is None:
+        raise ConfigError(f"scheme {scheme!r} needs {SCHEMES[scheme].library}: pip install {SCHEMES[scheme].library}.")
     config = load_config(str(checkpoint))
     if getattr(config, "pruning_config", None) is None or getattr(config, "quantization_config", None) is not None:
-        raise CheckpointError(f"{checkpoint} is not a pruned checkpoint, or quantised already: quantise what was pruned.")
-    _check_blocks(build_empty(config), scheme)
+        raise CheckpointError(f"{checkpoint} is not a pruned checkpoint, or quantised already: quantise a pruned one.")
+    _check_blocks(config, scheme)
     check_directory(Path(output).absolute())
     content = None if text is None else load_text(text)
     tokenizer = load_tokenizer(str(checkpoint), required=content is not None)
-    dense = config.pruning_config.get("base_model_name_or_path")
     rows: list[Row] = []
 
-    def measured(name: str, model: PreTrainedModel) -> None:
-        row: dict[str, str | int | float | None] = {"model": name, "num_parameters": num_parameters(model)}
-        row |= {"num_bytes": num_bytes(model)}
-        if content is not None:
-            assert tokenizer is not None
-            row["perplexity"] = perplexity(
-                model, tokenizer, content, window=window, batch_size=batch_size, progress=False
-            ).perplexity
+    def measure(name: str, model: PreTrainedModel) -> None:
+        row: dict[str, Any] = {"model": name, "num_parameters": num_parameters(model), "num_bytes": num_bytes(model)}
+        if content is not None and tokenizer is not None:
+            found = perplexity(model, tokenizer, content, window=window, batch_size=batch_size, progress=False)
+            row["perplexity"] = found.perplexity
         rows.append(row)
-        gc.collect()
 
+    dense = config.pruning_config.get("base_model_name_or_path")
     if content is not None:
-        for name, source in (("dense", dense), ("pruned", str(checkpoint))):
-            try:
-                measured(name, load_model(str(source), device=device))
-            except CheckpointError as error:
-                if name == "pruned":
-                    raise
-                logger.warning("the dense model is not measured: %s", error)
-                dense = None
+        try:
+            measure("dense", load_model(str(dense), device=device))
+            _check_blocks(load_config(dense), scheme)
+            measure(f"dense, {scheme}", _load_quantised(dense, scheme, device))
+        except HFPruneError as error:
+            logger.warning("the dense model is not measured: %s", error)
+        measure("pruned", load_model(str(checkpoint), device=device))
     model = _load_quantised(str(checkpoint), scheme, device)
     # before a forward pass: bitsandbytes then packs its weights anew for the CPU, and would save them like that
     save_pruned(model, output, tokenizer=tokenizer)
-    if content is not None and dense is not None:
-        try:
-            _check_blocks(build_empty(load_config(dense)), scheme)
-            measured(f"dense, {scheme}", _load_quantised(dense, scheme, device))
-        except (ConfigError, StructureError) as error:
-            logger.warning("the dense model is not quantised: %s", error)
-    measured(f"pruned, {scheme}", model)
+    measure(f"pruned, {scheme}", model)
     return rows
 
 
-def _check_blocks(model: PreTrainedModel, scheme: str) -> None:
+def _check_blocks(config: PreTrainedConfig, scheme: str) -> None:
     """Refuse widths that the scheme's blocks do not divide, and models of which nothing would be quantised."""
-    own, head = SCHEMES[scheme], model.get_output_embeddings()
+    own, model = SCHEMES[scheme], build_empty(config)
+    head = model.get_output_embeddings()
     found, matrices = 0, sum(p.numel() for name, p in model.named_parameters() if p.dim() > 1)
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear) or module is head:
@@ -162,6 +150,7 @@ def _quantization_config(scheme: str) -> Any:
     from torchao.quantization.granularity import PerGroup
 
     if scheme == "int4":
+        dtype: Any = torch.int4  # type: ignore[attr-defined]
         group = PerGroup(SCHEMES[scheme].block)
-        return TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=group))
+        return TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=dtype, granularity=group))
     return TorchAoConfig(torchao.Int8WeightOnlyConfig() if scheme == "int8" else torchao.Float8WeightOnlyConfig())

@@ -73,7 +73,7 @@ def logits(model):
     ("scheme", "most"), [("int8", 0.1), ("fp8", 0.2), ("int4", 0.6), pytest.param("nf4", 0.6, marks=needs_bitsandbytes)]
 )
 def test_a_quantised_checkpoint_loads_as_it_was_saved(pruned, tmp_path, scheme, most):
-    folder, plan, structure = pruned
+    folder, plan, _ = pruned
     (row,) = quantise(folder / "pruned", tmp_path / "small", scheme)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", device_map="cpu")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small", device_map="cpu")
@@ -118,8 +118,8 @@ def test_all_four_models_are_compared(pruned, tmp_path):
     code, output = run("quantise", folder / "pruned", tmp_path / "small", "--scheme", "int8", *text, "--json")
     assert code == 0, output
     rows = {row["model"]: row for row in json.loads(output)["rows"]}
-    assert list(rows) == ["dense", "pruned", "dense, int8", "pruned, int8"]
-    sizes = [row["num_bytes"] for row in rows.values()]
+    assert list(rows) == ["dense", "dense, int8", "pruned", "pruned, int8"]
+    sizes = [rows[name]["num_bytes"] for name in ("dense", "pruned", "dense, int8", "pruned, int8")]
     assert sizes[0] > sizes[1] > sizes[3]
     assert sizes[0] > sizes[2] > sizes[3]
     code, output = run("eval", tmp_path / "small", *text, "--json")

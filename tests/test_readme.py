@@ -15,7 +15,7 @@ from hf_prune.cli import app
 from hf_prune.config import WandaConfig
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/quickstart.md", "docs/cli.md")
+DOCUMENTS = ("README.md", "docs/quickstart.md", "docs/cli.md", "docs/serving.md")
 PAGES = (
     "README.md",
     "docs/quickstart.md",
@@ -28,6 +28,7 @@ PAGES = (
     "docs/repair.md",
     "docs/allocation.md",
     "docs/recovery.md",
+    "docs/serving.md",
     "docs/design.md",
     "docs/changelog.md",
     "docs/contributing.md",

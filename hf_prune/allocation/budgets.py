@@ -91,11 +91,11 @@ def _cache(structure: Structure, axis: Axis, config: PruningConfig) -> Floats:
     if axis.kind != "layer":
         return np.full(axis.num_units, float(dense - cache_bytes(structure, config, {axis.name: axis.num_units - 1})))
     branch = axis.name.partition(".")[2]
-    gone = [
-        ({}, frozenset[int]() if branch else frozenset({layer}), frozenset({(layer, branch)}))
-        for layer in range(axis.num_units)
-    ]
-    return np.array([float(dense - cache_bytes(structure, config, *one)) for one in gone])
+    left = []
+    for layer in range(axis.num_units):
+        layers = frozenset[int]() if branch else frozenset({layer})
+        left.append(cache_bytes(structure, config, None, layers, frozenset({(layer, branch)})))
+    return float(dense) - np.array(left, dtype=np.float64)
 
 
 def _parameters(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.checkpoint.files import needs_plugin
-from hf_prune.config.targets import together
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -156,7 +155,7 @@ def _ratios(pruning: Mapping[str, Any]) -> str:
     settings, achieved = pruning.get("settings", {}), pruning.get("achieved", {})
     rows = []
     for budget, meaning in _BUDGETS.items():
-        if budget == "memory" != settings.get("budget"):
+        if budget == "memory" and settings.get("budget") != "memory":
             continue
         asked = settings.get("pruning_ratio") if settings.get("budget") == budget else None
         rows.append([meaning, _percent(asked), _percent(achieved.get(budget))])
@@ -195,16 +194,17 @@ def _widths(widths: Mapping[str, int], plan: PruningPlan | None) -> str:
 
 
 def _settings(pruning: Mapping[str, Any], plan: PruningPlan | None) -> str:
-    method, settings = pruning.get("method", ""), pruning.get("settings", {})
+    method = pruning.get("method", "")
     lines = [f"Method: {_METHODS.get(method, f'`{method}`')}."]
     if pruning.get("calibration"):
         lines.append(f"Calibration: {pruning['calibration']}.")
-    if settings.get("targets"):
-        lines.append(f"Pruned for {together(settings['targets']).text}.")
+    if plan is not None and plan.config.targets:
+        lines.append(f"Pruned for {plan.config.target.text}.")
     lines.append(f"Written by hf_prune {pruning.get('hf_prune_version', '')}.".replace(" .", "."))
     if plan is not None:
         lines.append("The indices of all kept units are in `pruning_plan.json`.")
-    return " ".join(lines) + f"\n\n```json\n{json.dumps(settings, indent=2)}\n```"
+    settings = json.dumps(pruning.get("settings", {}), indent=2)
+    return " ".join(lines) + f"\n\n```json\n{settings}\n```"
 
 
 def _evaluation(report: Mapping[str, Any]) -> str:

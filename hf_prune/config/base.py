@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, get_args
 
-from hf_prune.config.targets import SPELLING, Target, targets_of, together
+from hf_prune.config.targets import SPELLING, Target, together
 from hf_prune.errors import ConfigError
 
 Budget = Literal["decoder", "model", "units", "latency", "memory"]
@@ -119,7 +119,7 @@ class PruningConfig:
         kinds = get_args(AxisKind)
         known = _is_tuple_of(self.axes, str) and len(self.axes) > 0 and all(kind in kinds for kind in self.axes)
         self._check(known and len(set(self.axes)) == len(self.axes), "axes", f"one or more different kinds of {kinds}")
-        self._check(_is_tuple_of(self.targets, str) and targets_of(self.targets) is not None, "targets", SPELLING)
+        self._check(_is_tuple_of(self.targets, str) and together(self.targets) is not None, "targets", SPELLING)
         for kind in sorted(self.target.keeps & set(self.axes)):
             raise ConfigError(f"axes: found {kind!r}, which {self.target.name} cannot serve: ask for other axes.")
         if self.target.uniform:
@@ -161,7 +161,9 @@ class PruningConfig:
     @property
     def target(self) -> Target:
         """What `targets` ask for, as one."""
-        return together(self.targets)
+        found = together(self.targets)
+        assert found is not None  # checked
+        return found
 
     @property
     def allocation_name(self) -> str:

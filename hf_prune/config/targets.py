@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from dataclasses import dataclass
@@ -50,27 +49,19 @@ TARGETS = (
 )
 
 
-def targets_of(names: Sequence[str]) -> list[Target] | None:
-    """The targets of these names; `None` if one is unknown or named twice."""
+def together(names: Sequence[str]) -> Target | None:
+    """One target that asks for what all of these ask for; `None` if one is unknown or named twice."""
     known = {target.name: target for target in TARGETS}
     found = []
     for name in names:
         shards = re.fullmatch(r"tp=([1-9]\d{0,3})", name)
-        if shards and int(shards[1]) > 1:
-            found.append(Target(name, shards=int(shards[1])))
-        elif name in known:
-            found.append(known[name])
-        else:
+        if name not in known and (shards is None or shards[1] == "1"):
             return None
-    kinds = {target.name.partition("=")[0] for target in found}
-    return found if len(kinds) == len(found) else None
-
-
-def together(names: Sequence[str]) -> Target:
-    """One target that asks for what all of these (valid) names ask for: each device's share is made of whole blocks."""
-    found = targets_of(names) or []
-    return dataclasses.replace(
-        Target(", ".join(names)),
+        found.append(Target(name, shards=int(shards[1])) if shards else known[name])
+    if len({name.partition("=")[0] for name in names}) < len(names):
+        return None
+    return Target(
+        ", ".join(names),
         block=math.lcm(*(target.block for target in found)),
         shards=math.lcm(*(target.shards for target in found)),
         uniform=any(target.uniform for target in found),
@@ -79,7 +70,7 @@ def together(names: Sequence[str]) -> Target:
 
 
 def multiple_for(target: Target, structure: Structure, axis: Axis) -> int:
-    """Number that pruned widths of `axis` must be multiples of for `target`."""
+    """Number that pruned widths of `axis` must be multiples of for `target`: each device's share is whole blocks."""
     if axis.kind == "layer":
         return 1
     shards = target.shards if axis.kind in ("attention", "mlp") else 1

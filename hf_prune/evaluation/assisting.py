@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def measure_assisted(
     new_tokens: int = 64,
     num_prompts: int = 8,
 ) -> AssistReport:
-    """Generate greedily with `dense` alone and assisted by `draft` (transformers' `assistant_model`), one prompt at a time.
+    """Generate greedily with `dense` alone, and assisted by `draft` (transformers' `assistant_model`).
 
     Args:
         dense: the model whose text is wanted.
@@ -60,41 +61,30 @@ def measure_assisted(
     """
     sizes = [model.get_input_embeddings().weight.shape[0] for model in (dense, draft)]  # type: ignore[union-attr]
     if sizes[0] != sizes[1]:
-        raise ConfigError(f"a draft must have the vocabulary of its model: found {sizes[1]} tokens, expected {sizes[0]}.")
+        raise ConfigError(
+            f"a draft must have the vocabulary of its model: found {sizes[1]} tokens, expected {sizes[0]}."
+        )
     prompts = evaluation_windows(tokenizer, text, prompt_len)[:num_prompts].to(input_device(dense))
-    passes = {"dense": 0, "draft": 0}
-
-    def counting(name: str) -> Any:
-        def count(*_: Any) -> None:
-            passes[name] += 1
-
-        return count
+    passes: list[PreTrainedModel] = []
 
     def generate(prompt: Tensor, **options: Any) -> tuple[list[int], float]:
-        start = time.perf_counter()
-        output = dense.generate(
-            prompt[None],
-            attention_mask=torch.ones_like(prompt[None]),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id or 0,
-            **options,
-        )
+        settings = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id or 0}
+        mask, start = torch.ones_like(prompt[None]), time.perf_counter()
+        output = dense.generate(prompt[None], attention_mask=mask, **settings, **options)
         return output[0, len(prompt) :].tolist(), time.perf_counter() - start  # `tolist` waits for the device
 
-    with inference(dense), inference(draft):
+    with inference(dense), inference(draft), contextlib.ExitStack() as hooks:
         generate(prompts[0], assistant_model=draft)  # warm-up
         alone = [generate(prompt) for prompt in prompts]
-        hooks = [dense.register_forward_hook(counting("dense")), draft.register_forward_hook(counting("draft"))]
-        try:
-            assisted = [generate(prompt, assistant_model=draft) for prompt in prompts]
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for model in (dense, draft):
+            hook = model.register_forward_hook(lambda model, *_: passes.append(model))
+            hooks.callback(hook.remove)
+        assisted = [generate(prompt, assistant_model=draft) for prompt in prompts]
+    checks = sum(model is dense for model in passes)
     number = sum(len(tokens) for tokens, _ in assisted)
     return AssistReport(
-        acceptance=(number - passes["dense"]) / max(passes["draft"], 1),  # each pass also gives a token of its own
-        tokens_per_pass=number / passes["dense"],
+        acceptance=(number - checks) / max(len(passes) - checks, 1),  # each pass also gives a token of its own
+        tokens_per_pass=number / checks,
         tokens_per_s=number / sum(seconds for _, seconds in assisted),
         dense_tokens_per_s=sum(len(tokens) for tokens, _ in alone) / sum(seconds for _, seconds in alone),
         same_tokens=sum(one[0] == other[0] for one, other in zip(alone, assisted, strict=True)) / len(prompts),

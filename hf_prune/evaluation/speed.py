@@ -71,7 +71,7 @@ def _bytes(tensor: Any) -> int:
     if hasattr(tensor, "__tensor_flatten__"):  # torchao's: values, scales, zero points
         return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     absmax = getattr(getattr(tensor, "quant_state", None), "absmax", None)  # bitsandbytes' scales
-    return tensor.numel() * tensor.element_size() + (0 if absmax is None else _bytes(absmax))
+    return int(tensor.nbytes) + (0 if absmax is None else _bytes(absmax))
 
 
 def measure_speed(

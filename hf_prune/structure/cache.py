@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def find_cache(model: nn.Module, axes: Mapping[str, Axis]) -> tuple[CacheTensor, ...] | None:
-    """The tensors that one forward pass leaves in transformers' `DynamicCache`; `None` if the model gives no such cache.
+    """The tensors that one forward pass leaves in transformers' `DynamicCache`; `None` if there is no such cache.
 
     Args:
         model: built without weights: parameters on the meta device.
