@@ -132,13 +132,15 @@ def inspect_config(config: PreTrainedConfig, cls: type[PreTrainedModel] | None =
     )
 
 
-def inspect_fit(config: PreTrainedConfig, fit: str, **settings: int) -> list[dict[str, Any]]:
+def inspect_fit(config: PreTrainedConfig, fit: str, *, context: int, batch: int, bits: int) -> list[dict[str, Any]]:
     """Whether the model of `config` fits into memory, and at which ratios it would; without weights.
 
     Args:
         config: config of a causal LM.
         fit: bytes, such as `8GB`, of which `MARGIN` is left free.
-        **settings: `context`, `batch` and `bits` of `PruningConfig`.
+        context: this, `batch` and `bits`: see `PruningConfig`.
+        batch: sequences at a time.
+        bits: of each weight.
 
     Returns:
         A row for the dense model; if it does not fit one per choice of axes, of equal fractions: what has to go of the
@@ -149,7 +151,7 @@ def inspect_fit(config: PreTrainedConfig, fit: str, **settings: int) -> list[dic
         StructureError: the model cannot be traced, or keeps no key-value cache.
     """
     structure = infer_structure(config, cache=True)
-    asked = PruningConfig(0.5, budget="memory", **settings)  # type: ignore[arg-type]
+    asked = PruningConfig(0.5, budget="memory", context=context, batch=batch, bits=bits)
     dense, usable = count_memory(structure, asked), usable_bytes(fit)
     verdict = "fits" if dense.total <= usable else "does not fit"
     note = f"{verdict}: {usable:,} bytes of {fit} are usable"

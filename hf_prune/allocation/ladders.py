@@ -133,7 +133,9 @@ def _tied(ladders: list[Ladder], structure: Structure, config: PruningConfig) ->
             families.setdefault(ladder.axis.name.split(".", 2)[2], []).append(ladder)
     tied = {}
     for family, members in families.items():
-        everywhere = [axis for name, axis in structure.axes.items() if re.fullmatch(rf"layers\.\d+\.{family}", name)]
+        everywhere = [
+            axis for name, axis in structure.axes.items() if re.fullmatch(rf"layers\.\d+\.{re.escape(family)}", name)
+        ]
         if len(members) < len(everywhere) or len({axis.num_units for axis in everywhere}) > 1:
             raise ConfigError(
                 f"{config.target.text}; but of {len(everywhere)} axes {family!r} {len(members)} may lose units, of "
