@@ -8,7 +8,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 ||
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint format kills clean
+.PHONY: install demo test lint format kills laws clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ test: lint
 # Kill `prune` ten times at random places; it must end with the same bits.
 kills: install
 	HF_PRUNE_KILLS=10 $(BIN)/pytest tests/test_layers_on_disk.py -k killed
+
+# Random plans over 24 families, until there are 10,000 in docs/laws.json (about 45 minutes of one core); goes on where it stopped.
+laws: install
+	$(BIN)/python tests/benchmarks/laws.py --cases 10000
 
 format: install
 	$(BIN)/ruff check --fix .

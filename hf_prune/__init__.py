@@ -12,34 +12,35 @@ from typing import TYPE_CHECKING, Any
 from hf_prune.checkpoint.autoload import install_on_import
 
 if TYPE_CHECKING:
-    from hf_prune.allocation import allocate, hill_exponents
-    from hf_prune.config import (
-        LLMPrunerConfig,
-        MagnitudeConfig,
-        OBSConfig,
-        PolicyGradientConfig,
-        PruneNetConfig,
-        PruningConfig,
-        RandomConfig,
-        WandaConfig,
-    )
-    from hf_prune.errors import HFPruneError
-    from hf_prune.evaluation.latency import measure_latency
-    from hf_prune.evaluation.perplexity import perplexity
-    from hf_prune.latency import LatencyTable
-    from hf_prune.modeling import PrunedModelForCausalLM
-    from hf_prune.pipeline import PruningResult, prune
-    from hf_prune.plan import PruningPlan
-    from hf_prune.recovery.callback import PruningCallback
-    from hf_prune.recovery.distillation import DistillationTrainer
-    from hf_prune.recovery.divergence import DivergenceGuard
-    from hf_prune.recovery.lora import lora_config, merge_adapters
-    from hf_prune.recovery.recover import recover
-    from hf_prune.recovery.resuming import align_to_checkpoint
-    from hf_prune.structure.inference import infer_structure
-    from hf_prune.structure.structure import Structure
-    from hf_prune.surgery.in_place import apply_plan_
-    from hf_prune.surgery.pruning import apply_plan
+    from hf_prune.allocation import allocate as allocate
+    from hf_prune.allocation import hill_exponents as hill_exponents
+    from hf_prune.config import LLMPrunerConfig as LLMPrunerConfig
+    from hf_prune.config import MagnitudeConfig as MagnitudeConfig
+    from hf_prune.config import OBSConfig as OBSConfig
+    from hf_prune.config import PolicyGradientConfig as PolicyGradientConfig
+    from hf_prune.config import PruneNetConfig as PruneNetConfig
+    from hf_prune.config import PruningConfig as PruningConfig
+    from hf_prune.config import RandomConfig as RandomConfig
+    from hf_prune.config import WandaConfig as WandaConfig
+    from hf_prune.errors import HFPruneError as HFPruneError
+    from hf_prune.evaluation.latency import measure_latency as measure_latency
+    from hf_prune.evaluation.perplexity import perplexity as perplexity
+    from hf_prune.latency import LatencyTable as LatencyTable
+    from hf_prune.modeling import PrunedModelForCausalLM as PrunedModelForCausalLM
+    from hf_prune.pipeline import PruningResult as PruningResult
+    from hf_prune.pipeline import prune as prune
+    from hf_prune.plan import PruningPlan as PruningPlan
+    from hf_prune.recovery.callback import PruningCallback as PruningCallback
+    from hf_prune.recovery.distillation import DistillationTrainer as DistillationTrainer
+    from hf_prune.recovery.divergence import DivergenceGuard as DivergenceGuard
+    from hf_prune.recovery.lora import lora_config as lora_config
+    from hf_prune.recovery.lora import merge_adapters as merge_adapters
+    from hf_prune.recovery.recover import recover as recover
+    from hf_prune.recovery.resuming import align_to_checkpoint as align_to_checkpoint
+    from hf_prune.structure.inference import infer_structure as infer_structure
+    from hf_prune.structure.structure import Structure as Structure
+    from hf_prune.surgery.in_place import apply_plan_ as apply_plan_
+    from hf_prune.surgery.pruning import apply_plan as apply_plan
 
 __version__ = "0.1.0"
 
@@ -68,44 +69,14 @@ _WHERE = {
     "hill_exponents": "hf_prune.allocation",
     "infer_structure": "hf_prune.structure.inference",
     "lora_config": "hf_prune.recovery.lora",
-    "merge_adapters": "hf_prune.recovery.lora",
     "measure_latency": "hf_prune.evaluation.latency",
+    "merge_adapters": "hf_prune.recovery.lora",
     "perplexity": "hf_prune.evaluation.perplexity",
     "prune": "hf_prune.pipeline",
     "recover": "hf_prune.recovery.recover",
 }
 
-__all__ = [
-    "DistillationTrainer",
-    "DivergenceGuard",
-    "HFPruneError",
-    "LLMPrunerConfig",
-    "LatencyTable",
-    "MagnitudeConfig",
-    "OBSConfig",
-    "PolicyGradientConfig",
-    "PruneNetConfig",
-    "PrunedModelForCausalLM",
-    "PruningCallback",
-    "PruningConfig",
-    "PruningPlan",
-    "PruningResult",
-    "RandomConfig",
-    "Structure",
-    "WandaConfig",
-    "align_to_checkpoint",
-    "allocate",
-    "apply_plan",
-    "apply_plan_",
-    "hill_exponents",
-    "infer_structure",
-    "lora_config",
-    "measure_latency",
-    "merge_adapters",
-    "perplexity",
-    "prune",
-    "recover",
-]
+__all__ = list(_WHERE)
 
 
 def __getattr__(name: str) -> Any:

@@ -19,8 +19,6 @@ from hf_prune.errors import ConfigError, HFPruneError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel
-
     from hf_prune.config import PruningConfig
 
 
@@ -53,6 +51,18 @@ Fit = Annotated[
     str | None,
     typer.Option(help="Memory for weights and key-value cache (see --context, --batch, --bits).", metavar="8GB"),
 ]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="Text, for methods that need it: a .txt, .jsonl, .json or .parquet file, or a Hub dataset "
+        "(name:config:split).",
+        metavar="FILE|DATASET",
+    ),
+]
+Table = Annotated[
+    Path | None, typer.Option(help="JSON of measured latencies, for --budget latency. Default: measured.")
+]
+BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -108,18 +118,9 @@ def prune(
     model: Model,
     output: Annotated[Path | None, typer.Argument(help="New directory for the pruned checkpoint.")] = None,
     *,
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            help="Text, for methods that need it: a .txt, .jsonl, .json or .parquet file, or a Hub dataset "
-            "(name:config:split).",
-            metavar="FILE|DATASET",
-        ),
-    ] = None,
+    calibration: Calibration = None,
     config: Annotated[Path | None, typer.Option(help="JSON file of a PruningConfig; flags override it.")] = None,
-    latency_table: Annotated[
-        Path | None, typer.Option(help="JSON of measured latencies, for --budget latency. Default: measured.")
-    ] = None,
+    latency_table: Table = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -128,7 +129,7 @@ def prune(
         ),
     ] = None,
     fit: Fit = None,
-    batch_size: Annotated[int, typer.Option(help="Calibration windows per forward pass.")] = 8,
+    batch_size: BatchSize = 8,
     device: Device = None,
     dtype: Dtype = None,
     layers_on: Annotated[
@@ -178,6 +179,7 @@ def prune(
         work_dir=work_dir,
         device=device,
         dtype=dtype,
+        output=None if dry_run else output,
     )
     prune_s = time.perf_counter() - start
     if int(os.environ.get("RANK", "0")):  # one of several processes: the first one saves and prints
@@ -188,6 +190,7 @@ def prune(
     printing.print_outcome(
         output=None if dry_run else output,
         plugin=needs_plugin(result.model.config),
+        perplexity=(result.perplexity_before, result.perplexity_after),
         prune_s=prune_s,
         save_s=time.perf_counter() - start - prune_s,
     )
@@ -202,7 +205,7 @@ def sweep(
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")],
     ratios: Annotated[str, typer.Option(help="Fractions to remove, separated by commas.")],
     text: Annotated[str, typer.Option(help="Text to measure perplexity on: a file, or a Hub dataset.")],
-    calibration: Annotated[str | None, typer.Option(help="Text, for what needs it.", metavar="FILE|DATASET")] = None,
+    calibration: Calibration = None,
     allocations: Annotated[
         list[str] | None,
         typer.Option(
@@ -211,10 +214,8 @@ def sweep(
     ] = None,
     repairs: Annotated[str, typer.Option(help="Values of repair, separated by commas.")] = "",
     window: Annotated[int, typer.Option(help="Tokens of each window of the text, 2 or more.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
-    latency_table: Annotated[
-        Path | None, typer.Option(help="JSON of measured latencies, for --budget latency. Default: measured.")
-    ] = None,
+    batch_size: BatchSize = 8,
+    latency_table: Table = None,
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -222,14 +223,19 @@ def sweep(
 ) -> None:
     """Compare methods, allocations and ratios: one table, one picture. Run again to go on where it stopped."""
     from hf_prune import printing
+    from hf_prune.data import check_there
+    from hf_prune.gate import check_config
     from hf_prune.latency import LatencyTable
-    from hf_prune.loading import load_model, load_tokenizer
+    from hf_prune.loading import load_config, load_model, load_tokenizer
     from hf_prune.sweep import sweep as run_sweep
 
     chosen = read_sweep(methods, ratios, allocations or [], repairs, fields)
     table = LatencyTable.load(latency_table) if latency_table is not None else None
     tokenizer = load_tokenizer(model, required=True)
     assert tokenizer is not None
+    check_config(load_config(model))
+    for source in (text, calibration or text):
+        check_there(source)
     dense = load_model(model, device=device, dtype=dtype)
     rows = run_sweep(
         dense,
@@ -253,7 +259,7 @@ def evaluate(
     model: Model,
     text: Annotated[str, typer.Option(help="Text to measure perplexity on: a file, or a Hub dataset.")],
     window: Annotated[int, typer.Option(help="Tokens of each window, 2 or more; windows do not overlap.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    batch_size: BatchSize = 8,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -279,7 +285,7 @@ def evaluate(
     loaded = load_model(model, device=device, dtype=dtype)
     assert tokenizer is not None
     quality = evaluation.perplexity(loaded, tokenizer, content, window=window, batch_size=batch_size)
-    speed = evaluation.measure_speed(loaded, **_prompt(loaded))
+    speed = evaluation.measure_speed(loaded, **evaluation.usual_request(loaded))
     values: dict[str, str | int | float] = {
         "perplexity": quality.perplexity,
         "num_tokens": quality.num_tokens,
@@ -300,7 +306,7 @@ def evaluate(
     if assists is not None:
         from hf_prune.evaluation.assisting import measure_assisted
 
-        lengths = _prompt(loaded)
+        lengths = evaluation.usual_request(loaded)
         found = measure_assisted(
             load_model(assists, device=device, dtype=dtype),
             loaded,
@@ -422,13 +428,6 @@ def _fitted(config: PruningConfig, model: str, fit: str) -> PruningConfig:
 
     structure = infer_structure(load_config(model), cache=True)
     return dataclasses.replace(config, pruning_ratio=fit_ratio(structure, fit, config))
-
-
-def _prompt(model: PreTrainedModel) -> dict[str, int]:
-    """A prompt of 256 tokens and 32 new ones, or what the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 288
-    new_tokens = min(32, positions // 2)
-    return {"prompt_len": min(256, positions - new_tokens), "new_tokens": new_tokens}
 
 
 def _print_json(values: dict[str, Any]) -> None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
+import itertools
 import json
 import textwrap
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from types import NoneType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
 from hf_prune.config import CONFIGS, PruningConfig
+from hf_prune.config.checks import alternatives
 from hf_prune.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -120,13 +123,9 @@ def _read_fields(path: Path) -> dict[str, Any]:
     return values
 
 
-def _alternatives(hint: Any) -> list[Any]:
-    return list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
-
-
 def _kind(hint: Any) -> type:
     """The type that typer parses: numbers and switches as such, everything else as text."""
-    kinds = [kind for kind in _alternatives(hint) if kind is not NoneType]
+    kinds = [kind for kind in alternatives(hint) if kind is not NoneType]
     return kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, bool) else str
 
 
@@ -135,7 +134,7 @@ def _choices(hint: Any) -> str | None:
     shown = {int: "N", NoneType: "none"}
     parts = [
         part
-        for kind in _alternatives(hint)
+        for kind in alternatives(hint)
         for part in (get_args(kind) if get_origin(kind) is Literal else (shown.get(kind, ""),))
     ]
     return "|".join(parts) if len(parts) > 1 and all(parts) else None
@@ -173,15 +172,19 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(layers))
 
 
-def field_help(config_class: type[PruningConfig]) -> dict[str, str]:
+def field_help(config_class: type) -> dict[str, str]:
     """The docstring under each field of `config_class`, on one line: the command line shows them as help."""
-    found: dict[str, str] = {}
-    for base in reversed(config_class.__mro__[:-1]):
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
-        assert isinstance(definition, ast.ClassDef)
-        for statement, following in zip(definition.body, definition.body[1:], strict=False):
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                text = following.value if isinstance(following, ast.Expr) else None
-                if isinstance(text, ast.Constant) and isinstance(text.value, str):
-                    found[statement.target.id] = " ".join(text.value.split())
+    found = [_own_help(base) for base in reversed(config_class.__mro__[:-1])]
+    return {name: text for own in found for name, text in own.items()}
+
+
+@functools.cache
+def _own_help(config_class: type) -> dict[str, str]:
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body
+    assert isinstance(definition, ast.ClassDef)
+    found = {}
+    for field, following in itertools.pairwise(definition.body):
+        match field, following:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = " ".join(text.split())
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_prune.errors import CalibrationError, ConfigError
+from hf_prune.errors import CalibrationError, check_whole_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,17 +43,20 @@ def load_text(source: str | Path, *, column: str = "text", max_chars: int | None
         ConfigError: `max_chars` is below 1.
     """
     if max_chars is not None:
-        _check_at_least(max_chars=(max_chars, 1))
+        check_whole_numbers(max_chars=(max_chars, 1))
     path = Path(source)
-    if path.is_file():
-        text = _read_file(path, column, max_chars)
-    elif path.suffix in (".txt", *_BUILDERS):
-        raise CalibrationError(f"no file at {path.absolute()}: check the path of the text (`{source}`)")
-    else:
-        text = _read_dataset(str(source), column, max_chars)
+    check_there(path)
+    text = _read_file(path, column, max_chars) if path.is_file() else _read_dataset(str(source), column, max_chars)
     if not text.strip():
         raise CalibrationError(f"'{source}' holds no text: expected at least one sentence; pass another source")
     return text
+
+
+def check_there(source: str | Path) -> None:
+    """Raise `CalibrationError` if `source` is the name of a file that is missing."""
+    path = Path(source)
+    if path.suffix in (".txt", *_BUILDERS) and not path.is_file():
+        raise CalibrationError(f"no file at {path.absolute()}: check the path of the text (`{source}`)")
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
@@ -80,7 +83,7 @@ def evaluation_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: in
         CalibrationError: the text has fewer than `window` tokens.
         ConfigError: `window` is below 1.
     """
-    _check_at_least(window=(window, 1))
+    check_whole_numbers(window=(window, 1))
     return _windows(token_stream(tokenizer, text), window, num_windows=1)
 
 
@@ -93,6 +96,7 @@ def calibration_batches(
     batch_size: int,
     seed: int,
     column: str = "text",
+    num_held_out: int = 0,
 ) -> list[dict[str, Tensor]]:
     """Draw random windows of tokens, without replacement and without overlap.
 
@@ -107,6 +111,7 @@ def calibration_batches(
         batch_size: windows of each batch, 1 or more; the last batch may have fewer.
         seed: of the generator, 0 or more.
         column: the field of each record that holds the text.
+        num_held_out: up to so many of the other windows follow, in batches of their own.
 
     Returns:
         Batches of `input_ids` and `attention_mask` (all ones: no padding), int64 `[B, seq_len]`, on the CPU.
@@ -115,12 +120,16 @@ def calibration_batches(
         CalibrationError: `source` cannot be read, or has fewer than `num_samples * seq_len` tokens.
         ConfigError: a number is out of range.
     """
-    _check_at_least(num_samples=(num_samples, 1), seq_len=(seq_len, 1), batch_size=(batch_size, 1), seed=(seed, 0))
+    lowest = 0 if num_held_out else 1
+    check_whole_numbers(
+        num_samples=(num_samples, lowest), seq_len=(seq_len, 1), batch_size=(batch_size, 1), seed=(seed, 0)
+    )
     tokens = _source_tokens(tokenizer, source, column)
     windows = _windows(tokens, seq_len, num_windows=num_samples)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    drawn = windows[order[:num_samples]]
-    batches = [drawn[start : start + batch_size] for start in range(0, num_samples, batch_size)]
+    drawn = windows[order[: num_samples + num_held_out]]
+    parts = (drawn[:num_samples], drawn[num_samples:])
+    batches = [part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)]
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
 
 
@@ -142,7 +151,7 @@ def training_windows(
         CalibrationError: `source` cannot be read, or has fewer than `window` tokens.
         ConfigError: `window` is below 1.
     """
-    _check_at_least(window=(window, 1))
+    check_whole_numbers(window=(window, 1))
     return _windows(_source_tokens(tokenizer, source, column), window, num_windows=1)
 
 
@@ -231,9 +240,3 @@ def _windows(tokens: Tensor, window: int, num_windows: int) -> Tensor:
             f"{num_windows * window:,}: pass a longer text, fewer windows or shorter ones"
         )
     return tokens[: found * window].view(found, window)
-
-
-def _check_at_least(**numbers: tuple[int, int]) -> None:
-    for name, (value, lowest) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ConfigError(f"{name} is {value!r}, expected an integer of {lowest} or more")

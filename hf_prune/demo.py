@@ -28,10 +28,19 @@ from hf_prune.structure.inference import infer_structure
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from hf_prune.plan import PruningPlan
+    from hf_prune.pipeline import PruningResult
 
 MODEL_DIR = Path(__file__).with_name("demo_model")
 RATIOS = (0.2, 0.3, 0.5)
+_CALIBRATION = {"num_samples": 32, "seq_len": 256}
+RUNS: dict[str, tuple[type[PruningConfig], dict[str, Any]]] = {
+    "random": (RandomConfig, {}),
+    "magnitude": (MagnitudeConfig, {}),
+    "wanda": (WandaConfig, _CALIBRATION),
+    "llm_pruner": (LLMPrunerConfig, _CALIBRATION),
+    "llm_pruner, repaired": (LLMPrunerConfig, {"repair": "least_squares", "selection": "obs", **_CALIBRATION}),
+}
+"""Name, configuration class and settings of each line of the table."""
 SAVED = ("llm_pruner, repaired", 0.3)
 """Which of the pruned models is saved, reloaded and lets us read a text."""
 PROMPT = "The old man looked at the sea and"
@@ -60,15 +69,16 @@ def run_demo(output: Path, *, model_dir: Path = MODEL_DIR) -> None:
     name = f"{type(dense).__name__}, {num_parameters(dense):,} parameters"
     console.print(Text(f"Pruning a small {name} without retraining it.", style="bold"))
 
-    rows, models, plans = _compare(dense, tokenizer, model_dir)
+    rows, results = _compare(dense, tokenizer, model_dir)
     console.print(comparison_table(rows, title="Perplexity on text that the model was not trained on"))
 
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = output / "pruned"
-    pruned, plan = models[SAVED], plans[SAVED]
+    pruned, plan = results[SAVED].model, results[SAVED].plan
+    perplexities = {"dense": rows[0]["perplexity"], "pruned": rows[1 + list(results).index(SAVED)]["perplexity"]}
     console.print(Text(f"\nSaved and reloaded: {SAVED[0]}, {SAVED[1]:.0%}", style="bold"))
     print_plan(plan, structure)
-    save_pruned(pruned, checkpoint, plan=plan, tokenizer=tokenizer, report={"perplexity": _perplexities(rows)})
+    save_pruned(pruned, checkpoint, plan=plan, tokenizer=tokenizer, report={"perplexity": perplexities})
     reloaded = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     _check_equal(pruned, reloaded)
     console.print("AutoModelForCausalLM.from_pretrained gives the same logits, bit for bit.")
@@ -87,51 +97,30 @@ def run_demo(output: Path, *, model_dir: Path = MODEL_DIR) -> None:
 
 def _compare(
     dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, model_dir: Path
-) -> tuple[list[Row], dict[tuple[str, float], PreTrainedModel], dict[tuple[str, float], PruningPlan]]:
-    """A row for the dense model and for each method and ratio; the models and plans by `(name, ratio)`."""
-    text = load_text(model_dir / "evaluation.txt")
-    rows: list[Row] = [_row("dense", 0.0, 0.0, dense, tokenizer, text)]
-    models, plans = {}, {}
-    for name, config_class, settings in _runs():
+) -> tuple[list[Row], dict[tuple[str, float], PruningResult]]:
+    """A row for the dense model and for each method and ratio, and the results by `(name, ratio)`."""
+    text, calibration = load_text(model_dir / "evaluation.txt"), str(model_dir / "calibration.txt")
+    results: dict[tuple[str, float], PruningResult] = {}
+    for name, (config_class, settings) in RUNS.items():
         scores: dict[str, torch.Tensor] | None = None  # one scoring serves every ratio
         for ratio in RATIOS:
-            config, calibration = config_class(ratio, **settings), str(model_dir / "calibration.txt")
+            config = config_class(ratio, **settings)
             result = prune(dense, config, tokenizer=tokenizer, calibration=calibration, scores=scores)
-            scores = result.scores
-            rows.append(_row(name, ratio, result.plan.achieved["decoder"], result.model, tokenizer, text))
-            models[name, ratio], plans[name, ratio] = result.model, result.plan
-    return rows, models, plans
+            results[name, ratio], scores = result, result.scores
 
+    def row(method: str, asked: float, achieved: float, model: PreTrainedModel) -> Row:
+        measured = perplexity(model, tokenizer, text, window=256, progress=False)
+        return {
+            "method": method,
+            "pruning_ratio": asked,
+            "achieved_ratio": achieved,
+            "num_parameters": num_parameters(model),
+            "perplexity": measured.perplexity,
+        }
 
-def _runs() -> list[tuple[str, type[PruningConfig], dict[str, Any]]]:
-    """Name, configuration class and settings of each line of the table."""
-    calibration = {"num_samples": 32, "seq_len": 256}
-    return [
-        ("random", RandomConfig, {}),
-        ("magnitude", MagnitudeConfig, {}),
-        ("wanda", WandaConfig, calibration),
-        ("llm_pruner", LLMPrunerConfig, calibration),
-        ("llm_pruner, repaired", LLMPrunerConfig, {"repair": "least_squares", "selection": "obs", **calibration}),
-    ]
-
-
-def _row(
-    method: str, asked: float, achieved: float, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str
-) -> Row:
-    measured = perplexity(model, tokenizer, text, window=256, progress=False)
-    return {
-        "method": method,
-        "pruning_ratio": asked,
-        "achieved_ratio": achieved,
-        "num_parameters": num_parameters(model),
-        "perplexity": measured.perplexity,
-    }
-
-
-def _perplexities(rows: list[Row]) -> dict[str, float | int | str | None]:
-    """Dense and pruned perplexity of the saved model, for its card."""
-    chosen = next(row for row in rows if (row["method"], row["pruning_ratio"]) == SAVED)
-    return {"dense": rows[0]["perplexity"], "pruned": chosen["perplexity"]}
+    rows = [row("dense", 0.0, 0.0, dense)]
+    rows += [row(*key, found.plan.achieved["decoder"], found.model) for key, found in results.items()]
+    return rows, results
 
 
 def _check_equal(saved: PreTrainedModel, reloaded: PreTrainedModel) -> None:

@@ -37,3 +37,10 @@ class CheckpointError(HFPruneError):
 
 class DivergenceError(HFPruneError):
     """Training gave numbers that are not finite."""
+
+
+def check_whole_numbers(**numbers: tuple[object, int]) -> None:
+    """Raise `ConfigError` unless each of these, given by name as `(value, lowest)`, is an `int` from `lowest`."""
+    for name, (value, lowest) in numbers.items():
+        if type(value) is not int or value < lowest:
+            raise ConfigError(f"{name}: found {value!r}, expected a whole number from {lowest}.")

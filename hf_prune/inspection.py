@@ -11,11 +11,13 @@ import torch
 from hf_prune.allocation import allocate
 from hf_prune.config import AxisKind, PruningConfig, RandomConfig, axes_of_kind, selected_axes
 from hf_prune.errors import BudgetError, ConfigError, StructureError
+from hf_prune.gate import check_model, quantised, unwrapped
 from hf_prune.layers.masking import masked
 from hf_prune.layers.weights import inference, input_device
 from hf_prune.memory import count_memory, fit_ratio, memory_of, usable_bytes
 from hf_prune.methods import score
 from hf_prune.structure.inference import infer_structure
+from hf_prune.surgery.configuring import depends_on_depth
 from hf_prune.surgery.expressing import family, find_knobs
 from hf_prune.surgery.pruning import apply_plan
 
@@ -45,7 +47,7 @@ class FamilyReport:
     """Removing units equals masking them; false where a norm mixes all units."""
     prunable: bool
     reason: str
-    """Why it cannot be pruned, or why it is not exact; empty otherwise."""
+    """Why it cannot be pruned, why it is not exact, or what layers compute from their place; empty otherwise."""
     attributes: str
     """Config attributes that hold the width; empty where no attribute does (the layer is built and resized)."""
 
@@ -64,6 +66,8 @@ class InspectionReport:
     """Kinds of which no axis was found."""
     without_rule: dict[str, str]
     """Operations that no tracing rule covers → the module that ran them. The axes they touch are not prunable."""
+    quantised: str = ""
+    """By which method: `prune` refuses such a model. Empty otherwise."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -116,7 +120,7 @@ def inspect_config(config: PreTrainedConfig, cls: type[PreTrainedModel] | None =
             parameters_per_unit=per_unit,
             exact=exact,
             prunable=axes[0].prunable,
-            reason=_reason(axes[0]),
+            reason=_reason(axes[0]) or (name == "layers" and depends_on_depth(config, structure, cls)) or "",
             attributes=knobs.get(name, "") if axes[0].layer is not None and axes[0].prunable else "",
         )
         for (name, num_units, per_unit, exact, _), axes in alike.items()
@@ -128,6 +132,7 @@ def inspect_config(config: PreTrainedConfig, cls: type[PreTrainedModel] | None =
         num_decoder_parameters=structure.num_parameters(budget="decoder"),
         families=tuple(sorted(families, key=lambda row: (not row.layers, row.name, row.layers))),
         missing=tuple(kind for kind in get_args(AxisKind) if not axes_of_kind(structure, kind)),
+        quantised=quantised(config),
         without_rule=dict(structure.without_rule),
     )
 
@@ -185,9 +190,11 @@ def verify(model: PreTrainedModel, *, pruning_ratio: float = 0.3, seed: int = 0)
         ConfigError: the model is in half precision, where rounding hides errors.
         StructureError: nothing can be verified.
     """
+    model = unwrapped(model)
     if model.dtype not in (torch.float32, torch.float64):
         raise ConfigError(f"verification compares logits; found {model.dtype}, expected float32 or float64.")
     structure = infer_structure(model)
+    check_model(model, structure, RandomConfig(pruning_ratio), None)
     generator = torch.Generator().manual_seed(seed)
     vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment]
     ids = torch.randint(vocab_size, (2, 16), generator=generator).to(input_device(model))

@@ -11,16 +11,14 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from hf_prune.atomic import replaced_file
 from hf_prune.config import LAYER_AXES
 from hf_prune.errors import PlanError
-from hf_prune.reading import parse_json, read_text
+from hf_prune.reading import load_text_file, parse_json, save_text_file
 
 if TYPE_CHECKING:
     import os
@@ -217,20 +215,12 @@ class LatencyTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table to `path`; an interrupted write leaves an older file intact."""
-        try:
-            with replaced_file(Path(path)) as new:
-                new.write_text(self.to_json() + "\n", encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"the latency table could not be written to {path}: {error}.") from error
+        save_text_file(path, self.to_json() + "\n", "latency table", PlanError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
         """Read a table from `path`; `PlanError` if it is missing or damaged."""
-        try:
-            text = read_text(Path(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"no latency table can be read from {path}: {error}.") from error
-        return cls.from_json(text)
+        return cls.from_json(load_text_file(path, "latency table", PlanError))
 
 
 def _expect(fits: bool, what: str, expected: str) -> None:

@@ -26,16 +26,15 @@ logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").setLevel(logging.ERROR)
 
 
-def load_config(name: str) -> PreTrainedConfig:
-    """The config of a directory or Hub id; `CheckpointError` if there is none."""
+def load_config(name: str, **where: Any) -> PreTrainedConfig:
+    """The config of a directory or Hub id (`where` as for `from_pretrained`); `CheckpointError` if there is none."""
     from transformers import AutoConfig
 
-    from hf_prune.checkpoint.verifying import check_files, not_loaded
+    from hf_prune.checkpoint.verifying import check_source, not_loaded
 
-    if Path(name).is_dir():
-        check_files(Path(name))
+    check_source(name, where)
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(name, **where)
     except (HFPruneError, ImportError):
         raise
     except Exception as error:  # config classes refuse in any way they like
@@ -64,7 +63,7 @@ def load_model(
         ConfigError: no such device or dtype.
     """
     from hf_prune.checkpoint.verifying import load_verified
-    from hf_prune.layers.weights import check_offload, device_map_of
+    from hf_prune.layers.weights import device_map_of
     from hf_prune.structure.building import build_empty
 
     _check_target(device, dtype)
@@ -74,8 +73,6 @@ def load_model(
         options = {"device_map": device_map_of(shell, on_disk, device or "cpu"), "offload_folder": str(folder)}
     model = load_verified(name, dtype=dtype or "auto", **options)
     assert not isinstance(model, tuple)
-    if on_disk:
-        check_offload(model)
     return model.to(device).eval() if device is not None and not on_disk else model.eval()  # type: ignore[no-any-return]
 
 
@@ -146,14 +143,15 @@ def _itemsize(config: PreTrainedConfig, dtype: str | None) -> int:
     return int(found.itemsize)
 
 
-def load_tokenizer(name: str, *, required: bool) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(name: str, *, required: bool, **where: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a directory or Hub id; `None` if there is none and it is not `required`."""
     from transformers import AutoTokenizer
 
-    from hf_prune.checkpoint.verifying import not_loaded
+    from hf_prune.checkpoint.verifying import check_source, not_loaded
 
+    check_source(name, where)
     try:
-        return AutoTokenizer.from_pretrained(name)  # type: ignore[no-any-return]
+        return AutoTokenizer.from_pretrained(name, **where)  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError) as error:
         if required:
             raise not_loaded(name, "tokenizer", error) from error

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from hf_prune.checkpoint.hub import push_to_hub
+from hf_prune.checkpoint.saving import save_pruned
+from hf_prune.checkpoint.verifying import load_verified
 from hf_prune.errors import ConfigError
+from hf_prune.pipeline import prune
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_prune.config import PruningConfig
     from hf_prune.pipeline import Calibration
-    from hf_prune.plan import PruningPlan
 
 
 class _Pruned(type):
@@ -61,19 +63,26 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
             CheckpointError: the checkpoint is damaged, or a tensor is missing.
             HFPruneError: what `hf_prune.prune` refuses.
         """
-        from transformers import AutoTokenizer
-
-        from hf_prune.checkpoint.verifying import load_verified
-
         source = str(pretrained_model_name_or_path)
-        if pruning_config is None and calibration is not None:
-            raise ConfigError("calibration was given without a pruning_config; pass one, or leave out calibration.")
-        model: Any = load_verified(source, **kwargs)
         if pruning_config is None:
-            return model  # type: ignore[no-any-return]
-        if tokenizer is None and isinstance(calibration, str):
-            shared = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
-            tokenizer = AutoTokenizer.from_pretrained(source, **{k: kwargs[k] for k in shared if k in kwargs})
+            if calibration is not None:
+                raise ConfigError("calibration was given without a pruning_config; pass one, or leave out calibration.")
+            return load_verified(source, **kwargs)  # type: ignore[return-value]
+        from hf_prune.gate import check_config, check_windows
+        from hf_prune.loading import load_config, load_tokenizer
+        from hf_prune.pipeline import calibration_data
+        from hf_prune.structure.building import build_empty
+
+        shared = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "gguf_file")
+        where = {name: kwargs[name] for name in shared if name in kwargs}
+        config = kwargs.get("config") or load_config(source, **where)
+        check_config(config, kwargs.get("quantization_config"))
+        if isinstance(calibration, str):
+            tokenizer = tokenizer or load_tokenizer(source, required=True, **where)
+        batches = calibration_data(pruning_config, tokenizer, calibration, batch_size=8) or ()
+        if not kwargs.get("trust_remote_code"):  # its class may not be known yet
+            check_windows(build_empty(config), batches)
+        model: Any = load_verified(source, **kwargs)
         return PrunedModelForCausalLM.prune(model, pruning_config, tokenizer=tokenizer, calibration=calibration)
 
     @staticmethod
@@ -85,54 +94,7 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
         calibration: Calibration | None = None,
     ) -> PreTrainedModel:
         """A pruned copy of a model in memory; `hf_prune.prune` also returns the plan and the scores."""
-        from hf_prune.pipeline import prune
-
         return prune(model, pruning_config, tokenizer=tokenizer, calibration=calibration).model
 
-    @staticmethod
-    def save_pretrained(
-        model: PreTrainedModel,
-        save_directory: str | Path,
-        *,
-        plan: PruningPlan | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        max_shard_size: int | str = "50GB",
-        report: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Save model, plan, tokenizer, model card and widths picture, all or nothing: see `save_pruned`.
-
-        The model's own `save_pretrained` works too, and writes the plan as well, but no card.
-        """
-        from hf_prune.checkpoint.saving import save_pruned
-
-        save_pruned(model, save_directory, plan=plan, tokenizer=tokenizer, max_shard_size=max_shard_size, report=report)
-
-    @staticmethod
-    def push_to_hub(
-        model: PreTrainedModel,
-        repo_id: str,
-        *,
-        plan: PruningPlan | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        report: Mapping[str, Any] | None = None,
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        token: str | bool | None = None,
-        commit_message: str | None = None,
-    ) -> str:
-        """Save and upload to the Hub, card included: see `hf_prune.checkpoint.hub.push_to_hub`."""
-        from hf_prune.checkpoint.hub import push_to_hub
-
-        return push_to_hub(
-            model,
-            repo_id,
-            plan=plan,
-            tokenizer=tokenizer,
-            report=report,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            token=token,
-            commit_message=commit_message,
-        )
+    save_pretrained = staticmethod(save_pruned)
+    push_to_hub = staticmethod(push_to_hub)

@@ -16,23 +16,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
+from hf_prune.allocation.planning import allocate
 from hf_prune.allocation.spectral import hill_exponents
 from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
 from hf_prune.config import PolicyGradientConfig
 from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.evaluation.latency import measure_latency
+from hf_prune.evaluation.perplexity import perplexity_of
+from hf_prune.gate import check_config, check_model, check_room, check_windows, unwrapped
 from hf_prune.layers.price import announce, price_of
 from hf_prune.layers.processes import of_main_process
-from hf_prune.layers.walk import Walk
-from hf_prune.layers.weights import check_offload, fingerprint, is_on_disk
+from hf_prune.layers.walk import LayerProtocol, Walk
+from hf_prune.layers.weights import fingerprint, is_on_disk
 from hf_prune.layers.work import WorkDir
-from hf_prune.loading import load_tokenizer, open_model
+from hf_prune.loading import load_config, load_tokenizer, open_model
 from hf_prune.methods import METHODS, check_scores, score
 from hf_prune.methods.learned import LearnedScores
 from hf_prune.repair import repair_, select_repairable
 from hf_prune.repair.preview import RepairPreview
+from hf_prune.structure.building import build_empty
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import PrunedLayers
+from hf_prune.surgery.slicing import renumber
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +79,11 @@ _AFTER_SCORES = (
 )
 """Settings that scores do not depend on, unless the method learns for a ratio."""
 
+HELD_OUT = 8
+"""Windows of the calibration text that perplexity is measured on: never those that were calibrated with."""
+EXPLODED = 3.0
+"""A perplexity that grows by more than this factor is warned of."""
+
 Calibration = str | Sequence[Mapping[str, Any]]
 
 
@@ -89,6 +99,11 @@ class PruningResult:
     """Structure of the dense model."""
     scores: dict[str, Tensor]
     """Score of every unit of the dense model, higher = keep: a plan at another ratio needs no new scoring."""
+    perplexity_before: float | None = None
+    """Of the dense model, on up to `HELD_OUT` windows of the calibration text that were not calibrated with; `None`
+    where no text was given (batches are all calibrated with), or none of it is left."""
+    perplexity_after: float | None = None
+    """Of the pruned model, on the same windows."""
 
     @property
     def history(self) -> list[Step]:
@@ -109,6 +124,7 @@ def prune(
     work_dir: str | Path | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    output: str | Path | None = None,
 ) -> PruningResult:
     """Prune a causal LM, in memory or with its decoder layers on disk. What is given is not changed.
 
@@ -120,7 +136,8 @@ def prune(
         source: any causal LM of transformers, or the directory or Hub id of one.
         config: what to remove, and how.
         tokenizer: needed if `calibration` is text; default: that of `source` where it is a directory or id.
-        calibration: for methods that need data: a text file, a Hub dataset, or batches with `input_ids` `[B, T]`.
+        calibration: for methods that need data: a text file, a Hub dataset, or batches with `input_ids` `[B, T]`. Of a
+            text some windows are left out, to measure both models on.
         batch_size: windows per forward pass while scoring; does not change the result beyond rounding.
         latency: table of `measure_latency`, for the budget `latency` (default: measured where the model is).
         scores: scores of this model, if they are known (`PruningResult.scores` of a run at another ratio).
@@ -129,57 +146,79 @@ def prune(
             the same bits, and a call with another ratio or allocation needs no new scores.
         device: where layers run, for a directory or id; default: the CPU.
         dtype: of the weights in memory, likewise; default: the checkpoint's own.
+        output: where the pruned model will be saved; nothing is written there, but that it has room is checked now.
 
     Returns:
-        The pruned model with its plan, structure and scores.
+        The pruned model with its plan, structure and scores, and the perplexity of both models.
 
     Raises:
         HFPruneError: bad input, with what was found, what was expected and what to do; before anything is changed.
     """
     PartialState()  # of several processes each has its own "cuda" from here on
     work = None if work_dir is None else WorkDir(Path(work_dir))
-    model, tokenizer = _opened(source, config, tokenizer, calibration, layers_on, work, device, dtype)
+    opens = isinstance(source, (str, Path))
+    if opens:
+        described = load_config(str(source))
+        check_config(described)
+        model = build_empty(described)  # tells what text it can read, before weights are loaded
+        if tokenizer is None and isinstance(calibration, str):
+            tokenizer = load_tokenizer(str(source), required=True)
+    else:
+        model = unwrapped(source)
+        if layers_on == "disk" and not is_on_disk(model):
+            raise ConfigError("layers_on='disk' found a model in memory; pass the directory or Hub id of the model.")
+    batches, held_out = _data(config, tokenizer, calibration, batch_size, HELD_OUT)
+    check_windows(model, [*(batches or ()), *held_out])
+    if opens:
+        folder = None if work is None else work.stage("converted").path
+        model = unwrapped(open_model(str(source), layers_on=layers_on, device=device, dtype=dtype, folder=folder))
     structure = infer_structure(model, cache=config.budget == "memory")
-    batches = calibration_data(config, tokenizer, calibration, batch_size)
-    if config.budget == "latency" and latency is None:
-        if is_on_disk(model):
-            raise ConfigError(
-                "budget 'latency' found a model on disk, whose time cannot be measured; pass a latency table that was "
-                "measured where the model fits."
-            )
-        latency = of_main_process(measure_latency(model, structure))
-    check_before(model, structure, config, batches)
+    measures = config.budget == "latency" and latency is None
+    if measures and is_on_disk(model):
+        raise ConfigError(
+            "budget 'latency' found a model on disk, whose time cannot be measured; pass a latency table that was "
+            "measured where the model fits."
+        )
     if work is not None:
         work.claim(identity(model, config, batches))
+    num_tokens = sum(batch["input_ids"].numel() for batch in held_out)
+    price = price_of(structure, config, batches, model, num_tokens)
+    check_room(price, model, config, work, None if output is None else Path(output))
+    protocol = check_model(model, structure, config, batches)
+    if measures:
+        latency = of_main_process(measure_latency(model, structure))
     if is_on_disk(model) or work is not None:
-        announce(price_of(structure, config, batches, model))
-    plan, found = decide(model, structure, config, batches, latency=latency, scores=scores, work=work)
-    pruned = carry_out(model, structure, plan, config, batches, work)
+        announce(price)
+    plan, found = decide(
+        model, structure, config, batches, latency=latency, scores=scores, work=work, protocol=protocol
+    )
+    pruned = carry_out(model, structure, plan, config, batches, work, protocol)
     if history := history_of(found):
         pruned._learning_history = plan, history  # type: ignore[assignment]  # for the picture in checkpoints
     logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
-    return PruningResult(pruned, plan, structure, found)
+    if not held_out:
+        return PruningResult(pruned, plan, structure, found)
+    walk = Walk(model, structure.layer_paths, held_out, protocol=protocol)
+    return PruningResult(pruned, plan, structure, found, *_measured(walk, pruned, structure, plan))
 
 
-def _opened(
-    source: PreTrainedModel | str | Path,
-    config: PruningConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
-    calibration: Calibration | None,
-    layers_on: LayersOn,
-    work: WorkDir | None,
-    device: str | None,
-    dtype: str | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """The model of `source` and its tokenizer, if one is needed."""
-    if not isinstance(source, (str, Path)):
-        if layers_on == "disk" and not is_on_disk(source):
-            raise ConfigError("layers_on='disk' found a model in memory; pass the directory or Hub id of the model.")
-        return source, tokenizer
-    if tokenizer is None and isinstance(calibration, str):
-        tokenizer = load_tokenizer(str(source), required=True)
-    folder = None if work is None else work.stage("converted").path
-    return open_model(source, layers_on=layers_on, device=device, dtype=dtype, folder=folder), tokenizer
+def _measured(dense: Walk, pruned: PreTrainedModel, structure: Structure, plan: PruningPlan) -> tuple[float, float]:
+    """Perplexity of the dense and the pruned model. On disk each is read once."""
+    stay = [layer for layer in range(dense.num_layers) if layer not in plan.removed_layers]
+    paths = [renumber(dense.layer_paths[layer], layer, structure, plan) for layer in stay]
+    known = dense.protocol
+    alike = LayerProtocol(tuple(known.outputs[layer] for layer in stay), known.layered, known.reason)
+    before = perplexity_of(dense)
+    after = perplexity_of(Walk(pruned, paths, dense.all_ids, protocol=alike))
+    if not after <= EXPLODED * before:
+        logger.warning(
+            "perplexity on windows that were not calibrated with went from %.4g to %.4g: the model is badly damaged. "
+            "Remove less, or from everywhere alike (allocation 'uniform'); take method 'llm_pruner' or 'obs', or "
+            "repair 'least_squares'; train what is left (`recover`)",
+            before,
+            after,
+        )
+    return before, after
 
 
 def decide(
@@ -191,8 +230,11 @@ def decide(
     latency: LatencyTable | None = None,
     scores: Mapping[str, Tensor] | None = None,
     work: WorkDir | None = None,
+    protocol: LayerProtocol | None = None,
 ) -> tuple[PruningPlan, dict[str, Tensor]]:
     """The first half of `prune`: which units stay, and the scores of the dense model. See there.
+
+    A `protocol` (of `check_model`) saves the walks over the dense model their probes.
 
     Step k of `config.num_steps` removes k/n of the ratio (LLM-Pruner's linear schedule); each is scored on the model
     that the one before leaves, repaired where `config` says so.
@@ -205,9 +247,9 @@ def decide(
             if not known:
                 own = dataclasses.replace(config, pruning_ratio=ratio, num_steps=1)
                 stage = None if work is None else work.stage("scores")
-                known = _scored(model, structure, own, batches, stage)  # as it is: it may carry a history
+                known = _scored(model, structure, own, batches, stage, protocol)  # as it is: it may carry a history
             return known
-        current = carry_out(model, structure, done, config, batches, work)
+        current = carry_out(model, structure, done, config, batches, work, protocol)
         task = for_pruned(structure, infer_structure(current), config, done, ratio)
         if task is None:
             return {}
@@ -218,30 +260,30 @@ def decide(
     if config.allocation in ("spectral", "search"):
         exponents = of_main_process(hill_exponents(model, structure))
     if config.allocation == "search" and config.repair == "least_squares":  # judge plans as repair will leave them
-        preview = RepairPreview(model, structure, batches or (), config.repair_ridge).applied
+        preview = RepairPreview(model, structure, batches or (), config.repair_ridge, protocol).applied
+    planned = partial(
+        allocate,
+        structure=structure,
+        model=model,
+        batches=batches,
+        latency=latency,
+        exponents=exponents,
+        preview=preview,
+        work=work,
+        protocol=protocol,
+        base_model_name_or_path=base_model_of(model),
+    )
     stage: Stage | None = None
     for step in range(1, config.num_steps + 1):
         ratio = config.pruning_ratio * (step / config.num_steps)
-        stage = next_plan(
-            structure,
-            config,
-            partial(scores_of, ratio=ratio),
-            stage,
-            ratio,
-            model=model,
-            batches=batches,
-            latency=latency,
-            exponents=exponents,
-            preview=preview,
-            work=work,
-            base_model_name_or_path=base_model_of(model),
-        )
+        stage = next_plan(planned, config, partial(scores_of, ratio=ratio), stage, ratio)
     assert stage is not None  # the last step reaches the ratio, or raises
     plan = stage.plan
     if config.selection == "obs":
         assert batches is not None
         own = None if work is None else work.stage(f"selection-{_digest(plan.to_json())}")
-        plan = select_repairable(model, structure, plan, batches, ridge=config.repair_ridge, work=own)
+        ridge = config.repair_ridge
+        plan = select_repairable(model, structure, plan, batches, ridge=ridge, work=own, protocol=protocol)
     return plan, known
 
 
@@ -251,10 +293,11 @@ def _scored(
     config: PruningConfig,
     batches: Sequence[Mapping[str, Any]] | None,
     work: WorkDir | None,
+    protocol: LayerProtocol | None = None,
 ) -> dict[str, Tensor]:
     """`score`, or what `work` keeps of it: for the same units, and where they depend on it for the same ratio."""
     if work is None:
-        return score(model, structure, config, batches=batches)
+        return score(model, structure, config, batches=batches, protocol=protocol)
     key = f"{config.method}-{_digest(json.dumps(scoring_settings(config), sort_keys=True))}"
     if (found := of_main_process(work.load(key))) is not None:
         tensors, note = found
@@ -262,7 +305,7 @@ def _scored(
     own = work.stage(key)
     if isinstance(config, PolicyGradientConfig) and config.state_dir is None:
         config = dataclasses.replace(config, state_dir=of_main_process(str(own.path)))
-    scores = score(model, structure, config, batches=batches, work=own)
+    scores = score(model, structure, config, batches=batches, work=own, protocol=protocol)
     work.save(key, scores, {"history": history_of(scores)})
     shutil.rmtree(own.path)  # hidden states: no longer needed
     return scores
@@ -275,6 +318,7 @@ def carry_out(
     config: PruningConfig,
     batches: Sequence[Mapping[str, Any]] | None,
     work: WorkDir | None = None,
+    protocol: LayerProtocol | None = None,
 ) -> PreTrainedModel:
     """The second half of `prune`: a new model without the units that `plan` removes, repaired as `config` says."""
     own = None if work is None else work.stage(f"pruned-{_digest(plan.to_json())}")
@@ -298,28 +342,9 @@ def carry_out(
             seed=config.seed,
             layers=layers,
             work=own,
+            protocol=protocol,
         )
     return layers.finish()
-
-
-def check_before(
-    model: PreTrainedModel,
-    structure: Structure,
-    config: PruningConfig,
-    batches: Sequence[Mapping[str, Any]] | None,
-) -> None:
-    """Refuse what would fail after hours of scoring.
-
-    Raises:
-        StructureError: the layers must be run one at a time, and cannot be.
-        CheckpointError: weights that are nowhere.
-    """
-    check_offload(model)
-    repaired = config.repair != "none" or config.selection == "obs"
-    if is_on_disk(model) or repaired:
-        first = [batch["input_ids"][:1] for batch in (batches or ())[:1]]
-        walk = Walk(model, structure.layer_paths, first or [torch.zeros(1, 2, dtype=torch.int64)])
-        walk.check_layered()
 
 
 def scoring_settings(config: PruningConfig) -> dict[str, Any]:
@@ -368,27 +393,45 @@ def calibration_data(
     Raises:
         CalibrationError: data is needed and none was given, or text was given without a tokenizer.
     """
+    return _data(config, tokenizer, calibration, batch_size, 0)[0]
+
+
+def _data(
+    config: PruningConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Calibration | None,
+    batch_size: int,
+    num_held_out: int,
+) -> tuple[Sequence[Mapping[str, Any]] | None, Sequence[Mapping[str, Any]]]:
+    """`calibration_data`, and up to so many windows that are left of a text."""
     scored = config.method in METHODS and METHODS[config.method].needs_calibration  # `score` refuses unknown ones
     searched = config.allocation == "search"
     selected, repaired = config.selection != "scores", config.repair == "least_squares"
-    if not (scored or searched or selected or repaired):
-        return None
+    from hf_prune.data import calibration_batches, check_there
+
+    if isinstance(calibration, str):
+        check_there(calibration)
+    needed = scored or searched or selected or repaired
+    if not needed and (not isinstance(calibration, str) or tokenizer is None or not num_held_out):
+        return None, ()
     if calibration is None:
         what = f"selection {config.selection!r}" if selected else f"repair {config.repair!r}"
         what = f"allocation {config.allocation!r}" if searched else what
         what = f"method {config.method!r}" if scored else what
         raise CalibrationError(f"{what} needs calibration text; pass a file, a dataset or batches.")
     if not isinstance(calibration, str):
-        return calibration
+        return calibration, ()
     if tokenizer is None:
         raise CalibrationError("calibration text needs a tokenizer; pass the model's own.")
-    from hf_prune.data import calibration_batches
-
-    return calibration_batches(
+    num_samples = config.num_samples if needed else 0
+    batches = calibration_batches(
         tokenizer,
         calibration,
-        num_samples=config.num_samples,
+        num_samples=num_samples,
         seq_len=config.seq_len,
         batch_size=batch_size,
         seed=config.seed,
+        num_held_out=num_held_out if config.seq_len > 1 else 0,
     )
+    first = -(-num_samples // batch_size)
+    return batches[:first] if needed else None, batches[first:]

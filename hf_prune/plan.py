@@ -10,13 +10,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hf_prune.atomic import replaced_file
 from hf_prune.config import LAYER_AXES, PruningConfig, selected_axes
 from hf_prune.errors import ConfigError, PlanError
-from hf_prune.reading import parse_json, read_text
+from hf_prune.reading import load_text_file, parse_json, save_text_file
 
 if TYPE_CHECKING:
     import os
@@ -193,21 +191,12 @@ class PruningPlan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to `path`; an interrupted write leaves an older file intact."""
-        target = Path(path)
-        try:
-            with replaced_file(target) as new:
-                new.write_text(self.to_json(), encoding="utf-8")
-        except OSError as error:
-            raise PlanError(f"the plan could not be written to {target}: {error}.") from error
+        save_text_file(path, self.to_json(), "plan", PlanError)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
         """Read a plan from `path`; `PlanError` if it is missing or damaged."""
-        try:
-            text = read_text(Path(path))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"no plan can be read from {path}: {error}.") from error
-        return cls.from_json(text)
+        return cls.from_json(load_text_file(path, "plan", PlanError))
 
     def _removed(self, name: str) -> frozenset[int]:
         kept = self.kept_indices.get(name)
@@ -275,30 +264,6 @@ def remaining_parameters(
         return owner is None or not (owner.layer in removed_layers or (owner.layer, owner.branch) in removed_branches)
 
     return [name for name in structure.counted(budget) if stays(name)]
-
-
-def describe(plan: PruningPlan, structure: Structure) -> list[tuple[str, str]]:
-    """Rows `(what, value)` for printing: asked and achieved ratios, parameters, then the widths of each layer."""
-    config, widths = plan.config, plan.widths
-    before, after = structure.num_parameters(), plan.num_parameters(structure)
-    achieved = ", ".join(f"{100 * plan.achieved[meaning]:.2f} % of {meaning}" for meaning in plan.achieved)
-    rows = [
-        ("asked", f"{100 * config.pruning_ratio:.2f} % of {config.budget} ({config.method}, {config.allocation_name})"),
-        ("achieved", achieved),
-        ("parameters", f"{before:,} → {after:,}"),
-        *([("for", config.target.text)] if config.targets else []),
-    ]
-    rows += [(name, f"{widths[name]}/{n}") for name, n in plan.num_units.items() if _PER_LAYER.fullmatch(name) is None]
-    for layer in range(len(structure.layer_paths)):
-        prefix = f"layers.{layer}."
-        parts = [
-            f"{name.removeprefix(prefix)} {widths[name]}/{num_units}"
-            for name, num_units in plan.num_units.items()
-            if name.startswith(prefix) and name not in plan.vanished_axes
-        ]
-        parts += [f"{branch} removed" for branch in ("attention", "mlp") if (layer, branch) in plan.removed_branches]
-        rows.append((f"layers.{layer}", "removed" if layer in plan.removed_layers else ", ".join(parts)))
-    return rows
 
 
 def _is_fraction(value: object) -> bool:

@@ -79,6 +79,7 @@ def print_inspection(report: InspectionReport) -> None:
         _print("\n".join(_remarks(row)))
     if report.missing:
         _print(f"not found: {', '.join(report.missing)}")
+    _print(f"quantised ({report.quantised}): prune the model that it was made from" if report.quantised else "")
     for operation, module in report.without_rule.items():
         _print(f"no rule for operation {operation} (first in {module}): the axes it touches stay whole")
 
@@ -112,12 +113,19 @@ def print_plan(plan: PruningPlan, structure: Structure) -> None:
     _print(widths_table(plan, len(structure.layer_paths)))
 
 
-def print_outcome(*, output: Path | None, plugin: bool, prune_s: float, save_s: float) -> None:
-    """Where the checkpoint is, what loading it takes, and how long it took."""
+def print_outcome(
+    *, output: Path | None, plugin: bool, perplexity: tuple[float | None, float | None], prune_s: float, save_s: float
+) -> None:
+    """Where the checkpoint is, what loading it takes, what pruning did to it, and how long it took."""
+    before, after = perplexity
+    measured = "not measured: no text was given, or no window of it is left to measure on"
+    if before is not None and after is not None:
+        measured = f"{before:,.4g} → {after:,.4g} on text that was not calibrated with"
     loads = "`import hf_prune` before AutoModelForCausalLM" if plugin else "stock transformers (a plain checkpoint)"
     rows = [
         ("saved", "nothing (dry run)" if output is None else str(output)),
         ("loads with", loads),
+        ("perplexity", measured),
         ("seconds", f"{prune_s:.1f} to prune" + ("" if output is None else f", {save_s:.1f} to save")),
     ]
     _print(_grid(rows))
@@ -201,7 +209,8 @@ def _remarks(row: FamilyReport) -> Iterator[str]:
     """What in the config holds the width, and what is against pruning."""
     where = f"{row.name} (layers {ranges(row.layers)})" if row.layers else row.name
     if row.reason:
-        yield f"{where}: {'not exact' if row.prunable else 'not prunable'}: {row.reason}"
+        verdict = "not prunable" if not row.prunable else "depends on depth" if row.exact else "not exact"
+        yield f"{where}: {verdict}: {row.reason}"
     if row.layers and row.prunable:
         yield f"{where}: width held by {row.attributes or 'no config attribute: its layers are built and resized'}"
 

@@ -17,6 +17,7 @@ from hf_prune.data import load_text
 from hf_prune.errors import CheckpointError, ConfigError, HFPruneError, StructureError
 from hf_prune.evaluation.perplexity import perplexity
 from hf_prune.evaluation.speed import num_bytes, num_parameters
+from hf_prune.gate import quantised
 from hf_prune.loading import load_config, load_model, load_tokenizer
 from hf_prune.structure.building import build_empty
 
@@ -82,7 +83,7 @@ def quantise(
     if find_spec(SCHEMES[scheme].library) is None:
         raise ConfigError(f"scheme {scheme!r} needs {SCHEMES[scheme].library}: pip install {SCHEMES[scheme].library}.")
     config = load_config(str(checkpoint))
-    if getattr(config, "pruning_config", None) is None or getattr(config, "quantization_config", None) is not None:
+    if getattr(config, "pruning_config", None) is None or quantised(config):
         raise CheckpointError(f"{checkpoint} is not a pruned checkpoint, or quantised already: quantise a pruned one.")
     _check_blocks(config, scheme)
     check_directory(Path(output).absolute())

@@ -16,21 +16,21 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from hf_prune.atomic import replaced_file
 from hf_prune.config import CONFIGS, PruningConfig, selected_axes
 from hf_prune.data import load_text
 from hf_prune.errors import BudgetError, CheckpointError, ConfigError, ScoreError
 from hf_prune.evaluation.latency import measure_latency
 from hf_prune.evaluation.perplexity import perplexity
 from hf_prune.evaluation.report import markdown_table, tradeoff_picture
-from hf_prune.evaluation.speed import measure_speed, num_parameters
+from hf_prune.evaluation.speed import measure_speed, num_parameters, usual_request
+from hf_prune.gate import check_model, check_windows, unwrapped
 from hf_prune.latency import LatencyTable
+from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.methods import METHODS, check_scores, score
 from hf_prune.pipeline import base_model_of, calibration_data, prune
+from hf_prune.reading import save_text_file
 from hf_prune.structure.inference import infer_structure
 
 if TYPE_CHECKING:
@@ -97,13 +97,15 @@ def sweep(
         HFPruneError: other bad input, before anything is measured where that can be known.
     """
     cells = _cells(methods, ratios, allocations, repairs, dict(settings or {}))
-    content = load_text(text)
+    content, model = load_text(text), unwrapped(model)
     study = _Study(model, tokenizer, infer_structure(model), calibration, batch_size, Path(output_dir), latency)
     results = _Results(study.folder, _circumstances(model, content, window, calibration, dict(settings or {})))
     missing = {key: config for key, config in cells.items() if key not in results.rows}
     for config in missing.values():  # missing text and unknown axes are found now, not after hours
-        study.batches(config)
+        batches = study.batches(config)
+        check_windows(model, batches or ())
         selected_axes(study.structure, config)
+        check_model(model, study.structure, config, batches)
 
     def measured(subject: PreTrainedModel) -> Values:
         found = perplexity(subject, tokenizer, content, window=window, batch_size=batch_size, progress=False)
@@ -211,9 +213,7 @@ class _Study:
             found = _load_scores(path, self.structure, config)
             if found is None:
                 found = score(self.model, self.structure, config, batches=self.batches(config))
-                path.parent.mkdir(exist_ok=True)
-                with replaced_file(path) as new:
-                    save_file({axis: values.contiguous() for axis, values in found.items()}, new)
+                write_tensors(path, found)
             self._scores[name] = found
         return self._scores[name]
 
@@ -223,8 +223,8 @@ def _load_scores(path: Path, structure: Structure, config: PruningConfig) -> dic
     if not path.exists():
         return None
     try:
-        return check_scores(load_file(path), structure, config)
-    except (SafetensorError, OSError, ScoreError) as error:
+        return check_scores(read_tensors(path)[0], structure, config)
+    except (CheckpointError, ScoreError) as error:
         logger.warning("%s is computed anew: %s", path, error)
         return None
 
@@ -267,11 +267,7 @@ class _Results:
         """Keep a row, and write all of them; an interrupted write leaves the older file."""
         self.rows[key] = {**dict(zip(_COLUMNS, key, strict=True)), **row}
         text = json.dumps({"circumstances": self._circumstances, "rows": list(self.rows.values())}, indent=1)
-        try:
-            with replaced_file(self._path) as new:
-                new.write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise CheckpointError(f"the results could not be written to {self._path}: {error}.") from error
+        save_text_file(self._path, text + "\n", "table of results", CheckpointError)
 
     def report(self, keys: Sequence[Key]) -> list[Values]:
         """Write the table of all rows there are, and a picture if one has a point; return those of `keys`."""
@@ -290,10 +286,8 @@ def _label(key: Key) -> str:
 
 
 def _speed(model: PreTrainedModel) -> Values:
-    """Milliseconds of a prompt of 256 tokens and of 32 new ones, or of what the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 288
-    new_tokens = min(32, positions // 2)
-    found = measure_speed(model, prompt_len=min(256, positions - new_tokens), new_tokens=new_tokens)
+    """Milliseconds of the usual request."""
+    found = measure_speed(model, **usual_request(model))
     prefill_ms, decode_ms = 1000 * found.prefill_s, 1000 * found.decode_s
     return {"prefill_ms": prefill_ms, "decode_ms": decode_ms, "latency_ms": prefill_ms + decode_ms}
 

@@ -11,6 +11,7 @@ import torch
 from models import logits, make_plan, shared_structure, tiny_model, tiny_tokenizer, token_ids, write_text
 
 import hf_prune
+import hf_prune.methods
 from hf_prune import (
     MagnitudeConfig,
     PrunedModelForCausalLM,
@@ -140,13 +141,13 @@ def test_calibration_without_a_pruning_config(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_score_that_is_not_finite_names_its_axis(value):
-    broken = tiny_model("llama", dtype=torch.float32)
+    broken, structure = tiny_model("llama", dtype=torch.float32), shared_structure("llama")
     with torch.no_grad():
         broken.model.layers[1].mlp.down_proj.weight[0, 7] = value
     with refused(ScoreError, "layers.1.mlp", "1 of 40 scores", "expected finite", "Look for", model=broken):
-        prune(broken, MagnitudeConfig(0.3))
+        hf_prune.methods.score(broken, structure, MagnitudeConfig(0.3))
     with refused(ScoreError, "NaN or infinite", model=broken):
-        prune(broken, WandaConfig(0.3), calibration=[{"input_ids": token_ids()}])
+        hf_prune.methods.score(broken, structure, WandaConfig(0.3), batches=[{"input_ids": token_ids()}])
 
 
 def test_scores_of_the_caller_need_allocate(model):

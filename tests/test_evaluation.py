@@ -85,7 +85,7 @@ def test_perplexity_is_its_definition() -> None:
 def test_chunks_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch, elements: int, batch_size: int) -> None:
     model = tiny_llama().double()
     expected = measure(model)
-    monkeypatch.setattr(PERPLEXITY_MODULE, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(PERPLEXITY_MODULE, "CHUNK_ELEMENTS", elements)
     assert measure(model, batch_size=batch_size).nll_sum == pytest.approx(expected.nll_sum, rel=1e-12)
 
 
@@ -151,10 +151,9 @@ def test_broken_models_give_numbers_not_errors() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"window": 1}, "window is 1"),
-        ({"window": 65}, "the model has 64 positions"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"max_windows": 0}, "max_windows is 0"),
+        ({"window": 1}, "window: found 1"),
+        ({"batch_size": 0}, "batch_size: found 0"),
+        ({"max_windows": 0}, "max_windows: found 0"),
     ],
 )
 def test_numbers_out_of_range(changes: dict[str, int], message: str) -> None:
@@ -261,9 +260,9 @@ def test_compare_prefill_interleaves_with_fixed_threads() -> None:
 
 
 def test_speed_refuses_nonsense() -> None:
-    with pytest.raises(ConfigError, match="repeats is 0"):
+    with pytest.raises(ConfigError, match="repeats: found 0"):
         ev.measure_speed(tiny_llama(), repeats=0)
-    with pytest.raises(ConfigError, match="num_threads is 0"):
+    with pytest.raises(ConfigError, match="num_threads: found 0"):
         ev.compare_prefill(tiny_llama(), tiny_llama(), num_threads=0)
 
 

@@ -31,13 +31,12 @@ STAGES = {
     "methods": 4,
     "allocation": 5,
     "surgery": 6,
+    "gate": 4,
     "repair": 7,
     "evaluation.perplexity": 7,
     "evaluation.speed": 7,
     "evaluation.latency": 7,  # prune() measures where the budget is time
-    "evaluation.figures": 7,
-    "evaluation.report": 7,  # draws the picture that checkpoints carry
-    "evaluation.learning_curve": 7,  # likewise
+    "evaluation.report": 7,  # draws the pictures that checkpoints carry
     "checkpoint": 8,
     "loading": 8,
     "pipeline": 9,

@@ -168,7 +168,7 @@ def test_table_errors(tmp_path):
     with pytest.raises(PlanError, match="says nothing about the hidden axis"):
         table.predict_plan(make_plan(llama(), {"hidden": tuple(range(200))}))
     for name, value in (("prompt_len", 0), ("new_tokens", -1), ("num_widths", 1), ("repeats", 0), ("batch_size", 1.5)):
-        with pytest.raises(ConfigError, match=rf"{name} is {value}, expected a whole number of"):
+        with pytest.raises(ConfigError, match=rf"{name}: found {value}, expected a whole number from"):
             measure_latency(shared_model("llama"), shared_structure("llama"), **{name: value})
 
 

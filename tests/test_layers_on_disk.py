@@ -28,8 +28,9 @@ from hf_prune import (
     prune,
 )
 from hf_prune.checkpoint.saving import save_pruned
-from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, StructureError
+from hf_prune.errors import CheckpointError, ConfigError, StructureError
 from hf_prune.layers import boundaries
+from hf_prune.layers import walk as walk_module
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import is_on_disk, resident
 from hf_prune.loading import open_model
@@ -172,7 +173,44 @@ def test_one_layer_is_resident_at_a_time(checkpoint, monkeypatch):
     assert max(most) == 1
 
 
-def test_boundaries_may_be_few_or_on_disk(checkpoint, monkeypatch):
+OTHERS = {
+    "mamba2": {
+        "vocab_size": 96,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "num_heads": 12,
+        "head_dim": 8,
+        "state_size": 16,
+    }
+    | {"n_groups": 1, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2},
+    "zamba": {k: v for k, v in _SHAPE.items() if k != "head_dim"}  # layers 1 and 3 share their attention and MLP
+    | {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "n_mamba_heads": 2, "mamba_d_state": 16}
+    | {"attention_hidden_size": 96, "attention_head_dim": 16, "use_mamba_kernels": False, "num_key_value_heads": 6},
+}
+
+
+@pytest.mark.parametrize("family", list(OTHERS))
+def test_state_spaces_and_shared_layers(family, tmp_path):
+    from transformers import CONFIG_MAPPING
+
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**OTHERS[family])).save_pretrained(tmp_path / "dense")
+    for config in (
+        WandaConfig(0.3, axes=("mlp",)),
+        LLMPrunerConfig(0.3, axes=("mlp",), criterion="first_order", repair="least_squares"),
+    ):
+        wanted, found = (
+            prune(tmp_path / "dense", config, calibration=calibration(), layers_on=where, dtype="float32")
+            for where in ("memory", "disk")
+        )
+        assert is_on_disk(found.model)
+        assert all(torch.equal(found.scores[axis], values) for axis, values in wanted.scores.items())
+        assert found.plan.kept_indices == wanted.plan.kept_indices
+        save_pruned(found.model, tmp_path / config.method)
+        assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / config.method), wanted.model)
+
+
+def test_boundaries_may_be_few_or_on_disk(checkpoint, monkeypatch, caplog):
     _, _, dense = checkpoint
     structure = infer_structure(dense)
     names = [name for name in structure.counted("decoder") if len(structure.layouts[name]) == 2]
@@ -190,6 +228,10 @@ def test_boundaries_may_be_few_or_on_disk(checkpoint, monkeypatch):
         assert all(torch.equal(wanted[name], values) for name, values in gradients(layered=True, every=every).items())
     monkeypatch.setattr(boundaries, "MEMORY_BYTES", 0)
     assert all(torch.equal(wanted[name], values) for name, values in gradients(layered=True).items())
+    each = sum(batch["input_ids"].numel() for batch in calibration()) * dense.get_input_embeddings().weight[0].nbytes
+    monkeypatch.setattr(boundaries.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 3 * each}))
+    assert all(torch.equal(wanted[name], values) for name, values in gradients(layered=True).items())
+    assert "before every 2 layers are kept" in caplog.text
     loss = sum(
         dense(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss * len(batch["input_ids"])
         for batch in calibration()
@@ -199,6 +241,25 @@ def test_boundaries_may_be_few_or_on_disk(checkpoint, monkeypatch):
         if dense.get_parameter(name).grad is not None:
             torch.testing.assert_close(wanted[name], dense.get_parameter(name).grad, rtol=1e-3, atol=1e-5)
     dense.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("name", ["fisher, selection, repair", "obs", "search with repair"])
+def test_hidden_states_that_are_large_lie_in_files(checkpoint, name, monkeypatch):
+    family, path, _ = checkpoint
+    if family in NOT_ON.get(name, ()):
+        pytest.skip("refused in memory too")
+    config = CONFIGS[name]
+    wanted = prune(path, config, calibration=calibration(), layers_on="disk", dtype="float32")
+    written, write = [], walk_module.on_disk
+    monkeypatch.setattr(walk_module, "on_disk", lambda values: written.append(1) or write(values))
+    monkeypatch.setattr(boundaries, "MEMORY_BYTES", 0)
+    found = prune(path, config, calibration=calibration(), layers_on="disk", dtype="float32")
+    assert len(written) > 9
+    assert all(torch.equal(found.scores[axis], values) for axis, values in wanted.scores.items())
+    assert found.plan.kept_indices == wanted.plan.kept_indices
+    for layer in infer_structure(found.model).layer_paths:
+        with resident(found.model.get_submodule(layer)), resident(wanted.model.get_submodule(layer)):
+            assert same_weights(found.model.get_submodule(layer), wanted.model.get_submodule(layer))
 
 
 def test_weights_come_and_go(checkpoint):
@@ -397,7 +458,7 @@ def test_bad_input_is_refused_before_work(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="has no data"):
         prune(dense.to("meta"), RandomConfig(0.3))
     monkeypatch.setattr(boundaries.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
-    with pytest.raises(CalibrationError, match=r"hidden states between the layers take [\d,]+ bytes, 10 are free"):
+    with pytest.raises(CheckpointError, match=r"this run writes [\d,]+ bytes to the disk of .*, 10 are free"):
         prune(path, LLMPrunerConfig(0.3), calibration=batches, work_dir=tmp_path / "work")
 
 

@@ -291,9 +291,9 @@ def test_later_steps_score_the_repaired_model(monkeypatch):
 
     seen = []
 
-    def own(model, structure, config, batches=None):
+    def own(model, structure, config, batches=None, **known):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        return score(model, structure, config, batches)
+        return score(model, structure, config, batches, **known)
 
     monkeypatch.setattr(pipeline, "score", own)
     model, batches = shared_model("llama"), calibration()

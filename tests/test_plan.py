@@ -6,7 +6,7 @@ from structures import llama
 
 from hf_prune.config import RandomConfig
 from hf_prune.errors import PlanError
-from hf_prune.plan import PruningPlan, describe, prunable_units
+from hf_prune.plan import PruningPlan, prunable_units
 
 SMALL = {"num_layers": 3, "hidden": 16, "mlp": 12, "kv": 2, "group": 2, "head_dim": 4, "vocab": 32}
 
@@ -141,14 +141,3 @@ def test_unreadable_plans_are_refused(tmp_path):
     del values["achieved"]
     with pytest.raises(PlanError, match=r"missing: \['achieved'\]"):
         PruningPlan.from_dict(values)
-
-
-def test_describe_has_asked_achieved_and_every_layer():
-    plan = make_plan({"layers": (0, 2), "layers.attention": (0,), "layers.0.mlp": (0, 1, 2)})
-    rows = dict(describe(plan, llama(**SMALL)))
-    assert rows["asked"] == "30.00 % of decoder (random, uniform)"
-    assert rows["achieved"].startswith("30.00 % of decoder, 20.00 % of model")
-    assert rows["layers"] == "2/3"
-    assert rows["layers.0"] == "attention 2/2, mlp 3/12"
-    assert rows["layers.1"] == "removed"
-    assert rows["layers.2"] == "mlp 12/12, attention removed"

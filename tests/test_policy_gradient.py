@@ -466,7 +466,7 @@ def test_each_process_takes_its_share_of_the_windows(monkeypatch):
 
 
 def test_learning_curve_picture(tmp_path):
-    from hf_prune.evaluation.learning_curve import learning_curve_picture
+    from hf_prune.evaluation import learning_curve_picture
 
     config = PolicyGradientConfig(0.4, **QUICK)
     history = learn(tiny_model("llama", dtype=torch.float32), config).history

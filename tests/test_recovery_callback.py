@@ -22,7 +22,7 @@ from hf_prune import (
     prune,
 )
 from hf_prune.allocation.steps import gone_units
-from hf_prune.errors import BudgetError, CalibrationError, CheckpointError, ConfigError
+from hf_prune.errors import BudgetError, CalibrationError, CheckpointError, ConfigError, StructureError
 from hf_prune.layers.masking import masked
 from hf_prune.recovery import callback as callback_module
 from hf_prune.recovery.gradual import ZeroedUnits, ratio_at
@@ -419,7 +419,7 @@ def test_a_model_made_anew_by_the_trainer_is_noticed(tmp_path):
 
 def test_adapters_come_after_pruning(tmp_path):
     model = tiny_model("llama", dtype=torch.float32)
-    with pytest.raises(ConfigError, match="prune first"):
+    with pytest.raises(StructureError, match="prune first"):
         trainer_of(add_adapters(model, lora_config(model)), tmp_path, make_callback("start"))
 
 

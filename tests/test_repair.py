@@ -30,7 +30,7 @@ from hf_prune import plan as plans
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CalibrationError, ConfigError, PlanError, StructureError
 from hf_prune.layers.masking import masked
-from hf_prune.layers.statistics import Statistics, solve
+from hf_prune.layers.statistics import Statistics, solve_
 from hf_prune.layers.walk import LayerCall, Walk, replaced_forward
 from hf_prune.methods.elimination import removal_costs
 from hf_prune.repair import repair_, select_repairable
@@ -69,7 +69,7 @@ def statistics_of(x, t, parts=1):
 @pytest.mark.parametrize(("inputs", "parts"), [(1, 1), (3, 4), (17, 5)])
 def test_without_ridge_it_is_lstsq(inputs, parts, with_bias):
     x, t, w, b = problem(0, 60, inputs, 4)
-    found = solve(statistics_of(x, t, parts), w, b if with_bias else None, ridge=0.0)
+    found = solve_(statistics_of(x, t, parts), w, b if with_bias else None, ridge=0.0)
     known = torch.cat([x, torch.ones(60, 1, dtype=x.dtype)], 1) if with_bias else x
     wanted = torch.linalg.lstsq(known, t).solution.T
     torch.testing.assert_close(found.weight, wanted[:, :inputs])
@@ -92,7 +92,7 @@ def test_without_ridge_it_is_lstsq(inputs, parts, with_bias):
 def test_no_perturbation_lowers_the_error(seed, inputs, ridge, with_bias):
     x, t, w, b = problem(seed, 40, inputs, 3)
     bias = b if with_bias else None
-    found = solve(statistics_of(x, t), w, bias, ridge)
+    found = solve_(statistics_of(x, t), w, bias, ridge)
     centred = x - x.mean(0) if with_bias else x
     penalty = ridge * centred.square().sum(0).mean()
 
@@ -113,21 +113,29 @@ def test_no_perturbation_lowers_the_error(seed, inputs, ridge, with_bias):
 
 def test_a_singular_gram_matrix_gets_more_ridge():
     x, t, w, _ = problem(0, 5, 9, 3)
-    found = solve(statistics_of(x, t), w, None, ridge=0.0)
+    found = solve_(statistics_of(x, t), w, None, ridge=0.0)
     assert found.ridge > 0
     assert found.weight.isfinite().all()
     assert found.error_after < 1e-3 * found.error_before
 
 
-def test_solving_leaves_its_inputs_alone():
-    x, t, w, b = problem(0, 60, 20, 4)
-    statistics = statistics_of(x, t, 3)
-    for weight in (w, w.T.contiguous().T):
-        gram, cross, before = statistics.gram.clone(), statistics.cross.clone(), weight.clone()
-        solve(statistics, weight, b, ridge=1e-2)
-        assert torch.equal(weight, before)
-        assert torch.equal(statistics.gram, gram)
-        assert torch.equal(statistics.cross, cross)
+@pytest.mark.parametrize("columns", [1, 7, 512])
+def test_solving_by_blocks(columns, monkeypatch):
+    """Matrices are factorised in place, a few columns at a time; singular ones are restored, and get more ridge."""
+    monkeypatch.setattr("hf_prune.layers.statistics._COLUMNS", columns)
+    for tokens, ridge in ((60, 0.0), (60, 0.1), (12, 0.0)):  # of 12 tokens the matrix has rank 12, of 20
+        x, t, w, _ = problem(0, tokens, 20, 17)
+        for weight in (w, w.T.contiguous().T):
+            before = weight.clone()
+            found = solve_(statistics_of(x, t, 3), weight, None, ridge=ridge)
+            assert torch.equal(weight, before)
+            gram = x.T @ x
+            ridged = gram + found.ridge * gram.diagonal().mean() * torch.eye(20, dtype=gram.dtype)
+            wanted = w + torch.linalg.solve(ridged, x.T @ (t - x @ w.T)).T
+            torch.testing.assert_close(found.weight, wanted, rtol=1e-5, atol=1e-6)
+            for weights, error in ((w, found.error_before), (wanted, found.error_after)):
+                assert error == pytest.approx(float((t - x @ weights.T).square().sum()) / tokens, rel=1e-6, abs=1e-6)
+            assert found.ridge == ridge or (tokens == 12 and 0 < found.ridge <= 1e-7)
 
 
 @pytest.mark.parametrize("centred", [False, True])
@@ -151,7 +159,7 @@ def test_halves_are_added_up_in_float32():
 
 def test_inputs_that_are_all_zero_change_nothing():
     x, t, w, _ = problem(0, 20, 4, 3)
-    found = solve(statistics_of(0 * x, t), w, None, ridge=1e-2)
+    found = solve_(statistics_of(0 * x, t), w, None, ridge=1e-2)
     assert torch.equal(found.weight, w)
 
 

@@ -361,7 +361,7 @@ DAMAGES = {
     "tokenizer_config.json is not readable JSON": lambda d: (d / "tokenizer_config.json").write_text("{"),
     "generation_config.json is not readable JSON": lambda d: (d / "generation_config.json").write_bytes(b"\xff"),
     "neither model.safetensors nor": lambda d: (d / "model.safetensors").unlink(),
-    "model.safetensors has .* bytes, its header says": lambda d: _truncate(d / "model.safetensors"),
+    "model.safetensors is not a readable safetensors file .*cut off": lambda d: _truncate(d / "model.safetensors"),
     "model.safetensors is not a readable": lambda d: (d / "model.safetensors").write_bytes(b"<html>not found</html>"),
     "model.safetensors is not a readable safetensors file": lambda d: (d / "model.safetensors").write_bytes(b""),
     f"{UP} is missing": lambda d: _rewrite_weights(d, lambda t: t.pop(UP)),

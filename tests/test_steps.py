@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -33,6 +34,10 @@ def exponents(structure):
     return {layer: 2 + layer % 3 for layer in range(len(structure.layer_paths))}
 
 
+def planned(structure, latency=None):
+    return partial(allocate, structure=structure, latency=latency, exponents=exponents(structure))
+
+
 def stepped(structure, config, scores, at, latency=None):
     """The last plan of steps at these ratios, the same scores at each; gone entries are NaN."""
     stage = None
@@ -44,7 +49,7 @@ def stepped(structure, config, scores, at, latency=None):
         return found
 
     for ratio in at:
-        stage = next_plan(structure, config, score_of, stage, ratio, latency=latency, exponents=exponents(structure))
+        stage = next_plan(planned(structure, latency), config, score_of, stage, ratio)
     return stage.plan
 
 
@@ -101,15 +106,8 @@ def test_what_is_gone_stays_gone_whatever_the_scores(case, ratio, seed):
     for step in (1, 2, 3, 4):
         fresh = random_scores(structure, seed + step)
         try:
-            stage = next_plan(
-                structure,
-                config,
-                lambda done, fresh=fresh: fresh,
-                stage,
-                ratio * (step / 4),
-                latency=latency,
-                exponents=exponents(structure),
-            )
+            known = planned(structure, latency)
+            stage = next_plan(known, config, lambda done, fresh=fresh: fresh, stage, ratio * (step / 4))
         except (BudgetError, ConfigError):
             assume(False)
         if stage is not None:
@@ -130,9 +128,11 @@ def test_scores_of_what_is_left_compete_whatever_went_before():
     config = PruningConfig(0.5, axes=("mlp",), allocation="global", budget="units")
     first = {name: torch.arange(8.0) + offset for name, offset in zip(names, (1000, 2000), strict=True)}
     second = {name: torch.arange(8.0) + offset for name, offset in zip(names, (0, 50), strict=True)}
-    stage = next_plan(structure, config, lambda done: first, None, 0.25)
+    stage = next_plan(planned(structure), config, lambda done: first, None, 0.25)
     assert stage.plan.kept_indices == {"layers.0.mlp": (4, 5, 6, 7)}
-    stage = next_plan(structure, dataclasses.replace(config, pruning_ratio=0.4375), lambda done: second, stage, 0.4375)
+    stage = next_plan(
+        planned(structure), dataclasses.replace(config, pruning_ratio=0.4375), lambda done: second, stage, 0.4375
+    )
     assert stage.plan.kept_indices == {"layers.0.mlp": (7,)}
     assert stage.scores["layers.0.mlp"].tolist() == [1000, 1001, 1002, 1003, 4, 5, 6, 7]
 

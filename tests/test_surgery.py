@@ -18,7 +18,7 @@ from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.layouts import unit_ids
 from hf_prune.surgery.configuring import pruned_config
 from hf_prune.surgery.pruning import apply_plan
-from hf_prune.surgery.slicing import missing_names, pruned_name, slice_state_dict, slice_tensor
+from hf_prune.surgery.slicing import pruned_name, slice_state_dict, slice_tensor
 
 _SIZES = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 8}
 WIDE = {
@@ -107,13 +107,6 @@ def test_tensors_that_do_not_belong_are_refused():
         slice_tensor("rotary.weight", torch.zeros(3), structure, plan)
     with pytest.raises(PlanError, match=r"found shape \(3,\), the structure has \(48,\)"):
         slice_tensor("model.norm.weight", torch.zeros(3), structure, plan)
-
-
-def test_missing_names_are_found_but_tied_ones_may_be_left_out():
-    structure = shared_structure("llama_tied")
-    names = [name for name in structure.layouts if name != "lm_head.weight"]
-    assert missing_names(names, structure) == []
-    assert missing_names(names[1:], structure) == [names[0], "lm_head.weight"]
 
 
 # --- masking ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from hf_prune.config import PruningConfig, is_protected, layer_unit_names, multiple_for
+from hf_prune.config import PruningConfig, may_go, multiple_for
 from hf_prune.errors import ConfigError
 from hf_prune.plan import vanishes
 
@@ -103,7 +103,7 @@ def make_ladders(
     for axis in sorted(axes, key=lambda axis: axis.name == "layers"):
         movable = np.ones(axis.num_units, dtype=bool)
         if axis.kind == "layer":
-            movable[[unit for unit in range(axis.num_units) if not _may_go(structure, axis, unit, config)]] = False
+            movable[[unit for unit in range(axis.num_units) if not may_go(structure, config, axis.name, unit)]] = False
         if axis.name == "layers":
             movable[list(must_stay)] = False
         taken = np.zeros(axis.num_units, dtype=bool)
@@ -205,16 +205,6 @@ def _sums(values: Floats, starts: Ints, ends: Ints) -> Floats:
         return np.zeros(0)
     sums: Floats = np.add.reduceat(values[: ends[-1]], starts)  # each on its own: one huge score drowns no other
     return sums
-
-
-def _may_go(structure: Structure, axis: Axis, layer: int, config: PruningConfig) -> bool:
-    """Whether this unit of a layer axis may be removed."""
-    if config.layers is not None and layer not in config.layers:
-        return False
-    # Cache length and mask size are read from the first layer's cache: it must have attention.
-    if layer == 0 and axis.name == "layers.attention":
-        return False
-    return not is_protected(config, *layer_unit_names(structure, axis.name, layer))
 
 
 def state_after(ladders: list[Ladder], taken: list[int], structure: Structure, *, indices: bool = False) -> State:

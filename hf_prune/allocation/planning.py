@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hf_prune.allocation.ladders import Ladder
     from hf_prune.allocation.search import Preview
     from hf_prune.latency import LatencyTable
-    from hf_prune.layers.walk import Batch
+    from hf_prune.layers.walk import Batch, LayerProtocol
     from hf_prune.layers.work import WorkDir
     from hf_prune.structure.structure import Structure
 
@@ -51,6 +51,7 @@ def allocate(
     preview: Preview | None = None,
     work: WorkDir | None = None,
     gone: PruningPlan | None = None,
+    protocol: LayerProtocol | None = None,
     base_model_name_or_path: str | None = None,
 ) -> PruningPlan:
     """Decide which units stay.
@@ -77,6 +78,7 @@ def allocate(
         work: for `search`: keeps what was measured.
         gone: a plan of the same axes and a smaller ratio, all of whose units go (see `steps`); they count for the
             ratio, their scores for the statistics of their axis only.
+        protocol: for `search`: how the model runs its layers, if that is known.
         base_model_name_or_path: recorded in the plan.
 
     Returns:
@@ -115,6 +117,7 @@ def allocate(
             latency,
             preview,
             work,
+            protocol,
         )
     else:
         start = _start(ladders, structure, config, latency, exponents or {})

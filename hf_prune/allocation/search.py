@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from hf_prune.allocation.ladders import Ladder
+    from hf_prune.allocation.ladders import Floats, Ladder
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
-    from hf_prune.layers.walk import Batch
+    from hf_prune.layers.walk import Batch, LayerProtocol
     from hf_prune.layers.work import WorkDir
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
@@ -81,6 +81,7 @@ def search(
     latency: LatencyTable | None,
     preview: Preview | None = None,
     work: WorkDir | None = None,
+    protocol: LayerProtocol | None = None,
 ) -> Individual:
     """The plan with the least KL divergence found; on its windows never worse than the best of `starts`.
 
@@ -99,6 +100,7 @@ def search(
         preview: context in which the dense model, masked by a plan, is also repaired; `None`: plans are judged as they
             are before repair.
         work: keeps what was measured, so that an interrupted search is resumed.
+        protocol: how the model runs its layers, if that is known.
 
     Raises:
         ConfigError: the hidden axis is to be pruned, which cannot be masked.
@@ -115,7 +117,7 @@ def search(
         evaluating(model),
         tqdm(total=config.search_evaluations, desc="search", unit="plan", leave=False) as bar,
     ):
-        judge = _Judge(model, structure, config, windows, preview, work)
+        judge = _Judge(model, structure, config, windows, preview, work, protocol)
         misses = [_miss(start, structure, config, latency) for start in starts]
         most = max(NEAR, min(misses)) + 1e-9
         population = judge.judged([start for start, miss in zip(starts, misses, strict=True) if miss <= most])
@@ -156,11 +158,8 @@ def _child(
 ) -> Start | None:
     """A plan near one or two of the population (better ones are likelier parents); `None` if it misses the budget."""
 
-    def draw(number: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-        found: np.ndarray[tuple[int], np.dtype[np.float64]] = torch.rand(
-            number, generator=generator, dtype=torch.float64
-        ).numpy()
-        return found
+    def draw(number: int) -> Floats:
+        return torch.rand(number, generator=generator, dtype=torch.float64).numpy()
 
     first, second = (population[int(draw(2).min() * len(population))] for _ in range(2))
     number = len(first.ladders)
@@ -188,13 +187,13 @@ def _miss(start: Start, structure: Structure, config: PruningConfig, latency: La
     return abs(spending.removed(start.taken) / spending.base - config.pruning_ratio)
 
 
-def _weights(start: Start) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _weights(start: Start) -> Floats:
     """The fractions that a plan removes, half a step more: with these weights the sequence passes through the plan."""
     gone = [len(ladder.removed(steps)) for ladder, steps in zip(start.ladders, start.taken, strict=True)]
     return np.array([(n + 0.5 * x.step) / x.axis.num_units for n, x in zip(gone, start.ladders, strict=True)])
 
 
-def _swapped(ladder: Ladder, steps: int, draws: np.ndarray[tuple[int], np.dtype[np.float64]]) -> Ladder:
+def _swapped(ladder: Ladder, steps: int, draws: Floats) -> Ladder:
     """A ladder of layers where, every other time, one that goes and one that stays change places."""
     stays = len(ladder.order) - steps
     first = int(ladder.ends[ladder.num_taken - 1]) if ladder.num_taken else 0  # those before went earlier
@@ -217,9 +216,10 @@ class _Judge:
         windows: list[Tensor],
         preview: Preview | None,
         work: WorkDir | None,
+        protocol: LayerProtocol | None,
     ) -> None:
         self._model, self._structure, self._config = model, structure, config
-        self._preview = preview or _no_preview
+        self._preview = preview or (lambda plan, layer: contextlib.nullcontext())
         self._known: dict[str, float] = {}
         # what a plan loses depends on the windows, and on how repair would leave it
         how = f"{config.search_samples}-{'none' if preview is None else config.repair_ridge}"
@@ -228,7 +228,7 @@ class _Judge:
         if self._file is not None and self._file.exists():
             self._stored = json.loads(self._file.read_text(encoding="utf-8"))
         self._stored = of_main_process(self._stored)
-        self._walk = Walk(model, structure.layer_paths, windows)
+        self._walk = Walk(model, structure.layer_paths, windows, protocol=protocol)
         self._dense = [output.offloaded() for output in self._walk.outputs()]
 
     @property
@@ -277,11 +277,6 @@ class _Judge:
         """Tells plans apart."""
         kept = json.dumps(sorted(self._kept(start).items()))
         return hashlib.sha256(kept.encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def _no_preview(plan: PruningPlan, layer: int | None) -> Iterator[None]:
-    yield
 
 
 def _windows(batches: Iterable[Batch], number: int) -> list[Tensor]:

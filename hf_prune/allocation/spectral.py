@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_prune.errors import ScoreError
+from hf_prune.layers.statistics import solving
 from hf_prune.layers.weights import read_weight
 
 if TYPE_CHECKING:
@@ -46,10 +47,9 @@ def hill_exponents(model: nn.Module, structure: Structure, *, progress: bool = T
     with torch.no_grad():
         for name in tqdm(names, desc="spectra", unit="matrix", leave=False, disable=not progress):
             weight = read_weight(model, name)
-            if not bool(weight.isfinite().all()):
-                raise ScoreError(f"{name}: found weights that are NaN or infinite; allocation needs finite ones.")
             for matrix in weight.reshape(-1, *weight.shape[-2:]):
-                exponent = hill_exponent(matrix)
+                with solving(name):
+                    exponent = hill_exponent(matrix)
                 if exponent is not None:
                     found[structure.owners[name].layer].append(exponent)
     for layer, exponents in found.items():

@@ -12,19 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_prune.allocation.planning import allocate
 from hf_prune.config import LAYER_AXES, PruningConfig, axes_of_kind, is_protected
 from hf_prune.errors import BudgetError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
-    from torch import nn
-
-    from hf_prune.allocation.search import Preview
-    from hf_prune.latency import LatencyTable
-    from hf_prune.layers.walk import Batch
-    from hf_prune.layers.work import WorkDir
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
@@ -40,19 +33,11 @@ class Stage:
 
 
 def next_plan(
-    structure: Structure,
+    allocate: Callable[..., PruningPlan],
     config: PruningConfig,
     score: Callable[[PruningPlan | None], Mapping[str, Tensor]],
     done: Stage | None,
     ratio: float,
-    *,
-    model: nn.Module | None = None,
-    batches: Iterable[Batch] | None = None,
-    latency: LatencyTable | None = None,
-    exponents: Mapping[int, float] | None = None,
-    preview: Preview | None = None,
-    work: WorkDir | None = None,
-    base_model_name_or_path: str | None = None,
 ) -> Stage | None:
     """Take the next step: what `done` removes, and more, until `ratio` of the dense model is gone.
 
@@ -61,19 +46,12 @@ def next_plan(
     one that `allocate` makes at once (except by allocation `search`, which is no fixed sequence).
 
     Args:
-        structure: structure of the dense model.
+        allocate: `planning.allocate` with all of its arguments but scores, `config` and `gone`.
         config: what was asked; its own ratio is the final one.
         score: scores of what the plan it is given leaves (`None`: of the dense model), `[num_units]` per selected axis.
             Entries of units that are gone do not matter, NaN included; an axis that is missing keeps its last scores.
         done: the step before, if any.
         ratio: fraction of the dense model that is to be gone after this step.
-        model: the dense model, for `spectral` and `search`. This and what follows: see `allocate`.
-        batches: calibration batches, for `search`.
-        latency: table of the dense model, for the budget `latency`.
-        exponents: decoder layer → Hill exponent of the dense model.
-        preview: for `search` of plans that will be repaired.
-        work: for `search`: keeps what was measured.
-        base_model_name_or_path: recorded in the plan.
 
     Returns:
         The new state; `None` if nothing is gone yet, and the ratio, below the final one, too small to remove anything.
@@ -85,19 +63,8 @@ def next_plan(
     if done is not None:
         scores = _with_last_scores(scores, done)
     try:
-        plan = allocate(
-            scores,
-            structure,
-            dataclasses.replace(config, pruning_ratio=ratio),
-            model=model,
-            batches=batches,
-            latency=latency,
-            exponents=exponents,
-            preview=preview,
-            work=work,
-            gone=None if done is None else done.plan,
-            base_model_name_or_path=base_model_name_or_path,
-        )
+        asked = dataclasses.replace(config, pruning_ratio=ratio)
+        plan = allocate(scores, config=asked, gone=None if done is None else done.plan)
     except BudgetError:
         if done is None and ratio < config.pruning_ratio:
             return None  # the first steps of a schedule may be smaller than one unit

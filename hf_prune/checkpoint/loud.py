@@ -35,8 +35,8 @@ def make_loud(values: Mapping[str, Any]) -> dict[str, Any]:
 
     - `allow_global_per_layer_attribute_access`, if the config class or the model reads the model-wide value of an
       attribute that differs between layers;
-    - otherwise, if stock transformers would build the model without complaint (layers only skip branches), a harmless
-      per-layer override in the layers that skip, which it refuses.
+    - otherwise, if stock transformers would build the model without complaint (layers only skip branches, or are built
+      as at another depth), a harmless per-layer override in such layers, which it refuses.
 
     Args:
         values: config.json of the pruned model, with `model_type` (and `per_layer_config`, `pruning_config`).
@@ -66,7 +66,8 @@ def make_loud(values: Mapping[str, Any]) -> dict[str, Any]:
                 return candidate
     raise CheckpointError(
         f"{values['model_type']}: without hf_prune this checkpoint would load with random weights in the skipped "
-        "branches, and the config has no attribute to prevent that. Prune widths instead of whole branches."
+        "branches, or with constants of another depth, and the config has no attribute to prevent that. Prune widths "
+        "instead of whole branches, or other layers."
     )
 
 
@@ -116,13 +117,18 @@ def _is_loud(values: Mapping[str, Any], shapes: Shapes) -> bool:
 
 
 def _with_sentinels(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    layers = {key: set(override.get("skip", ())) for key, override in values.get("per_layer_config", {}).items()}
-    for branch in ("mlp", "attention"):
-        skipping = [key for key, skip in layers.items() if branch in skip]
-        for name, value in (*_SENTINELS[branch], *_almost_equal(values)) if skipping else ():
+    overrides = values.get("per_layer_config") or {}
+    places = [
+        (_SENTINELS[branch], [key for key, override in overrides.items() if branch in override.get("skip", ())])
+        for branch in ("mlp", "attention")
+    ]
+    if "layers" in ((values.get("pruning_config") or {}).get("surgery") or {}):
+        places.append(((), [next(iter(overrides), "0")]))
+    for sentinels, keys in places:
+        for name, value in (*sentinels, *_almost_equal(values)) if keys else ():
             candidate = copy.deepcopy(dict(values))
-            for key in skipping:
-                candidate["per_layer_config"][key][name] = value
+            for key in keys:
+                candidate.setdefault("per_layer_config", {}).setdefault(key, {})[name] = value
             yield candidate
 
 

@@ -134,6 +134,8 @@ def _is_pruned(config: Any) -> bool:
 
 def _builds_layers(model: Any) -> bool:
     """Whether the layers of `model` are ours to build: its config is heterogeneous and transformers does not do it."""
+    if _layers(model.config) is not None:
+        return True
     if not _is_heterogeneous(model.config):
         return False
     # transformers' own half knows a family only if it has a spec for it.
@@ -189,14 +191,21 @@ def _patch_layer_class(cls: Any) -> None:
     def build(layer: Any, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(layer, *args, **kwargs)
         config = bound.arguments["config"]
-        if not _is_heterogeneous(config) or _transformers_builds(config.model_type):
+        layers = _layers(config)
+        if layers is None and (not _is_heterogeneous(config) or _transformers_builds(config.model_type)):
             original(layer, *args, **kwargs)
             return
         layer_idx = bound.arguments.get(index_name)
         if layer_idx is None:
             raise refusal(f"{cls.__name__} was built without `{index_name}`: its per_layer_config is unknown.")
-        bound.arguments["config"] = layer_config(config, layer_idx)
+        own = bound.arguments["config"] = layer_config(config, layer_idx)
+        if layers is not None:
+            bound.arguments[index_name] = _as_in_dense_model(own, layers, layer_idx)
         original(*bound.args, **bound.kwargs)
+        for module in layer.modules() if layers is not None else ():
+            for name in _INDEX_NAMES:  # the place in a cache
+                if vars(module).get(name) == bound.arguments[index_name]:
+                    setattr(module, name, layer_idx)
         skip_branches(layer, config, layer_idx)
 
     _wrap_method(cls, "__init__", build)
@@ -204,7 +213,7 @@ def _patch_layer_class(cls: Any) -> None:
 
 def _check_attention_left(config: Any) -> None:
     """Refuse a model without any attention: a cache would have no layer to count tokens by."""
-    if all("attention" in one.skip for one in config.per_layer_config):
+    if _is_heterogeneous(config) and all("attention" in one.skip for one in config.per_layer_config):
         raise refusal("per_layer_config: all layers skip their attention, expected one that keeps it. Remove fewer.")
 
 
@@ -263,7 +272,7 @@ def layer_config(config: Any, layer_idx: int) -> Any:
     """The config that decoder layer `layer_idx` of a model with `config` is built with.
 
     Args:
-        config: heterogeneous config of the model. The result refers to it: a later change of its attention or experts
+        config: config of the model. The result refers to it: a later change of its attention or experts
             implementation is seen by the layer.
         layer_idx: index of the layer, 0 <= `layer_idx` < `num_hidden_layers`.
 
@@ -271,11 +280,41 @@ def layer_config(config: Any, layer_idx: int) -> Any:
         A copy of `config` with the layer's own values: not heterogeneous, an instance of the same class.
     """
     copy = config.per_layer_config[layer_idx]
+    if copy is config:  # not heterogeneous
+        copy = object.__new__(type(config))
+        copy.__dict__.update(config.__dict__)
     for name in ("_attn_implementation_internal", "_experts_implementation_internal"):
         copy.__dict__.pop(name, None)
     copy.__dict__["_model_config"] = config
     copy.__class__ = _layer_config_class(copy.__class__)
     return copy
+
+
+def _layers(config: Any) -> dict[str, Any] | None:
+    """The record of layers that are built as they were in the dense model: with their index and its depth there."""
+    return _surgery(config).get("layers")
+
+
+def _as_in_dense_model(own: Any, layers: Mapping[str, Any], layer_idx: int) -> int:
+    """Give the config of one layer the depth and the lists by layer of the dense model; return the layer's index there.
+
+    What classes compute from their place among the layers (`scale / (layer_idx + 1)`, `first_k_dense_replace`) comes
+    out as it did.
+    """
+    kept, depth = layers["kept"], layers["num_hidden_layers"]
+    count = own.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    if len(kept) != getattr(own, count):
+        raise refusal(
+            f"pruning_config['surgery'] names {len(kept)} layers, expected {getattr(own, count)}, as {count} says. "
+            "Save or download the checkpoint again."
+        )
+    for name, value in list(vars(own).items()):
+        if isinstance(value, list) and len(value) == len(kept):
+            of_dense = dict(zip(kept, value, strict=True))
+            own.__dict__[name] = [of_dense.get(layer) for layer in range(depth)]
+    own.__dict__[count] = depth
+    index: int = kept[layer_idx]
+    return index
 
 
 # --- skipped branches -------------------------------------------------------------------------------------------------
@@ -339,7 +378,7 @@ def skip_branches(layer: nn.Module, config: Any, layer_idx: int) -> None:
         ValueError: a branch is unknown, or the layer has no such module.
     """
     recorded = _surgery(config).get("branches", {})
-    for branch in config.per_layer_config[layer_idx].skip:
+    for branch in getattr(config.per_layer_config[layer_idx], "skip", ()):
         names: Sequence[str]
         if branch in recorded:
             names, outputs = [recorded[branch]["module"]], recorded[branch]["outputs"]
@@ -654,7 +693,10 @@ def _check_section(section: Any) -> None:
     if surgery is None:
         return
     where = f"{name}.surgery"
-    _expect(_is_map(surgery, lambda key, _: key in ("branches", "modules")), where, surgery, "branches and modules")
+    parts = ("branches", "modules", "layers")
+    _expect(_is_map(surgery, lambda key, _: key in parts), where, surgery, f"{parts}")
+    if "layers" in surgery:
+        _check_kept_layers(f"{where}.layers", surgery["layers"])
     branches, modules = surgery.get("branches", {}), surgery.get("modules", {})
     _expect(_is_map(branches, lambda key, _: key in _DEFAULT_BRANCHES), where, branches, f"{list(_DEFAULT_BRANCHES)}")
     for branch, record in branches.items():
@@ -662,6 +704,16 @@ def _check_section(section: Any) -> None:
     _expect(_is_map(modules, lambda path, _: bool(_PATH.fullmatch(path))), where, modules, "paths of modules")
     for path, record in modules.items():
         _check_module(f"{where}.modules[{path!r}]", record)
+
+
+def _check_kept_layers(where: str, record: Any) -> None:
+    keys = {"kept", "num_hidden_layers"}
+    _expect(_is_map(record, lambda *_: True) and set(record) == keys, where, record, f"{sorted(keys)}")
+    kept, depth = record["kept"], record["num_hidden_layers"]
+    _expect(type(depth) is int and 0 < depth <= 2**14, f"{where}.num_hidden_layers", depth, "a number of layers")
+    fits = _is_list(kept, lambda layer: type(layer) is int) and len(kept) > 0
+    ascending = fits and all(left < right for left, right in itertools.pairwise([-1, *kept, depth]))
+    _expect(ascending, f"{where}.kept", kept, f"ascending layers below {depth}")
 
 
 def _check_branch(where: str, record: Any) -> None:

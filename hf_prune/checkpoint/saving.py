@@ -258,7 +258,7 @@ def _draw_learning_curve(model: PreTrainedModel, plan: PruningPlan | None, path:
     if learned == plan:
         if len(history) < 2 or not _can_draw(path):
             return False
-        from hf_prune.evaluation.learning_curve import learning_curve_picture
+        from hf_prune.evaluation.report import learning_curve_picture
 
         learning_curve_picture(history, path)
         return True

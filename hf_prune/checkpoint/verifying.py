@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import struct
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from hf_prune.checkpoint.files import CODE_NAME, PLAN_NAME, agrees, read_json, read_plan
 from hf_prune.checkpoint.per_layer import DIGESTS, check_loaded, check_saved
 from hf_prune.errors import CheckpointError, HFPruneError
-from hf_prune.reading import check_regular
+from hf_prune.reading import check_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from hf_prune.plan import PruningPlan
 
 _AGAIN = "Save or download the checkpoint again."
-_HEADER_LIMIT = 100_000_000  # bytes; the safetensors format allows no more
 _OF_THE_HUB = ("cache_dir", "local_files_only", "token", "revision", "proxies", "subfolder")
 
 
@@ -62,9 +60,7 @@ def load_verified(source: str, **arguments: Any) -> PreTrainedModel | tuple[PreT
     """
     from transformers import AutoModelForCausalLM
 
-    directory = Path(source, arguments.get("subfolder") or "")
-    if directory.is_dir():
-        check_files(directory)
+    check_source(source, arguments)
     with_info = arguments.pop("output_loading_info", False)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
@@ -85,14 +81,14 @@ def not_loaded(name: str, what: str, error: Exception) -> CheckpointError:
     )
 
 
-def check_files(directory: Path) -> None:
-    """Raise `CheckpointError` if a file that a loader would read is a pipe or a device, or config.json is no JSON."""
-    for path in sorted(directory.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".py") and not path.is_dir():
-            try:
-                check_regular(path)
-            except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error}. {_AGAIN}") from error
+def check_source(source: str | Path, arguments: Mapping[str, Any]) -> None:
+    """Check the files that `from_pretrained(source, **arguments)` would read, if that is a directory.
+
+    Raises:
+        CheckpointError: one of them is a pipe or a device, or config.json is no JSON.
+    """
+    directory = Path(source, arguments.get("subfolder") or "")
+    check_files(directory)
     if (directory / "config.json").exists():
         read_json(directory / "config.json")
 
@@ -283,22 +279,14 @@ def _all_shapes(directory: Path) -> dict[str, list[int]]:
 
 
 def _shapes(path: Path) -> dict[str, list[int]]:
-    """Shapes in one safetensors file: 8 bytes header length, JSON header, data (https://github.com/huggingface/safetensors)."""
-    length = path.stat().st_size
+    """Shapes in one safetensors file, which must have the length that its header says."""
     try:
-        with path.open("rb") as file:
-            (header_length,) = struct.unpack("<Q", file.read(8))
-            if header_length > min(_HEADER_LIMIT, length):
-                raise ValueError(f"header of {header_length:,} bytes")
-            header: dict[str, Any] = json.loads(file.read(header_length))
-        header.pop("__metadata__", None)
-        end = 8 + header_length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        shapes = {name: list(entry["shape"]) for name, entry in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file ({error}). {_AGAIN}") from error
-    if end != length:
-        raise CheckpointError(f"{path} has {length:,} bytes, its header says {end:,}: it was cut off. {_AGAIN}")
-    return shapes
+        with safe_open(path, "pt") as file:
+            return {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({error}), or it was cut off. {_AGAIN}"
+        ) from error
 
 
 def _check_shapes(directory: Path, config: PreTrainedConfig, shapes: dict[str, list[int]]) -> None:

@@ -6,7 +6,7 @@ from hf_prune.config.base import Allocation, AxisKind, Budget, PruningConfig
 from hf_prune.config.methods import LLMPrunerConfig, MagnitudeConfig, OBSConfig, RandomConfig, WandaConfig
 from hf_prune.config.policy_gradient import PolicyGradientConfig
 from hf_prune.config.prunenet import PruneNetConfig
-from hf_prune.config.selection import LAYER_AXES, axes_of_kind, is_protected, layer_unit_names, selected_axes
+from hf_prune.config.selection import LAYER_AXES, axes_of_kind, is_protected, may_go, selected_axes
 from hf_prune.config.targets import multiple_for
 
 CONFIGS: dict[str, type[PruningConfig]] = {
@@ -37,7 +37,7 @@ __all__ = [
     "WandaConfig",
     "axes_of_kind",
     "is_protected",
-    "layer_unit_names",
+    "may_go",
     "multiple_for",
     "selected_axes",
 ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+from hf_prune.config.checks import Range, check_fields
 from hf_prune.config.targets import SPELLING, Target, together
 from hf_prune.errors import ConfigError
 
@@ -32,7 +32,7 @@ class PruningConfig:
         ConfigError: a value has a wrong type or is out of range.
     """
 
-    pruning_ratio: float
+    pruning_ratio: Annotated[float, Range(0, 1, "()")]
     """Fraction to remove, above 0 and below 1, of what `budget` names."""
     _: KW_ONLY
     method: str = "custom"
@@ -53,38 +53,38 @@ class PruningConfig:
     """How scores of different axes are made comparable where they compete: not at all, score per parameter (`none`);
     share of the axis's total score, per parameter (`sum`); score over the mean (`mean`), or deviations from the mean
     (`zscore`), of its axis."""
-    spectral_epsilon: float = 0.3
+    spectral_epsilon: Annotated[float, Range(0, 1)] = 0.3
     """Spread of `spectral`: layers lose 1 − ε to 1 + ε of the mean fraction; 0 or more, below 1."""
-    search_evaluations: int = 200
+    search_evaluations: Annotated[int, Range(1)] = 200
     """Plans that `search` tries, 1 or more: forward passes over its calibration windows."""
-    search_samples: int = 16
+    search_samples: Annotated[int, Range(1)] = 16
     """Calibration windows on which `search` compares plans, 1 or more."""
-    round_to: int | Literal["auto"] | None = None
+    round_to: Annotated[int, Range(1)] | Literal["auto"] | None = None
     """Pruned MLP and hidden widths become multiples of this; `auto` picks the largest of 128, 64, 32, 16, 8 that is
     at most 1/32 of the axis. Attention groups and layers go one by one whatever this says."""
-    min_units: int = 1
+    min_units: Annotated[int, Range(1)] = 1
     """Units that every axis keeps at least (rounded up to `round_to`), 1 or more."""
     layers: tuple[int, ...] | None = None
     """Decoder layers that may lose units, counted from 0 (default: all). Does not restrict the `hidden` axis."""
     targets: tuple[str, ...] = ()
     """Engines and formats that must be able to serve the result: `gguf`, `vllm`, `plain` (an ordinary checkpoint),
     `int4`, `tp=N` (tensor parallel on N devices); what one of them cannot serve is not done."""
-    context: int = 4096
+    context: Annotated[int, Range(1)] = 4096
     """Budget `memory`: tokens in the cache of each sequence, 1 or more."""
-    batch: int = 1
+    batch: Annotated[int, Range(1)] = 1
     """Budget `memory`: sequences at a time, 1 or more."""
     bits: int = 16
     """Budget `memory`: bits of each weight in the matrices of decoder layers: 4, 8, 16 or 32; scales come on
     top (see `memory.GROUP`), and the rest and the cache have 16 (at 32 bits all have 32)."""
     protect: tuple[str, ...] = ()
     """Patterns (`*`, `?`, `[...]`) of axes that stay whole, such as `layers.0.*`; they protect whole layers too."""
-    seed: int = 0
+    seed: Annotated[int, Range(0)] = 0
     """Seed of everything random, 0 or more."""
-    num_samples: int = 128
+    num_samples: Annotated[int, Range(1)] = 128
     """Calibration windows, 1 or more."""
-    seq_len: int = 256
+    seq_len: Annotated[int, Range(1)] = 256
     """Tokens of each calibration window, 1 or more."""
-    num_steps: int = 1
+    num_steps: Annotated[int, Range(1)] = 1
     """Prune in so many equal steps, scores recomputed on the pruned (and, where asked, repaired) model before each."""
     selection: Selection = "scores"
     """Which units stay on an axis of a given width: the best `scores`, or the ones that repair can least do without
@@ -95,7 +95,7 @@ class PruningConfig:
     repair_target: RepairTarget = "residual"
     """What repaired weights are fitted to: the dense layer on the pruned model's hidden states (`own`), on the dense
     model's (`asymmetric`), or that and what the residual stream lacks so far (`residual`)."""
-    repair_ridge: float = 1e-2
+    repair_ridge: Annotated[float, Range(0)] = 1e-2
     """Pull towards the weights before repair, 0 or more: a fraction of the mean squared norm of their inputs."""
 
     def __post_init__(self) -> None:
@@ -106,16 +106,12 @@ class PruningConfig:
             object.__setattr__(self, "allocation", _pairs(self.allocation))
         own_method = type(self).__dataclass_fields__["method"].default
         self._check(self.method == own_method, "method", f"{own_method!r} (the method of {type(self).__name__})")
-        ratio = self.pruning_ratio
-        number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
-        self._check(number and math.isfinite(ratio) and 0 < ratio < 1, "pruning_ratio", "a number above 0 and below 1")
-        self._check_choice("budget", get_args(Budget))
         if isinstance(self.allocation, tuple):
             self._check(_are_weights(self.allocation), "allocation", "patterns of axes, each with a weight from 0")
         else:
-            self._check_choice("allocation", get_args(AllocationName))
-        self._check_choice("standardise", get_args(Standardise))
-        self._check(is_number(self.spectral_epsilon, 0, 1), "spectral_epsilon", "a number from 0 and below 1")
+            choices = get_args(AllocationName)
+            self._check(self.allocation in choices, "allocation", f"one of {choices}")
+        check_fields(self)
         kinds = get_args(AxisKind)
         known = _is_tuple_of(self.axes, str) and len(self.axes) > 0 and all(kind in kinds for kind in self.axes)
         self._check(known and len(set(self.axes)) == len(self.axes), "axes", f"one or more different kinds of {kinds}")
@@ -125,22 +121,10 @@ class PruningConfig:
         if self.target.uniform:
             self._check(self.allocation != "spectral", "allocation", f"one that {self.target.name} leaves equal widths")
         self._check(type(self.bits) is int and self.bits in (4, 8, 16, 32), "bits", "4, 8, 16 or 32")
-        if self.round_to not in (None, "auto"):
-            self._check_int("round_to", 1, 'or "auto" or None')
-        for name, lowest in (("min_units", 1), ("seed", 0), ("num_samples", 1), ("seq_len", 1), ("num_steps", 1)):
-            self._check_int(name, lowest)
-        for name in ("context", "batch"):
-            self._check_int(name, 1)
-        self._check_choice("selection", get_args(Selection))
-        self._check_choice("repair", get_args(Repair))
-        self._check_choice("repair_target", get_args(RepairTarget))
-        self._check(is_number(self.repair_ridge, 0), "repair_ridge", "a number from 0")
         if self.repair == "data_free":
             self._check("hidden" not in self.axes, "repair", "'least_squares' with hidden channels")
         if self.repair == "least_squares" and "hidden" in self.axes:
             self._check(self.repair_target != "own", "repair_target", "'asymmetric' or 'residual' with hidden channels")
-        for name in ("search_evaluations", "search_samples"):
-            self._check_int(name, 1)
         if self.layers is not None:
             valid = _is_tuple_of(self.layers, int) and len(self.layers) > 0 and min(self.layers) >= 0
             self._check(valid and len(set(self.layers)) == len(self.layers), "layers", "different layer numbers from 0")
@@ -149,14 +133,6 @@ class PruningConfig:
     def _check(self, valid: bool, name: str, expected: str) -> None:
         if not valid:
             raise ConfigError(f"{name}: found {getattr(self, name)!r}, expected {expected}.")
-
-    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
-        value = getattr(self, name)
-        self._check(isinstance(value, str) and value in choices, name, f"one of {choices}")
-
-    def _check_int(self, name: str, lowest: int, otherwise: str = "") -> None:
-        value = getattr(self, name)
-        self._check(type(value) is int and value >= lowest, name, f"a whole number from {lowest} {otherwise}".strip())
 
     @property
     def target(self) -> Target:
@@ -219,12 +195,6 @@ def _is_tuple_of(value: object, kind: type) -> bool:
     return isinstance(value, tuple) and all(type(item) is kind for item in value)
 
 
-def is_number(value: object, lowest: float, below: float = math.inf) -> bool:
-    """Whether `value` is a finite number from `lowest` and below `below`."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return number and math.isfinite(value) and lowest <= value < below  # type: ignore[arg-type, operator]
-
-
 def _pairs(weights: Mapping[str, float] | list[Any]) -> tuple[Any, ...]:
     """A mapping as pairs, which do not change; whatever else is in a list is left to the check."""
     items = list(weights.items()) if isinstance(weights, Mapping) else weights
@@ -235,4 +205,4 @@ def _are_weights(pairs: tuple[Any, ...]) -> bool:
     known = all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and pair[0] for pair in pairs)
     if not known or len({name for name, _ in pairs}) != len(pairs):
         return False
-    return all(is_number(weight, 0) for _, weight in pairs) and any(weight > 0 for _, weight in pairs)
+    return all(Range(0).holds(weight) for _, weight in pairs) and any(weight > 0 for _, weight in pairs)

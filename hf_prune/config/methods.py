@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from hf_prune.config.base import Allocation, PruningConfig, Repair, Standardise, is_number
+from hf_prune.config.base import Allocation, PruningConfig, Repair, Standardise
+from hf_prune.config.checks import Range
 from hf_prune.errors import ConfigError
 
 
@@ -14,7 +15,6 @@ class RandomConfig(PruningConfig):
     """Random scores, drawn from `seed`: the baseline that every method has to beat."""
 
     method: str = "random"
-    """Name of the method that scores the units; fixed by the class."""
     standardise: Standardise = "sum"
     """As in every configuration; this method's scores compare only inside an axis, hence `sum`."""
 
@@ -24,15 +24,10 @@ class MagnitudeConfig(PruningConfig):
     """Norm of all weights of a group."""
 
     method: str = "magnitude"
-    """Name of the method that scores the units; fixed by the class."""
     standardise: Standardise = "sum"
     """As in every configuration; this method's scores compare only inside an axis, hence `sum`."""
     norm: Literal["l1", "l2"] = "l2"
     """Norm over the whole group: sum of absolute values (`l1`) or root of the sum of squares (`l2`)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_choice("norm", ("l1", "l2"))
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,6 @@ class WandaConfig(PruningConfig):
     """Weight times input norm, summed over each unit (Wanda, arXiv 2306.11695, eq. 1, by structures). Calibrated."""
 
     method: str = "wanda"
-    """Name of the method that scores the units; fixed by the class."""
     standardise: Standardise = "sum"
     """As in every configuration; this method's scores compare only inside an axis, hence `sum`."""
 
@@ -53,18 +47,15 @@ class OBSConfig(PruningConfig):
     """
 
     method: str = "obs"
-    """Name of the method that scores the units; fixed by the class."""
     allocation: Allocation = "global"
     """As in every configuration; this method's scores are in loss units, so that all units compare."""
     repair: Repair = "least_squares"
     """As in every configuration; the scores count on it."""
-    shrinkage: float = 0.5
+    shrinkage: Annotated[float, Range(0, 1, "[]")] = 0.5
     """How little other units are trusted to make up for one: 0 as much as on the calibration text, 1 not at all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        valid = is_number(self.shrinkage, 0) and self.shrinkage <= 1
-        self._check(valid, "shrinkage", "a number from 0 to 1")
         other = [kind for kind in self.axes if kind not in ("mlp", "attention")]
         if other:
             raise ConfigError(f"axes: 'obs' scores 'mlp' and 'attention' units, found {other}.")
@@ -78,7 +69,6 @@ class LLMPrunerConfig(PruningConfig):
     """
 
     method: str = "llm_pruner"
-    """Name of the method that scores the units; fixed by the class."""
     allocation: Allocation = "global"
     """As in every configuration; this method's scores are in loss units, so that all units compare."""
     criterion: Literal["vector", "first_order", "second_order", "mixed", "fisher"] = "fisher"
@@ -91,12 +81,6 @@ class LLMPrunerConfig(PruningConfig):
     normalisation: Literal["mean", "sum"] = "mean"
     """F is the `mean` (the released code) or the `sum` (the paper, eq. 5) of squared sample gradients; matters to
     `mixed` only, whose two terms it weighs."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_choice("criterion", ("vector", "first_order", "second_order", "mixed", "fisher"))
-        self._check_choice("aggregation", ("sum", "mean", "max", "product", "last", "first"))
-        self._check_choice("normalisation", ("mean", "sum"))
 
     @classmethod
     def preset(cls, name: str, pruning_ratio: float, num_hidden_layers: int) -> LLMPrunerConfig:

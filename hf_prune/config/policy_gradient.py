@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from hf_prune.config.base import Allocation, PruningConfig, is_number
+from hf_prune.config.base import Allocation, PruningConfig
+from hf_prune.config.checks import Range
 from hf_prune.errors import ConfigError
 
 Policy = Literal["units", "widths", "widths_then_units"]
@@ -24,7 +24,6 @@ class PolicyGradientConfig(PruningConfig):
     """
 
     method: str = "policy_gradient"
-    """Name of the method that scores the units; fixed by the class."""
     allocation: Allocation = "global"
     """As everywhere; `global` keeps the units with the highest keep-probabilities, as they were learned."""
     num_samples: int = 1024
@@ -33,22 +32,22 @@ class PolicyGradientConfig(PruningConfig):
     """Tokens of each calibration window; learning needs 2 or more."""
     init: Init = "wanda"
     """Scores that the policy starts from: another method's with its defaults, on the first `init_samples` windows."""
-    init_samples: int = 256
+    init_samples: Annotated[int, Range(1)] = 256
     """Calibration windows for the initial scores, 1 or more."""
     init_widths: Literal["uniform", "global"] = "uniform"
     """Where widths start: the same fraction of every axis, or initial scores per parameter compete across axes."""
     policy: Policy = "widths"
     """What is learned: a keep-probability of every unit (`units`, the paper), the width of every axis over the fixed
     order of the initial scores (`widths`), or first one, then the other."""
-    policy_steps: int = 500
+    policy_steps: Annotated[int, Range(1)] = 500
     """Steps of learning, 1 or more."""
-    widths_fraction: float = 0.5
+    widths_fraction: Annotated[float, Range(0, 1, "()")] = 0.5
     """Share of the steps that `widths_then_units` spends on widths, above 0 and below 1."""
-    num_masks: int = 4
+    num_masks: Annotated[int, Range(2)] = 4
     """Masks that see the same windows, 2 or more (even where masks come in pairs): only they are compared."""
-    windows_per_step: int = 4
+    windows_per_step: Annotated[int, Range(1)] = 4
     """Calibration windows of each step; every one goes through the model `num_masks` times."""
-    windows_per_mask: int = 1
+    windows_per_mask: Annotated[int, Range(1)] = 1
     """Windows that share their masks; a divisor of `windows_per_step` (the paper: all of them)."""
     reward: Reward = "kl"
     """What is to be small: the next-token loss (`lm`, the paper), or the divergence from the dense model (`kl`)."""
@@ -57,64 +56,37 @@ class PolicyGradientConfig(PruningConfig):
     `arm` and `disarm`. Widths always move in antithetic pairs."""
     direction: Direction = "natural"
     """Direction by units: the gradient as it is (`plain`), times √(s(1−s)) (`paper`) or times s(1−s) (`natural`)."""
-    baseline_steps: int = 5
+    baseline_steps: Annotated[int, Range(1)] = 5
     """Steps of the moving average that is the baseline of `paper`, 1 or more."""
-    learning_rate: float = 0.003
+    learning_rate: Annotated[float, Range(0, ends="()")] = 0.003
     """Change of a keep-probability by one standard deviation of the gradients; falls to 0 as a cosine."""
-    widths_learning_rate: float = 0.05
+    widths_learning_rate: Annotated[float, Range(0, ends="()")] = 0.05
     """Change of a width, as a fraction of its axis, by one standard deviation of the gradients; falls to 0 as well."""
-    widths_noise: float = 0.1
+    widths_noise: Annotated[float, Range(0, 1, "()")] = 0.1
     """How far sampled widths lie from the present ones, as a fraction of the axis, above 0 and below 1."""
-    softness: float = 0.05
+    softness: Annotated[float, Range(0, 1, "()")] = 0.05
     """Width of the band, as a fraction of the axis, in which the order of the units is open after `widths`."""
-    clamp: float = 0.02
+    clamp: Annotated[float, Range(0, 0.5, "()")] = 0.02
     """Keep-probabilities stay this far from 0 and 1 while they are learned, above 0 and below 0.5."""
     separate_budgets: bool = False
     """Each kind of axis loses the same fraction (the paper), instead of one budget over all."""
     sliced_forward: bool = False
     """Slice MLP weights for each mask instead of masking: faster where many windows share a mask and layers are
     large."""
-    forward_rows: int = 20
+    forward_rows: Annotated[int, Range(1)] = 20
     """Windows, with a mask each, in one forward pass, 1 or more; changes memory and speed only."""
     state_dir: str | None = None
     """Directory for the state of learning, the same for all processes: a run that was interrupted goes on from there
     to the same result."""
-    state_steps: int = 50
+    state_steps: Annotated[int, Range(1)] = 50
     """Steps between two writes of the state, 1 or more."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, choices in (
-            ("init", ("random", "magnitude", "wanda", "llm_pruner", "prunenet")),
-            ("init_widths", ("uniform", "global")),
-            ("policy", ("units", "widths", "widths_then_units")),
-            ("reward", ("lm", "kl")),
-            ("estimator", ("paper", "leave_one_out", "arm", "disarm")),
-            ("direction", ("plain", "paper", "natural")),
-        ):
-            self._check_choice(name, choices)
-        for name in ("init_samples", "policy_steps", "windows_per_step", "windows_per_mask", "baseline_steps"):
-            self._check_int(name, 1)
-        for name, lowest in (("num_masks", 2), ("forward_rows", 1), ("state_steps", 1)):
-            self._check_int(name, lowest)
-        for name, low, high in (
-            ("widths_fraction", 0.0, 1.0),
-            ("widths_noise", 0.0, 1.0),
-            ("softness", 0.0, 1.0),
-            ("clamp", 0.0, 0.5),
-            ("learning_rate", 0.0, math.inf),
-            ("widths_learning_rate", 0.0, math.inf),
-        ):
-            value = getattr(self, name)
-            self._check(is_number(value, low, high) and value > low, name, f"a number above {low} and below {high}")
-        for name in ("separate_budgets", "sliced_forward"):
-            self._check(isinstance(getattr(self, name), bool), name, "true or false")
         paired = self.policy != "units" or self.estimator in ("arm", "disarm")
         self._check(not paired or self.num_masks % 2 == 0, "num_masks", "an even number: masks come in pairs")
         whole = self.windows_per_step % self.windows_per_mask == 0
         self._check(whole, "windows_per_mask", f"a divisor of windows_per_step={self.windows_per_step}")
-        valid_dir = self.state_dir is None or (isinstance(self.state_dir, str) and self.state_dir != "")
-        self._check(valid_dir, "state_dir", "a directory or None")
         nested = self.separate_budgets and not {"mlp", "attention"}.issuperset(self.axes)
         self._check(not nested, "axes", "mlp and attention only where separate_budgets is set")
 

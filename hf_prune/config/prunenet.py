@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from hf_prune.config.base import Allocation, AxisKind, PruningConfig, is_number
+from hf_prune.config.base import Allocation, AxisKind, PruningConfig
+from hf_prune.config.checks import Range
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,6 @@ class PruneNetConfig(PruningConfig):
     """
 
     method: str = "prunenet"
-    """Name of the method that scores the units; fixed by the class."""
     axes: tuple[AxisKind, ...] = ("mlp",)
     """Kinds of axes to prune: `mlp` channels, `attention` KV groups."""
     allocation: Allocation = "global"
@@ -31,7 +30,7 @@ class PruneNetConfig(PruningConfig):
     layer_weight: Literal["update", "equal"] = "update"
     """What a layer's distance counts: the share of the residual stream that its branch writes, measured on single
     random tokens (`update`), or the same for all (`equal`)."""
-    discount: float = 1.0
+    discount: Annotated[float, Range(0, 1, "(]")] = 1.0
     """Factor on the reward from each layer to the next, above 0 and up to 1; the paper has 0.99."""
     features: Literal["scale_free", "row"] = "scale_free"
     """What the policy sees of a unit: eight numbers that do not depend on any width, or the row itself (the paper)."""
@@ -44,43 +43,23 @@ class PruneNetConfig(PruningConfig):
     """Directory that the trained policy is written to."""
     sampled: bool = False
     """Sample the kept units from the policy (with `seed`) in place of keeping the best."""
-    train_ratio: float | None = None
+    train_ratio: Annotated[float, Range(0, 1, "()")] | None = None
     """Fraction of units removed while training, above 0 and below 1 (default: what `pruning_ratio` means for the axes
     on average)."""
-    num_episodes: int = 40
+    num_episodes: Annotated[int, Range(1)] = 40
     """Passes over all layers while training, 1 or more."""
-    num_rollouts: int = 8
+    num_rollouts: Annotated[int, Range(2)] = 8
     """Masks sampled from each layer in a pass, 2 or more; each is judged against the others."""
-    learning_rate: float = 0.5
+    learning_rate: Annotated[float, Range(0, ends="()")] = 0.5
     """Adam's learning rate, above 0."""
-    exact_up_to: int = 2048
+    exact_up_to: Annotated[int, Range(1)] = 2048
     """Largest side of a Gram matrix whose eigenvalues are computed exactly; above, stochastic Lanczos."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_choice("state", ("gate", "gate_up", "group", "write"))
-        self._check_choice("distance", ("ks", "wasserstein", "energy"))
-        self._check_choice("layer_weight", ("update", "equal"))
-        self._check_choice("features", ("scale_free", "row"))
-        self._check_choice("start", ("row_norm", "zero"))
         expressible = self.start == "zero" or self.features == "scale_free" or self.policy is not None
         self._check(expressible, "start", "'zero' with features='row': a linear probe of rows has no norms")
-        self._check_number("discount", 1.0, included=True)
-        self._check_number("learning_rate", math.inf)
-        if self.train_ratio is not None:
-            self._check_number("train_ratio", 1.0)
-        for name in ("policy", "save_policy"):
-            value = getattr(self, name)
-            self._check(value is None or (isinstance(value, str) and value != ""), name, "the path of a directory")
         self._check(self.policy is None or self.save_policy is None, "save_policy", "none beside `policy`")
-        self._check(isinstance(self.sampled, bool), "sampled", "true or false")
-        for name, lowest in (("num_episodes", 1), ("num_rollouts", 2), ("exact_up_to", 1)):
-            self._check_int(name, lowest)
-
-    def _check_number(self, name: str, highest: float, included: bool = False) -> None:
-        value = getattr(self, name)
-        valid = is_number(value, 0) and (0 < value < highest or (included and value == highest))
-        self._check(valid, name, f"a number above 0 and {'up to' if included else 'below'} {highest}")
 
     @classmethod
     def paper(cls, pruning_ratio: float) -> PruneNetConfig:

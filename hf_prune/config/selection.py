@@ -63,6 +63,13 @@ def layer_unit_names(structure: Structure, axis_name: str, layer: int) -> list[s
     return [branch, *(name for name in inside if name == branch or name.startswith(branch + "."))]
 
 
+def may_go(structure: Structure, config: PruningConfig, axis_name: str, layer: int) -> bool:
+    """Whether `config` lets this unit of a layer axis go. The attention of layer 0 stays: caches are measured by it."""
+    outside = config.layers is not None and layer not in config.layers
+    first = layer == 0 and axis_name == "layers.attention"
+    return not (outside or first or is_protected(config, *layer_unit_names(structure, axis_name, layer)))
+
+
 def _is_selected(axis: Axis, config: PruningConfig) -> bool:
     outside = axis.layer is not None and config.layers is not None and axis.layer not in config.layers
     return not outside and not is_protected(config, axis.name)

@@ -1,7 +1,13 @@
 """What pruning costs and gains: perplexity, size, speed, tables and pictures."""
 
 from hf_prune.evaluation.perplexity import PerplexityReport, perplexity
-from hf_prune.evaluation.report import comparison_table, markdown_table, perplexity_picture, widths_picture
+from hf_prune.evaluation.report import (
+    comparison_table,
+    learning_curve_picture,
+    markdown_table,
+    perplexity_picture,
+    widths_picture,
+)
 from hf_prune.evaluation.speed import (
     PrefillComparison,
     SpeedReport,
@@ -9,6 +15,7 @@ from hf_prune.evaluation.speed import (
     measure_speed,
     num_bytes,
     num_parameters,
+    usual_request,
 )
 from hf_prune.evaluation.zero_shot import ZeroShotReport, zero_shot
 
@@ -19,12 +26,14 @@ __all__ = [
     "ZeroShotReport",
     "compare_prefill",
     "comparison_table",
+    "learning_curve_picture",
     "markdown_table",
     "measure_speed",
     "num_bytes",
     "num_parameters",
     "perplexity",
     "perplexity_picture",
+    "usual_request",
     "widths_picture",
     "zero_shot",
 ]

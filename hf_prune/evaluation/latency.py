@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_prune.config import PruningConfig
-from hf_prune.errors import ConfigError
+from hf_prune.errors import check_whole_numbers
 from hf_prune.evaluation.speed import time_request
 from hf_prune.latency import LatencyTable, Pair
 from hf_prune.plan import PruningPlan, prunable_units
@@ -66,8 +66,8 @@ def measure_latency(
     Raises:
         ConfigError: a number is out of range.
     """
-    _check_numbers(prompt_len=(prompt_len, 1), new_tokens=(new_tokens, 0), batch_size=(batch_size, 1))
-    _check_numbers(num_widths=(num_widths, 2), repeats=(repeats, 1))
+    check_whole_numbers(prompt_len=(prompt_len, 1), new_tokens=(new_tokens, 0), batch_size=(batch_size, 1))
+    check_whole_numbers(num_widths=(num_widths, 2), repeats=(repeats, 1))
     request = (prompt_len, new_tokens, batch_size)
     families = _families(structure)
     samples = [_Sample.of(model, structure, layers) for layers in families]
@@ -214,9 +214,3 @@ def compare_requests(
 def _typical(times: Sequence[Pair]) -> Pair:
     """The fastest prefill, the median decoding."""
     return min(prefill for prefill, _ in times), statistics.median(decode for _, decode in times)
-
-
-def _check_numbers(**numbers: tuple[int, int]) -> None:
-    for name, (value, lowest) in numbers.items():
-        if type(value) is not int or value < lowest:
-            raise ConfigError(f"{name} is {value!r}, expected a whole number of {lowest} or more")

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from hf_prune.data import evaluation_windows
-from hf_prune.errors import CalibrationError, ConfigError
+from hf_prune.errors import check_whole_numbers
+from hf_prune.gate import check_windows
+from hf_prune.layers.losses import CHUNK_ELEMENTS, next_token
+from hf_prune.layers.processes import sum_numbers
 from hf_prune.layers.weights import inference, input_device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CHUNK_ELEMENTS = 1 << 24
-"""Logits turned into float32 log-probabilities at a time (64 MiB), whatever the vocabulary."""
+    from hf_prune.layers.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def perplexity(
         model: a causal LM; called as `model(input_ids=..., use_cache=False).logits`.
         tokenizer: the model's tokenizer.
         text: the text to predict.
-        window: tokens of each window, 2 or more, and no more than the model has positions for.
+        window: tokens of each window, 2 or more; no more than a table of positions has, if the model has one.
         batch_size: windows of each forward pass, 1 or more. Changes nothing but memory and speed.
         max_windows: measure this many windows only, evenly spaced over the text (`None`: all).
         device: where the token ids go. Default: where the input embeddings are.
@@ -71,11 +72,11 @@ def perplexity(
         CalibrationError: the text is shorter than one window, or the tokenizer is not this model's.
         ConfigError: a number is out of range.
     """
-    _check_numbers(model, window, batch_size, max_windows)
+    _check_numbers(window, batch_size, max_windows)
     windows = evaluation_windows(tokenizer, text, window)
     if max_windows is not None and max_windows < len(windows):
         windows = windows[torch.arange(max_windows) * len(windows) // max_windows]
-    _check_vocabulary(model, windows)
+    check_windows(model, [{"input_ids": windows}])
     device = input_device(model) if device is None else device
     nll_sum = 0.0
     with inference(model):
@@ -87,21 +88,27 @@ def perplexity(
     return PerplexityReport(_exp(nll_sum / num_tokens), nll_sum, num_tokens, window)
 
 
-def _embedding(model: nn.Module) -> Tensor:
-    weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
-    return weight
+def perplexity_of(walk: Walk) -> float:
+    """As `perplexity`, on the windows of a walk (of all processes): the model may be on disk, and is read once then."""
+    total, num_tokens = 0.0, 0
+    with inference(walk.model):
+        for output in walk.outputs():
+            num_tokens += output.ids[:, 1:].numel()
+            for row, start, logits in output.chunks():
+                targets = output.ids[row, start + 1 : start + 1 + len(logits)]
+                total += next_token(logits[: len(targets)], targets).sum(dtype=torch.float64).item()
+    total, tokens = sum_numbers(total, num_tokens)
+    return _exp(total / tokens)
 
 
 def _nll_sum(logits: Tensor, ids: Tensor) -> float:
     """Sum of the NLL of `ids[:, 1:]` under `logits` `[B, T, V]`, never holding all log-probabilities at once."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    step = max(1, _CHUNK_ELEMENTS // logits.shape[-1])
+    step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
     total = 0.0
     for row, targets in zip(logits, ids.to(logits.device), strict=True):
         for start in range(0, len(targets) - 1, step):
             chunk = targets[start + 1 : start + 1 + step]
-            scores = row[start : start + len(chunk)].to(dtype)
-            total += F.cross_entropy(scores, chunk, reduction="none").sum(dtype=torch.float64).item()
+            total += next_token(row[start : start + len(chunk)], chunk).sum(dtype=torch.float64).item()
     return total
 
 
@@ -112,22 +119,7 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def _check_numbers(model: nn.Module, window: int, batch_size: int, max_windows: int | None) -> None:
-    if window < 2:
-        raise ConfigError(f"window is {window}, expected 2 or more: the first token of a window is not predicted")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}, expected 1 or more")
-    if max_windows is not None and max_windows < 1:
-        raise ConfigError(f"max_windows is {max_windows}, expected 1 or more, or None for all")
-    config: Any = getattr(model, "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and window > positions:
-        raise ConfigError(f"window is {window}, but the model has {positions} positions; pass a window up to that")
-
-
-def _check_vocabulary(model: nn.Module, windows: Tensor) -> None:
-    highest, rows = int(windows.max()), len(_embedding(model))
-    if highest >= rows:
-        raise CalibrationError(
-            f"the tokenizer gave token {highest}, but the model embeds {rows} tokens: pass this model's own tokenizer"
-        )
+def _check_numbers(window: int, batch_size: int, max_windows: int | None) -> None:
+    check_whole_numbers(window=(window, 2), batch_size=(batch_size, 1))
+    if max_windows is not None:
+        check_whole_numbers(max_windows=(max_windows, 1))

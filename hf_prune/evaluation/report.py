@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from hf_prune.errors import ConfigError
-from hf_prune.evaluation.figures import COLORS, GHOST, GRID, INK, MUTED, new_figure, save_figure
+from hf_prune.errors import ConfigError, HFPruneError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Row = Mapping[str, str | int | float | None]
 """One result, by column. `*_ratio` columns are shown in percent, `speedup` as a factor, other floats to 0.01."""
+
+INK, MUTED, GRID, GHOST = "#22252a", "#6b7280", "#e5e7eb", "#eceef2"
+COLORS = ("#3b6fb6", "#d9803a", "#4c9f70", "#a8508f", "#8a6d3b", "#5b5fc7", "#c44e52", "#4aa3b5")
+SUFFIXES = (".png", ".svg", ".pdf")
+CURVES = (("loss", "loss (nats per token)"), ("entropy", "entropy (bits per unit)"))
 
 _PER_LAYER = re.compile(r"layers\.(\d+)\.((?:attention|mlp)(?:\..+)?)")
 _HEADINGS = {"achieved_ratio": "removed", "pruning_ratio": "asked"}
@@ -96,7 +101,7 @@ def widths_picture(
     """
     panels = _panels(widths, num_units)
     num_layers = 1 + max(layer for panel in panels.values() for layer in panel)
-    figure = new_figure(path, width=min(14.0, max(7.0, 2.2 + 0.16 * num_layers)), height=1.1 + 1.85 * len(panels))
+    figure = _new_figure(path, width=min(14.0, max(7.0, 2.2 + 0.16 * num_layers)), height=1.1 + 1.85 * len(panels))
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for ax, (family, panel), color in zip(axes, panels.items(), COLORS * len(panels), strict=False):
         _draw_panel(ax, family, panel, color)
@@ -138,7 +143,7 @@ def perplexity_picture(
         HFPruneError: matplotlib is not installed.
     """
     lines, dense = _lines(rows, x, y)
-    figure = new_figure(path, width=7.2, height=4.4)
+    figure = _new_figure(path, width=7.2, height=4.4)
     ax = figure.subplots()
     _draw_lines(ax, lines, dense, y)
     ax.set_xlabel("removed", color=MUTED, fontsize=9)
@@ -165,7 +170,7 @@ def tradeoff_picture(
         HFPruneError: matplotlib is not installed.
     """
     lines, dense = _lines(rows, "decoder_ratio", y)
-    figure = new_figure(path, width=12.0, height=4.6)
+    figure = _new_figure(path, width=12.0, height=4.6)
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_lines(left, lines, dense, y)
     _draw_lines(right, _lines([row for row in rows if row.get("decoder_ratio")], "latency_ms", y)[0], dense, y)
@@ -181,6 +186,72 @@ def tradeoff_picture(
     left.legend(edgecolor="none", framealpha=0.9, fontsize=8, labelcolor=INK)
     figure.suptitle(title, color=INK, fontsize=12, weight="bold")
     save_figure(figure, path)
+
+
+def learning_curve_picture(
+    history: Sequence[Mapping[str, float | int | str]], path: str | Path, *, title: str = "Learning the masks"
+) -> None:
+    """Draw loss and entropy of the sampled masks against the token-forwards spent.
+
+    Args:
+        history: `PruningResult.history`: per step `loss`, `entropy`, `token_forwards` and `phase`.
+        path: where to write, `.png`, `.svg` or `.pdf`; folders are made.
+        title: above the picture.
+
+    Raises:
+        ConfigError: fewer than two steps, or an unknown file type.
+        HFPruneError: matplotlib is not installed.
+    """
+    if len(history) < 2:
+        raise ConfigError(f"found {len(history)} steps, expected two or more to draw a curve.")
+    figure = _new_figure(path, width=8.0, height=1.1 + 1.9 * len(CURVES))
+    axes = figure.subplots(len(CURVES), 1, sharex=True)
+    tokens = [float(row["token_forwards"]) / 1e6 for row in history]
+    window = max(1, len(history) // 50)
+    for ax, (name, label), color in zip(axes, CURVES, COLORS, strict=False):
+        values = [float(row[name]) for row in history]
+        smooth = [math.fsum(values[max(0, i + 1 - window) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+        ax.plot(tokens, values, color=color, linewidth=0.8, alpha=0.3)
+        ax.plot(tokens, smooth, color=color, linewidth=1.8)
+        ax.set_title(label, color=INK, fontsize=10, loc="left")
+        ax.grid(color=GRID, linewidth=0.8)
+        _without_frame(ax)
+        for i in range(1, len(history)):
+            if history[i]["phase"] != history[i - 1]["phase"]:
+                ax.axvline(tokens[i - 1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 3)))
+                ax.annotate(
+                    f" {history[i]['phase']}", (tokens[i - 1], ax.get_ylim()[1]), va="top", color=MUTED, fontsize=9
+                )
+    axes[-1].set_xlabel("million token-forwards", color=MUTED, fontsize=9)
+    figure.suptitle(title, color=INK, fontsize=12, weight="bold")
+    save_figure(figure, path)
+
+
+def _new_figure(path: str | Path, *, width: float, height: float) -> Figure:
+    """An empty figure of this size in inches, to be saved at `path`.
+
+    Raises:
+        ConfigError: an unknown file type.
+        HFPruneError: matplotlib is not installed.
+    """
+    if Path(path).suffix.lower() not in SUFFIXES:
+        raise ConfigError(f"{path}: found file type '{Path(path).suffix}', expected one of {', '.join(SUFFIXES)}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise HFPruneError("pictures need matplotlib: pip install 'hf_prune[plot]'") from error
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write `figure` to `path`; folders are made. The same picture is the same bytes: no date, no random names."""
+    from matplotlib import rc_context
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    date = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
+    with rc_context({"svg.hashsalt": "hf_prune"}):
+        figure.savefig(path, dpi=160, metadata=date)
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
@@ -289,6 +360,10 @@ def _format_axes(ax: Axes, *, log_y: bool = False) -> None:
         ax.yaxis.set_major_formatter(FuncFormatter(_plain_number))
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.grid(color=GRID, linewidth=0.8)
+    _without_frame(ax)
+
+
+def _without_frame(ax: Axes) -> None:
     ax.set_axisbelow(True)
     ax.spines[:].set_visible(False)
     ax.tick_params(which="both", length=0, colors=MUTED, labelsize=8.5)

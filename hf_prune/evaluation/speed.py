@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hf_prune.errors import ConfigError, HFPruneError
+from hf_prune.errors import HFPruneError, check_whole_numbers
 from hf_prune.layers.weights import inference, input_device
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ def measure_speed(
         ConfigError: a number is below 1.
         HFPruneError: the model gives no key-value cache.
     """
-    _check_positive(prompt_len=prompt_len, new_tokens=new_tokens, batch_size=batch_size, repeats=repeats)
+    check_whole_numbers(prompt_len=(prompt_len, 1), new_tokens=(new_tokens, 1))
+    check_whole_numbers(batch_size=(batch_size, 1), repeats=(repeats, 1))
     times = [time_request(model, prompt_len, new_tokens, batch_size) for _ in range(repeats + 1)][1:]
     prefill = statistics.median(seconds for seconds, _ in times)
     decode = statistics.median(sum(seconds) for _, seconds in times)
@@ -115,6 +116,13 @@ def measure_speed(
     )
 
 
+def usual_request(model: nn.Module) -> dict[str, int]:
+    """Arguments of `measure_speed`: a prompt of 256 tokens and 32 new ones, or what the model has positions for."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 288
+    new_tokens = min(32, positions // 2)
+    return {"prompt_len": min(256, positions - new_tokens), "new_tokens": new_tokens}
+
+
 def time_request(
     model: nn.Module, prompt_len: int, new_tokens: int, batch_size: int, *, each: bool = False
 ) -> tuple[float, list[float]]:
@@ -122,8 +130,11 @@ def time_request(
 
     Decoding is one number, or one for `each` pass: the clock is then read when the device has done each token's work.
     """
-    prompt = _random_prompt(model, batch_size, prompt_len)
-    arguments = _last_logits_only(model)
+    vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(vocab_size, (batch_size, prompt_len), generator=generator).to(input_device(model))
+    last_only = "logits_to_keep" in inspect.signature(model.forward).parameters
+    arguments = {"logits_to_keep": 1} if last_only else {}
     with inference(model):
         clock = [_now(prompt.device)]
         output = model(input_ids=prompt, use_cache=True, **arguments)
@@ -173,22 +184,16 @@ def compare_prefill(
     Raises:
         ConfigError: a number is below 1.
     """
-    _check_positive(prompt_len=prompt_len, batch_size=batch_size, repeats=repeats, num_threads=num_threads)
-    models = (model_a, model_b)
-    prompts = [_random_prompt(model, batch_size, prompt_len) for model in models]
-    arguments = [_last_logits_only(model) for model in models]
+    check_whole_numbers(prompt_len=(prompt_len, 1), batch_size=(batch_size, 1))
+    check_whole_numbers(repeats=(repeats, 1), num_threads=(num_threads, 1))
     times: tuple[list[float], list[float]] = ([], [])
-    with _threads(num_threads), inference(model_a), inference(model_b):
-        for repeat in range(repeats + 1):
-            for model, prompt, argument, seconds in zip(models, prompts, arguments, times, strict=True):
-                start = _now(prompt.device)
-                model(input_ids=prompt, use_cache=True, **argument)
-                end = _now(prompt.device)
-                if repeat > 0:
-                    seconds.append(end - start)
-    a_s, b_s = times
+    with _threads(num_threads):
+        for _ in range(repeats + 1):
+            for model, seconds in zip((model_a, model_b), times, strict=True):
+                seconds.append(time_request(model, prompt_len, 0, batch_size, each=True)[0])
+    a_s, b_s = (tuple(seconds[1:]) for seconds in times)
     ratio = statistics.median(a_s) / statistics.median(b_s)
-    return PrefillComparison(ratio, tuple(a_s), tuple(b_s), prompt_len, batch_size, num_threads)
+    return PrefillComparison(ratio, a_s, b_s, prompt_len, batch_size, num_threads)
 
 
 @contextlib.contextmanager
@@ -206,20 +211,3 @@ def _now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
-
-
-def _last_logits_only(model: nn.Module) -> dict[str, Any]:
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-
-
-def _random_prompt(model: nn.Module, batch_size: int, prompt_len: int) -> Tensor:
-    vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (batch_size, prompt_len), generator=generator)
-    return ids.to(input_device(model))
-
-
-def _check_positive(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ConfigError(f"{name} is {value}, expected 1 or more")

@@ -39,8 +39,10 @@ class Price:
     """Of weights of the dense model's layers."""
     pruned_bytes_read: int
     """Of weights of pruned layers: of intermediate steps, and by saving, to which they are on disk."""
-    bytes_written: int
-    """Of pruned layers, of the checkpoint, and of hidden states that go to disk."""
+    layer_bytes: int
+    """Of pruned layers that go to disk on the way."""
+    checkpoint_bytes: int
+    """Of the weights of the pruned checkpoint."""
     operations: int
     """Floating point operations of forward and backward passes, two for each multiplication and addition; products of
     weights only, not those of attention."""
@@ -51,7 +53,14 @@ class Price:
     boundary_bytes: int
     """Of hidden states between layers that a backward pass needs: in memory, on disk where they are large."""
     held_bytes: int
-    """Of hidden states that are in memory on the CPU at the same time, those between layers aside."""
+    """Of hidden states that are held at the same time, those between layers aside: on the CPU, or if they are large in
+    temporary files."""
+
+    @property
+    def bytes_written(self) -> int:
+        """Of pruned layers, of the checkpoint, and of hidden states that go to disk."""
+        hidden = self.boundary_bytes if self.boundary_bytes > MEMORY_BYTES else 0
+        return self.layer_bytes + self.checkpoint_bytes + hidden
 
     @property
     def text(self) -> str:
@@ -65,16 +74,19 @@ class Price:
 
 
 def price_of(
-    structure: Structure, config: PruningConfig, batches: Sequence[Mapping[str, Any]] | None, model: nn.Module
+    structure: Structure,
+    config: PruningConfig,
+    batches: Sequence[Mapping[str, Any]] | None,
+    model: nn.Module,
+    held_out: int = 0,
 ) -> Price:
-    """The price of pruning a model."""
+    """The price of pruning a model, and of measuring both models on so many tokens (see `PruningResult`)."""
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     lengths = [length for batch in batches or () for length in [batch["input_ids"].shape[1]] * len(batch["input_ids"])]
     channels, itemsize = embedding.weight.shape[1], embedding.weight.element_size()
     text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    return count_price(
-        structure, config, lengths, channels, itemsize, getattr(text_config, "num_experts_per_tok", None)
-    )
+    experts = getattr(text_config, "num_experts_per_tok", None)
+    return count_price(structure, config, lengths, channels, itemsize, experts, held_out)
 
 
 def count_price(
@@ -84,6 +96,7 @@ def count_price(
     hidden_size: int,
     itemsize: int,
     experts_per_token: int | None = None,
+    held_out: int = 0,
 ) -> Price:
     """As `price_of`, from numbers.
 
@@ -96,6 +109,7 @@ def count_price(
         hidden_size: channels of the residual stream.
         itemsize: bytes of a weight.
         experts_per_token: experts that a token is routed to; `None`: all.
+        held_out: tokens that perplexity of the dense and the pruned model is measured on.
     """
     counts = _Counts(structure, config, list(lengths), experts_per_token)
     dense, decoder = counts.layers, structure.num_parameters(budget="decoder")
@@ -104,15 +118,20 @@ def count_price(
     repaired = config.repair != "none"
 
     scored = counts.scoring(config)
-    read = dense + scored + counts.allocating() + 2 * dense * (config.selection == "obs")
-    read += len(steps) * dense * (2 if repaired else 1)  # sliced layer by layer; repair probes the model first
-    pruned_read = kept[-1] + sum(round(scored * size / dense) for size in kept[:-1])
+    walked = config.method in ("wanda", "llm_pruner", "obs", "policy_gradient")
+    walked = walked or (isinstance(config, PruneNetConfig) and config.layer_weight == "update")
+    probed = dense if walked else 0
+    read = dense + scored + counts.allocating() + dense * (config.selection == "obs")  # a probe, and passes
+    read += len(steps) * dense  # sliced, and perhaps repaired, layer by layer
+    pruned_read = kept[-1] + sum(round((scored + probed) * size / dense) for size in kept[:-1])
+    if held_out:
+        read, pruned_read = read + dense, pruned_read + kept[-1]
     outside = structure.num_parameters() - dense
     boundary = counts.tokens * hidden_size * itemsize * (len(structure.layer_paths) + 1)
     boundary = boundary if config.method in ("llm_pruner", "obs") else 0
-    written = (sum(kept) + kept[-1] + outside) * itemsize + (boundary if boundary > MEMORY_BYTES else 0)
 
     operations, gram, solving = counts.computing(config)
+    operations += 2 * held_out * (counts.active * (dense + kept[-1]) // dense + 2 * counts.head)
     gram, solving = gram * len(steps), solving * len(steps)
     if repaired:
         own = counts.tokens if config.repair == "least_squares" else 0
@@ -128,7 +147,8 @@ def count_price(
     return Price(
         bytes_read=read * itemsize,
         pruned_bytes_read=pruned_read * itemsize,
-        bytes_written=written,
+        layer_bytes=sum(kept) * itemsize,
+        checkpoint_bytes=(kept[-1] + outside) * itemsize,
         operations=operations,
         gram_operations=gram,
         solving_operations=solving,
@@ -188,19 +208,18 @@ class _Counts:
         if config.method == "magnitude":
             return self.sum({name for axis in axes for name in self.structure.group(axis)})
         if config.method == "wanda":
-            return 2 * self.layers + self.sum(self.consuming(config))
+            return self.layers + self.sum(self.consuming(config))
         if config.method in ("llm_pruner", "obs"):
-            return 3 * self.layers  # a probe, forward, backward
+            return 2 * self.layers  # forward, backward
         if isinstance(config, PolicyGradientConfig):
             start = self.scoring(self.initial(config))
-            probed = 0 if config.init in ("wanda", "llm_pruner", "obs") else self.layers
-            return start + probed + self.layers * config.policy_steps
+            return start + self.layers * config.policy_steps
         if isinstance(config, PruneNetConfig):
             members = [member for axis in axes for member in self.structure.members[axis.name]]
             names = [self.structure.aliases.get(m.parameter, m.parameter) for m in members if m.role in ROLES]
             rows = sum(self.numel.get(name, 0) for name in names if len(self.structure.layouts[name]) >= 2)
             trained = 2 if config.policy is None else 1
-            return trained * rows + 2 * self.layers * (config.layer_weight == "update")
+            return trained * rows + self.layers * (config.layer_weight == "update")
         return 0
 
     @staticmethod
@@ -227,8 +246,8 @@ class _Counts:
             decoder = self.structure.counted("decoder")
             found += self.sum({name for name in decoder if len(self.structure.layouts[name]) >= 2})
         if config.allocation == "search":
-            first = 2 + 2 * (config.repair == "least_squares")  # probes, the dense model, sums for a preview of repair
-            found += self.layers * config.num_steps * (first + 1 + math.ceil(config.search_evaluations / GENERATION))
+            first = 2 + (config.repair == "least_squares")  # the dense model, the starts, sums for a preview of repair
+            found += self.layers * config.num_steps * (first + math.ceil(config.search_evaluations / GENERATION))
         return found
 
     def computing(self, config: PruningConfig) -> tuple[int, int, int]:

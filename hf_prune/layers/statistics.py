@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from hf_prune.errors import CalibrationError
+from hf_prune.errors import CalibrationError, ScoreError
 from hf_prune.layers.processes import sum_numbers, sum_over_processes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _BLOCKS = 8
 """The Gram matrix is symmetric: of so many block rows, only the blocks up to the diagonal are multiplied."""
+_COLUMNS = 512
+"""Of matrices that are changed in place, so many columns at a time."""
 _HALVES = (torch.bfloat16, torch.float16)
-RIDGE_GROWTH = 10.0
-"""A matrix that is not positive definite gets so many times the ridge, until it is."""
+RIDGE_GROWTH, MOST_RIDGE = 10.0, 1e15
+"""A matrix that is not positive definite gets so many times the ridge, until it is, or the ridge is this large."""
 
 
 class Statistics:
@@ -69,8 +78,8 @@ class Statistics:
             self.num_tokens = round(tokens)
         return self
 
-    def symmetric_gram(self, centred: bool, *, copy: bool = True) -> Tensor:
-        """Σ x xᵀ, or Σ (x − x̄)(x − x̄)ᵀ, both triangles; without `copy` the first of these is where it is summed.
+    def symmetric_gram(self, centred: bool) -> Tensor:
+        """Σ x xᵀ, or Σ (x − x̄)(x − x̄)ᵀ, both triangles: in the place where it was summed.
 
         Raises:
             CalibrationError: the sums are not finite.
@@ -80,10 +89,11 @@ class Statistics:
                 "the inputs or outputs of a layer are NaN or infinite on the calibration text, expected finite "
                 "numbers. Check that the dense model works, and repair it in bfloat16 or float32."
             )
-        gram = self.gram.clone() if copy or centred else self.gram
         for start, stop in self._blocks():
-            gram[:start, start:stop] = gram[start:stop, :start].T
-        return gram.addr_(self.inputs, self.inputs, alpha=-1 / max(self.num_tokens, 1)) if centred else gram
+            self.gram[:start, start:stop] = self.gram[start:stop, :start].T
+        if centred:
+            self.gram.addr_(self.inputs, self.inputs, alpha=-1 / max(self.num_tokens, 1))
+        return self.gram
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -104,11 +114,12 @@ class Solution:
     """The ridge that was used: more than asked if the Gram matrix was singular."""
 
 
-def solve(statistics: Statistics, weight: Tensor, bias: Tensor | None, ridge: float) -> Solution:
-    """The weight (and bias) with the least squared error over the tokens of `statistics`.
+def solve_(statistics: Statistics, weight: Tensor, bias: Tensor | None, ridge: float) -> Solution:
+    """The weight (and bias) with the least squared error over the tokens of `statistics`, which are used up.
 
     Minimises Σ |t − W'x − b'|² + λ |W' − W|² with λ = ridge · mean(diag Σ x xᵀ): one Cholesky factorisation. With a
-    bias, x and t are centred first. W' = W where nothing can be gained.
+    bias, x and t are centred first. W' = W where nothing can be gained. The step W' − W takes the place of Σ x tᵀ, and
+    the factor that of Σ x xᵀ: nothing of their size is held beside them.
 
     Args:
         statistics: of at least one token.
@@ -119,46 +130,87 @@ def solve(statistics: Statistics, weight: Tensor, bias: Tensor | None, ridge: fl
     Raises:
         CalibrationError: the statistics are not finite.
     """
-    n, squares, centred = statistics.num_tokens, statistics.squares, bias is not None
-    old = weight.detach().T.to(statistics.gram).contiguous()  # [K, D], like all below
-    gram, cross = statistics.symmetric_gram(centred, copy=False), statistics.cross
+    n, centred = statistics.num_tokens, bias is not None
+    gram, step = statistics.symmetric_gram(centred), statistics.cross
     mean_x, mean_t = statistics.inputs / n, statistics.targets / n
-    offset = 0.0
+    before, offset, old = statistics.squares, 0.0, weight.detach().T
     if bias is not None:
-        cross = cross - n * torch.outer(mean_x, mean_t)
-        squares -= float(n * mean_t @ mean_t)
-        offset = float((mean_t - mean_x @ old - bias.detach().to(old)).square().sum())
-    product = gram @ old
-    before = squares - 2 * _dot(old, cross) + _dot(old, product)
-    factor, used, penalty = factorised(gram, ridge)
-    step = torch.cholesky_solve(torch.sub(cross, product, out=product), factor)
-    del product, factor
-    new = old + step
-    after = squares - _dot(new, cross) - penalty * _dot(new, step)  # H W'ᵀ is cross − λ step, by what `step` solves
+        step.addr_(mean_x, mean_t, alpha=-n)
+        before -= float(n * mean_t @ mean_t)
+        offset = float((mean_t - mean_x @ old.to(gram) - bias.detach().to(gram)).square().sum())
+    for right, part in zip(torch.split(step, _COLUMNS, 1), torch.split(old, _COLUMNS, 1), strict=True):
+        own = part.to(gram).contiguous()
+        before -= float((own * right).sum())
+        right.addmm_(gram, own, alpha=-1)  # what is left to explain: Σ x (t − Wx)ᵀ
+        before -= float((own * right).sum())
+    used, penalty = factorise_(gram, ridge)
+    torch.linalg.solve_triangular(gram, step, upper=False, out=step)
+    gain = float(torch.linalg.vector_norm(step)) ** 2
+    torch.linalg.solve_triangular(gram.T, step, upper=True, out=step)
+    gain += penalty * float(torch.linalg.vector_norm(step)) ** 2
+    new = step.add_(old)
     return Solution(
         weight=new.T,
         bias=mean_t - mean_x @ new if centred else None,
         error_before=max(0.0, before) / n + offset,  # rounding would take errors below 0
-        error_after=max(0.0, after) / n,
+        error_after=max(0.0, before - gain) / n,
         ridge=used,
     )
 
 
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float(a.reshape(-1) @ b.reshape(-1))
+def factorise_(gram: Tensor, ridge: float) -> tuple[float, float]:
+    """Cholesky factor of a Gram matrix plus λ = `ridge` times its mean diagonal, in place of the lower triangle.
 
-
-def factorised(gram: Tensor, ridge: float) -> tuple[Tensor, float, float]:
-    """Cholesky factor of a Gram matrix plus λ = `ridge` times its mean diagonal; the ridge that it took, and λ.
-
-    The matrix is changed meanwhile, and is as it was in the end.
+    Returns:
+        The ridge that it took: more than asked if the matrix is singular; and λ.
     """
     diagonal = gram.diagonal().clone()
-    scale = float(diagonal.mean()) or 1.0
+    tried = ridges(gram, ridge)
     while True:
-        gram.diagonal().add_(ridge * scale)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        gram.diagonal().copy_(diagonal)
-        if not int(failed):
-            return factor, ridge, ridge * scale
+        used, penalty = next(tried)
+        gram.diagonal().add_(penalty)
+        if _cholesky_(gram):
+            return used, penalty
+        gram.copy_(gram.triu(1) + gram.triu(1).T).diagonal().copy_(diagonal)
+
+
+def _cholesky_(matrix: Tensor) -> bool:
+    """Cholesky factor in place of the lower triangle; `False`, and a spoilt one, if there is none."""
+    size = len(matrix)
+    for start in range(0, size, _COLUMNS):
+        stop = min(start + _COLUMNS, size)
+        block, below = matrix[start:stop, start:stop], matrix[stop:, start:stop]
+        factor, failed = torch.linalg.cholesky_ex(block)
+        if int(failed):
+            return False
+        block.copy_(block.triu(1) + factor)
+        torch.linalg.solve_triangular(factor.T, below, upper=True, left=False, out=below)
+        for first in range(stop, size, _COLUMNS):
+            last = min(first + _COLUMNS, size)
+            rows = matrix[first:last]
+            rows[:, stop:first].addmm_(rows[:, start:stop], matrix[stop:first, start:stop].T, alpha=-1)
+            square = rows[:, first:last]  # its upper triangle stays
+            square.sub_((rows[:, start:stop] @ rows[:, start:stop].T).tril_())
+    return True
+
+
+def ridges(gram: Tensor, ridge: float) -> Iterator[tuple[float, float]]:
+    """Ridges to try, each with what it adds to the diagonal; `LinAlgError` once all finite matrices were solved."""
+    mean = float(gram.diagonal().mean())
+    scale = mean if mean > 0 else 1.0  # rounding takes a centred matrix of zeros below 0
+    while math.isfinite(mean) and ridge < MOST_RIDGE:
+        yield ridge, ridge * scale
         ridge = max(ridge * RIDGE_GROWTH, 1e-8)
+    raise LinAlgError("a matrix is not positive definite with any ridge")
+
+
+@contextlib.contextmanager
+def solving(what: str) -> Iterator[None]:
+    """Failures of linear algebra within become `ScoreError`, naming the axis or tensor."""
+    try:
+        yield
+    except LinAlgError as error:
+        raise ScoreError(
+            f"{what}: linear algebra failed ({str(error).splitlines()[0]}), expected finite weights and activations. "
+            "Load the model in float32, take more calibration text or a larger repair_ridge, or protect this axis."
+        ) from error

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
 from hf_prune.errors import CalibrationError, ScoreError, StructureError
-from hf_prune.layers.boundaries import Boundaries
+from hf_prune.layers.boundaries import Boundaries, is_large, on_disk
 from hf_prune.layers.losses import CHUNK_ELEMENTS, next_token
 from hf_prune.layers.processes import my_share, of_main_process
 from hf_prune.layers.weights import evaluating, input_device, is_on_disk, resident
@@ -63,7 +63,7 @@ class LayerCall:
 
 
 @dataclass(frozen=True)
-class Protocol:
+class LayerProtocol:
     """How a model runs its layers, found by a probe."""
 
     outputs: tuple[Any, ...]
@@ -144,7 +144,7 @@ class Walk:
         layered: bool = False,
         work: WorkDir | None = None,
         every: int = 1,
-        protocol: Protocol | None = None,
+        protocol: LayerProtocol | None = None,
     ) -> None:
         self.model, self.layer_paths, self.work, self.every = model, list(layer_paths), work, every
         own = [isinstance(batch, Tensor) and not batch.is_floating_point() for batch in batches]
@@ -158,6 +158,8 @@ class Walk:
         """Factor on the loss in a backward pass: 1 unless the model is float16."""
         self.row: int | None = None
         """The sample of a batch whose logits are being computed."""
+        self.look: Callable[[str], None] | None = None
+        """Called by the probe with the path of each layer on disk while its weights are in memory."""
         self._wanted, self._layered = set[str](), layered or work is not None
         self._known = [] if protocol is None else [protocol]  # shared by walks over the same model
         self._consume: Consume = _drop
@@ -201,7 +203,7 @@ class Walk:
         return walk
 
     @property
-    def protocol(self) -> Protocol:
+    def protocol(self) -> LayerProtocol:
         """How the model runs its layers; probed once.
 
         Raises:
@@ -285,7 +287,7 @@ class Walk:
             hidden, calls = _calls(self.model, self.layer_paths, self.protocol.outputs, ids)
             if self.calls and all(_same(own, other) for own, other in zip(calls, self.calls[-1], strict=True)):
                 calls = self.calls[-1]  # windows of one length are called alike: hold masks and angles once
-            self.hidden.append(hidden.detach().cpu())
+            self.hidden.append(self.held(hidden.detach()))
             self.calls.append(calls)
 
     def run(self, layer: int, batch: int, hidden: Tensor) -> Tensor:
@@ -294,7 +296,11 @@ class Walk:
         device = input_device(module)
         call = self.calls[batch][layer]
         args, kwargs = send_to_device((call.args, call.kwargs), device)
-        return hidden_of(module(hidden.to(device, copy=True), *args, **kwargs)).cpu()  # some add to it in place
+        return self.held(hidden_of(module(hidden.to(device, copy=True), *args, **kwargs)))  # some add to it in place
+
+    def held(self, values: Tensor, *, copy: bool = False) -> Tensor:
+        """What is to be kept of one batch, on the CPU: in a temporary file where the batches together are large."""
+        return on_disk(values) if is_large(values, len(self.ids)) else values.to("cpu", copy=copy)
 
     def head(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits `[B, T, V]` from last hidden states `[B, T, D]`, by the model's own code; keeps gradients."""
@@ -449,7 +455,7 @@ class Walk:
                     after = hidden_of(module(before.clone(), *args, **kwargs))
                     after.backward(self._gradients[batch].to(after.device))  # type: ignore[no-untyped-call]
                 assert before.grad is not None
-                self._gradients[batch] = before.grad.cpu()
+                self._gradients[batch] = self.held(before.grad)
 
     def _back_outside(self, each: Each) -> None:
         """Gradients of what is outside of the layers: of the head and the embeddings, which may be one tensor."""
@@ -616,6 +622,8 @@ def checked_ids(batch: Batch) -> Tensor:
         raise CalibrationError(
             f"a calibration batch is {{'input_ids': int64 [B, T]}} with tokens in it, found {found}."
         )
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise CalibrationError(f"a calibration batch holds input_ids of {ids.dtype}, expected whole numbers (int64).")
     mask = batch.get("attention_mask")
     if mask is not None and not bool(mask.all()):
         raise CalibrationError("a calibration batch holds padding; give windows of equal length without padding.")
@@ -647,7 +655,7 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 @torch.no_grad()
-def _probe(walk: Walk, ids: Tensor) -> Protocol:
+def _probe(walk: Walk, ids: Tensor) -> LayerProtocol:
     """Run the model as usual on a few tokens: what the layers return, and whether they can be run one by one."""
     inputs: list[Tensor] = []
     arguments: list[LayerCall] = []
@@ -665,10 +673,13 @@ def _probe(walk: Walk, ids: Tensor) -> Protocol:
     with evaluating(model), contextlib.ExitStack() as stack:
         for path in walk.layer_paths:
             layer = model.get_submodule(path)
+            if walk.look is not None:
+                own = getattr(layer, "_old_forward", layer.forward)
+                stack.enter_context(replaced_forward(layer, partial(_looked_at, partial(walk.look, path), layer, own)))
             stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(after).remove)
         logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
-    found = Protocol(tuple(outputs), False, "hand on more than hidden states")
+    found = LayerProtocol(tuple(outputs), False, "hand on more than hidden states")
     ran_in_order = len(inputs) == walk.num_layers and hidden_of(outputs[-1]).shape[:-1] == ids.shape
     ran_in_order = ran_in_order and all(
         _equal(hidden_of(output), hidden) for output, hidden in zip(outputs[:-1], inputs[1:], strict=True)
@@ -679,7 +690,7 @@ def _probe(walk: Walk, ids: Tensor) -> Protocol:
         _, calls = _calls(model, walk.layer_paths, outputs, ids)
         if not all(_same(call, known) for call, known in zip(arguments, calls, strict=True)):
             return found
-        layered = Protocol(tuple(outputs), True, "")
+        layered = LayerProtocol(tuple(outputs), True, "")
         trial = Walk(model, walk.layer_paths, protocol=layered)
         last, half = hidden_of(outputs[-1]), -(-ids.shape[1] // 2)
         parts = [
@@ -688,7 +699,7 @@ def _probe(walk: Walk, ids: Tensor) -> Protocol:
     close = torch.isclose(torch.cat(parts, 1).float(), logits.float(), rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE)
     if bool((close | logits.isnan()).all()):
         return layered
-    return Protocol(tuple(outputs), False, "leave more to the output embeddings than the last hidden states")
+    return LayerProtocol(tuple(outputs), False, "leave more to the output embeddings than the last hidden states")
 
 
 def _calls(
@@ -712,6 +723,12 @@ def _calls(
         with contextlib.suppress(StopForward):
             model(input_ids=ids.to(input_device(model)), use_cache=False)
     return start[0], calls
+
+
+def _looked_at(look: Callable[[], None], layer: nn.Module, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    with resident(layer):
+        look()
+        return forward(*args, **kwargs)
 
 
 def _return(output: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

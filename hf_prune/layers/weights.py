@@ -15,12 +15,8 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from torch import Tensor, nn
 
-from hf_prune.errors import CheckpointError
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-
-    from transformers import PreTrainedModel
 
 SAMPLE = 256
 """Places of a tensor or file that a fingerprint looks at."""
@@ -29,6 +25,11 @@ SAMPLE = 256
 def is_on_disk(model: nn.Module) -> bool:
     """Whether weights of `model` are offloaded (accelerate) and have to be loaded before a layer can run."""
     return any(parameter.is_meta for parameter in model.parameters())
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether the module's own weights are loaded when it runs."""
+    return bool(_offload_hooks(module))
 
 
 def input_device(module: nn.Module) -> torch.device:
@@ -174,14 +175,3 @@ def fingerprint(model: nn.Module) -> str:
                 opened.seek(place)
                 found.update(opened.read(64))
     return found.hexdigest()
-
-
-def check_offload(model: PreTrainedModel) -> None:
-    """Raise `CheckpointError` unless every offloaded weight can be read."""
-    for name, parameter in model.named_parameters():
-        path = name.rpartition(".")[0]
-        if parameter.is_meta and not _offload_hooks(model.get_submodule(path)):
-            raise CheckpointError(
-                f"{name} has no data: the model was made on the meta device, or offloaded by something that hf_prune "
-                "does not know. Load it with from_pretrained."
-            )

@@ -34,9 +34,6 @@ class WorkDir:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            with replaced_file(path / "writable") as new:
-                new.write_text("")
-            (path / "writable").unlink(missing_ok=True)  # another process may have been here
         except OSError as error:
             raise CheckpointError(
                 f"the work directory {path} cannot be written to ({error}); choose another work_dir."
@@ -60,16 +57,10 @@ class WorkDir:
                 new.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
         PartialState().wait_for_everyone()
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            changed = [name for name in {**found, **asked} if found.get(name) != asked.get(name)]
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); delete {self.path} to start anew.") from error
-        if changed:
-            raise CheckpointError(
-                f"{self.path} holds the work of another run: {', '.join(changed)} differ, as in {changed[0]}: found "
-                f"{found.get(changed[0])!r}, asked {asked.get(changed[0])!r}. Take the same model, settings and text, "
-                "another work_dir, or delete this one."
-            )
+        check_same_run(self.path, found, asked, "work_dir")
 
     def save(self, name: str, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | None = None) -> None:
         """Write tensors, and a note as JSON, under a name."""
@@ -129,6 +120,17 @@ class Results:
         return self._work.path / f"{number:05}.safetensors"
 
 
+def check_same_run(path: Path, found: Mapping[str, Any], asked: Mapping[str, Any], setting: str) -> None:
+    """Raise `CheckpointError` unless what lies at `path`, which `setting` names, is of the run that is asked for."""
+    changed = [name for name in {**found, **asked} if found.get(name) != asked.get(name)]
+    if changed:
+        raise CheckpointError(
+            f"{path} holds the work of another run: {', '.join(changed)} differ, as in {changed[0]}: found "
+            f"{found.get(changed[0])!r}, asked {asked.get(changed[0])!r}. Take the same model, settings and text, "
+            f"another {setting}, or delete this one."
+        )
+
+
 def _step(name: str, step: int | None) -> str:
     return f"{name}-{'*' if step is None else f'{step:05}'}"
 
@@ -138,11 +140,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], note: Mapping[str, 
     own = {name: values.detach().cpu().contiguous() for name, values in tensors.items()}
     own = {name: x if x.untyped_storage().nbytes() == x.nbytes else x.clone() for name, x in own.items()}
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with replaced_file(path) as new:
             save_file(own, new, metadata={"note": json.dumps(note or {})})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path} could not be written: {error}. Free disk space, or choose another work_dir."
+            f"{path} could not be written: {error}. Free disk space, or choose another directory."
         ) from error
 
 

@@ -29,7 +29,7 @@ from hf_prune.methods.prunenet import prunenet_scores
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from hf_prune.layers.walk import Batch
+    from hf_prune.layers.walk import Batch, LayerProtocol
     from hf_prune.layers.work import WorkDir
     from hf_prune.structure.structure import Structure
 
@@ -71,6 +71,7 @@ def score(
     batches: Iterable[Batch] | None = None,
     generator: torch.Generator | None = None,
     work: WorkDir | None = None,
+    protocol: LayerProtocol | None = None,
 ) -> dict[str, Tensor]:
     """Score the selected axes with the method of `config`, and check what it returns.
 
@@ -81,6 +82,7 @@ def score(
         batches: calibration batches (`input_ids`, int64 `[B, T]`), for methods that need them.
         generator: source of randomness; default: seeded with `config.seed`.
         work: keeps hidden states and sums, so that an interrupted pass is resumed.
+        protocol: how the model runs its layers, if that is known.
 
     Returns:
         float32 `[num_units]` per selected axis, on the CPU; higher = keep.
@@ -93,7 +95,7 @@ def score(
     if config.method not in METHODS:
         raise ConfigError(f"method: found {config.method!r}, which scores nothing; expected one of {list(METHODS)}.")
     method = METHODS[config.method]
-    walk = Walk(model, structure.layer_paths, list(batches or ()), work=work)
+    walk = Walk(model, structure.layer_paths, list(batches or ()), work=work, protocol=protocol)
     if method.needs_calibration and not walk.all_ids:
         raise CalibrationError(
             f"method {config.method!r} needs calibration batches and found none, expected one or more: give a text."

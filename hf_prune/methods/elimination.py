@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_prune.layers.statistics import RIDGE_GROWTH
+from hf_prune.layers.statistics import ridges
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -96,12 +96,12 @@ class _Table:
         self.step = -(-self.size // (_BLOCKS * _PIVOT)) * _PIVOT
         self.values = gram.new_empty(self.size, self.outputs + self.size)
         self.values[:, : self.outputs] = weight.T
-        scale = float(gram.diagonal().mean()) or 1.0
+        tried = ridges(gram, ridge)
         while True:
-            self.inverse.copy_(gram).diagonal().add_(ridge * scale)
+            _, penalty = next(tried)
+            self.inverse.copy_(gram).diagonal().add_(penalty)
             if invert_(self.inverse, self.step):
                 return
-            ridge = max(ridge * RIDGE_GROWTH, 1e-8)
 
     @property
     def weight(self) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_prune.config import OBSConfig, PruningConfig, selected_axes
 from hf_prune.errors import StructureError
 from hf_prune.layers.processes import sum_over_processes
-from hf_prune.layers.statistics import Statistics
+from hf_prune.layers.statistics import Statistics, solving
 from hf_prune.layers.watch import watching
 from hf_prune.layers.weights import eager_experts
 from hf_prune.methods.elimination import removal_costs
@@ -155,7 +155,8 @@ def costs_of(
     grams = (_shrunk(found.symmetric_gram(centred), shrinkage) for found in statistics)
     matrices = consumer.matrices(model.get_parameter(consumer.parameter).detach())
     loss_weights = loss_weights or [1.0] * len(statistics)
-    return removal_costs(grams, matrices, consumer.units(structure), width, ridge, loss_weights)
+    with solving(consumer.axis):
+        return removal_costs(grams, matrices, consumer.units(structure), width, ridge, loss_weights)
 
 
 def _shrunk(gram: Tensor, shrinkage: float) -> Tensor:

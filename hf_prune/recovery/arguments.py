@@ -7,7 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, check_whole_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -60,8 +60,7 @@ def training_arguments(
     for name, ours in _OURS.items():
         if name in options:
             raise ConfigError(f"{name}: say this by {ours}.")
-    if type(steps) is not int or steps < 1:
-        raise ConfigError(f"steps: found {steps!r}, expected a whole number from 1.")
+    check_whole_numbers(steps=(steps, 1))
     tenth = max(1, steps // 10)
     defaults: dict[str, Any] = {
         "learning_rate": 1e-4 if lora else 5e-5,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -12,15 +13,18 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hf_prune.allocation import hill_exponents
+from hf_prune.allocation.planning import allocate
 from hf_prune.allocation.steps import Stage, next_plan
 from hf_prune.checkpoint.files import agrees
 from hf_prune.config import PruningConfig
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, check_whole_numbers
+from hf_prune.gate import check_model, check_windows, unwrapped
+from hf_prune.layers.processes import of_main_process
 from hf_prune.methods import METHODS, score
 from hf_prune.pipeline import base_model_of, calibration_data, prune
 from hf_prune.plan import PruningPlan
 from hf_prune.recovery.gradual import Schedule, ZeroedUnits, check_maskable, ratio_at
-from hf_prune.recovery.processes import launcher, of_first_process, shards_on_load
+from hf_prune.recovery.processes import launcher, shards_on_load
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.in_place import apply_plan_, become_
 
@@ -103,13 +107,10 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         ):
             if value not in choices:
                 raise ConfigError(f"{name}: found {value!r}, expected one of {choices}.")
-        numbers = {"every": (self.every, 1), "batch_size": (self.batch_size, 1)}
-        numbers["begin_step"] = (self.begin_step, 1 if self.mode == "cut" else 0)
+        check_whole_numbers(every=(self.every, 1), batch_size=(self.batch_size, 1))
+        check_whole_numbers(begin_step=(self.begin_step, 1 if self.mode == "cut" else 0))
         if self.end_step is not None:
-            numbers["end_step"] = (self.end_step, self.begin_step + 1)
-        for name, (number, lowest) in numbers.items():
-            if type(number) is not int or number < lowest:
-                raise ConfigError(f"{name}: found {number!r}, expected a whole number from {lowest}.")
+            check_whole_numbers(end_step=(self.end_step, self.begin_step + 1))
         if self.pruning is None and self.mode != "report":
             raise ConfigError(f"mode {self.mode!r} needs a PruningConfig: say what to prune.")
         if self.mode == "gradual" and not isinstance(self.pruning, PruningConfig):
@@ -152,6 +153,14 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Refuse what cannot work; in mode `start`, prune."""
         model = kwargs["model"]
         self._check_run(model, args)
+        if self.mode in ("gradual", "cut") and isinstance(self.pruning, PruningConfig):
+            structure = infer_structure(model)
+            if self.mode == "gradual":
+                check_maskable(structure, self.pruning)
+            tokenizer = kwargs.get("processing_class")
+            batches = calibration_data(self.pruning, tokenizer, self.calibration, self.batch_size)
+            check_windows(model, batches or ())
+            check_model(model, structure, self.pruning, batches)
         if self.mode == "start" and not self._is_done(model):
             self._slice(model, _own_optimizer(kwargs.get("optimizer")), kwargs.get("processing_class"))
 
@@ -234,13 +243,12 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             if _pruning_of(model) is None:
                 raise ConfigError("mode 'report' is for a pruned model, found one that is not; choose another mode.")
             return
-        if hasattr(model, "peft_config"):
-            raise ConfigError("the model carries an adapter: prune first, then add the adapter (mode 'report' logs).")
         launched = launcher(args)
         if self.mode == "start":
             if launched == "DeepSpeed" and shards_on_load():
                 raise ConfigError("DeepSpeed ZeRO-3 has split the weights while loading: prune before, with `prune`.")
             return
+        unwrapped(model)
         works = {"gradual": (None, "DDP"), "cut": (None,)}[self.mode]
         if launched not in works:
             raise ConfigError(
@@ -293,7 +301,7 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             result = prune(
                 model, self.pruning, tokenizer=tokenizer, calibration=self.calibration, batch_size=self.batch_size
             )
-            plan = of_first_process(result.plan)
+            plan = of_main_process(result.plan)
             if plan == result.plan:
                 become_(model, result.model, result.structure, plan, optimizer=optimizer)
             else:  # rounding made another decision here; DDP copies the first process's weights
@@ -327,21 +335,19 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             batches = calibration_data(config, tokenizer, self.calibration, self.batch_size)
             return score(model, structure, config, batches=batches)
 
-        return next_plan(
-            structure,
-            config,
-            scores_of,
-            None if before is None else Stage(before, last),
-            pruning_ratio,
+        planned = partial(
+            allocate,
+            structure=structure,
             exponents=dict(enumerate(self.progress.get("exponents", []))),
             base_model_name_or_path=base_model_of(model),
         )
+        return next_plan(planned, config, scores_of, None if before is None else Stage(before, last), pruning_ratio)
 
     def _mask(self, model: PreTrainedModel, pruning_ratio: float, tokenizer: Any) -> None:
         before, now = self.plan, self._next(model, pruning_ratio, tokenizer)
         if now is None:
             return
-        plan = of_first_process(now.plan)
+        plan = of_main_process(now.plan)
         self.progress = {**self.progress, "plan": plan.to_dict(), "scores": _as_lists(now.scores)}
         if plan != before:
             self._hold(model, plan)

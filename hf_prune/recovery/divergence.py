@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from hf_prune.errors import ConfigError, DivergenceError
+from hf_prune.errors import DivergenceError, check_whole_numbers
 
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -27,8 +27,7 @@ class DivergenceGuard(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, max_overflows: int = 25) -> None:
-        if type(max_overflows) is not int or max_overflows < 1:
-            raise ConfigError(f"max_overflows: found {max_overflows!r}, expected a whole number from 1.")
+        check_whole_numbers(max_overflows=(max_overflows, 1))
         self.max_overflows = max_overflows
         self.num_overflows = 0
 

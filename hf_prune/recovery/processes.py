@@ -1,10 +1,8 @@
-"""How a run was launched, and decisions that all of its processes share."""
+"""How a run was launched."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-
-from hf_prune.plan import PruningPlan
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,15 +33,3 @@ def shards_on_load() -> bool:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     return bool(is_deepspeed_zero3_enabled())
-
-
-def of_first_process(plan: PruningPlan) -> PruningPlan:
-    """The plan that the first process found: rounding must not make processes decide differently."""
-    from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list
-
-    if not PartialState._shared_state or PartialState().num_processes == 1:
-        return plan
-    found = [plan.to_dict()]
-    broadcast_object_list(found)
-    return PruningPlan.from_dict(found[0])

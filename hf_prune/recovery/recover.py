@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_prune.checkpoint.saving import check_directory, save_pruned
 from hf_prune.data import training_windows
-from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.errors import CheckpointError, ConfigError, check_whole_numbers
 from hf_prune.loading import load_model, load_tokenizer
 from hf_prune.recovery.arguments import training_arguments
 from hf_prune.recovery.callback import PruningCallback
@@ -171,8 +171,7 @@ def _rows(text: Text, tokenizer: PreTrainedTokenizerBase | None, seq_len: int) -
         if not isinstance(text, Sized) or len(text) == 0:
             raise ConfigError(f"rows for training: found {type(text).__name__} without a length or any row.")
         return text
-    if type(seq_len) is not int or seq_len < 2:
-        raise ConfigError(f"seq_len: found {seq_len!r}, expected a whole number from 2.")
+    check_whole_numbers(seq_len=(seq_len, 2))
     if tokenizer is None:
         raise ConfigError("text for training needs a tokenizer; pass the model's own.")
     return [{"input_ids": ids, "labels": ids} for ids in training_windows(tokenizer, text, seq_len)]

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from hf_prune.errors import CalibrationError, PlanError
 from hf_prune.layers.processes import my_share
-from hf_prune.layers.walk import Protocol, Walk
+from hf_prune.layers.walk import LayerProtocol, Walk
 from hf_prune.layers.weights import eager_experts, evaluating
 from hf_prune.repair.consumers import find_branches, first_change
 from hf_prune.repair.fit import LayerRepair, Repaired
@@ -64,6 +64,7 @@ def repair_(
     seed: int = 0,
     layers: PrunedLayers | None = None,
     work: WorkDir | None = None,
+    protocol: LayerProtocol | None = None,
 ) -> dict[str, Repaired]:
     """Refit the consumers of the pruned model to the dense one. Modifies `pruned` in place; `dense` is left as it was.
 
@@ -85,6 +86,7 @@ def repair_(
         seed: of the noise.
         layers: makes `pruned` layer by layer, of a model on disk; `None`: both models are in memory.
         work: keeps the hidden states after each layer, so that an interrupted repair is resumed.
+        protocol: how the dense model runs its layers, if that is known.
 
     Returns:
         For each consumer that was repaired, by its name in the dense model, the error of its output.
@@ -98,7 +100,8 @@ def repair_(
     target = "own" if batches is None else target
     if target == "own" and "hidden" in plan.kept_indices:
         raise PlanError("repair target 'own' found pruned hidden channels; use 'asymmetric' or 'residual' with them.")
-    walk = Walk(dense, structure.layer_paths, _any_ids(dense) if batches is None else list(batches), layered=True)
+    data = _any_ids(dense) if batches is None else list(batches)
+    walk = Walk(dense, structure.layer_paths, data, layered=True, protocol=protocol)
     if not walk.all_ids:
         raise CalibrationError("repair found no calibration batch, expected one or more: give a calibration text.")
     branches = {found.layer: found for found in find_branches(dense, pruned, structure, plan)}
@@ -111,7 +114,7 @@ def repair_(
         walk.start()
         outputs = tuple(walk.protocol.outputs[layer] for layer in branches)
         paths = [renumber(structure.layer_paths[layer], layer, structure, plan) for layer in branches]
-        other = Walk(pruned, paths, walk.all_ids, layered=True, protocol=Protocol(outputs, True, ""))
+        other = Walk(pruned, paths, walk.all_ids, layered=True, protocol=LayerProtocol(outputs, True, ""))
         other.ids = walk.ids
         other.start()
         fit = LayerRepair(walk, other, first_change(structure, plan), plan.kept_indices.get("hidden"), target, ridge)

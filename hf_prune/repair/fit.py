@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.layers.processes import of_main_process
-from hf_prune.layers.statistics import Solution, Statistics, solve
+from hf_prune.layers.statistics import Solution, Statistics, solve_, solving
 from hf_prune.layers.walk import StopForward, Walk, hidden_of, replaced_forward, with_hidden
 from hf_prune.layers.watch import watching
 from hf_prune.repair.consumers import BRANCHES
@@ -122,10 +122,10 @@ class LayerRepair:
                 for consumer in found.all():
                     if consumer.consumer.kind == "linear":
                         keep = dense.given[consumer.name].append
-                        stack.callback(consumer.dense.register_forward_hook(_keeper(keep)).remove)
+                        stack.callback(consumer.dense.register_forward_hook(self._keeper(keep)).remove)
                 for branch, module in found.dense.items() if batch == 0 else ():
                     keep = partial(returned.__setitem__, branch)
-                    stack.callback(module.register_forward_hook(_keeper(keep)).remove)
+                    stack.callback(module.register_forward_hook(self._keeper(keep)).remove)
                 dense.outputs.append(self.dense.run(found.layer, batch, hidden))
             if batch == 0:
                 self._look_at(dense, found, returned, hidden)
@@ -153,6 +153,14 @@ class LayerRepair:
             total = total + output if known else total
         rounding = 4 * torch.finfo(hidden.dtype).eps * float(after.norm())
         dense.additive = known and float((after - before - total).norm()) <= ADDITIVE * float(total.norm()) + rounding
+
+    def _keeper(self, keep: Callable[[Any], None]) -> Callable[..., None]:
+        """A hook that keeps a copy of what a module returned: some layers add to it in place."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            keep(with_hidden(output, self.dense.held(hidden_of(output), copy=True)))
+
+        return hook
 
     # --- linear consumers -------------------------------------------------------------------------------------------
 
@@ -187,11 +195,13 @@ class LayerRepair:
             if sums.num_tokens != self.pruned.num_tokens:
                 logger.warning("%s is not given every token once in both models; it stays as it is.", consumer.name)
                 continue
-            solutions[consumer] = solve(sums, consumer.consumer.matrix(consumer.weight), consumer.bias, self.ridge)
+            with solving(consumer.name):
+                solutions[consumer] = solve_(sums, consumer.consumer.matrix(consumer.weight), consumer.bias, self.ridge)
         for consumer, solution in solutions.items():
             consumer.write_(solution.weight, solution.bias)
         if only is not None and only.pruned is not None and only in solutions:
-            outputs[branch] = [only.pruned(x.to(only.weight.device)).cpu() for x in inputs[only.name]]
+            hold, device = self.pruned.held, only.weight.device
+            outputs[branch] = [hold(only.pruned(x.to(device))) for x in inputs[only.name]]
         return self._report({consumer.name: solution for consumer, solution in solutions.items()})
 
     def _missing(self, found: Branches, branch: Branch, dense: _Dense, outputs: Outputs, batch: int) -> Tensor:
@@ -222,7 +232,7 @@ class LayerRepair:
         waiting = {consumer.name for consumer in consumers}
 
         def see(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs[name].append(args[0].cpu())
+            inputs[name].append(self.pruned.held(args[0]))
             waiting.discard(name)
             if not waiting:
                 raise StopForward
@@ -286,11 +296,12 @@ class LayerRepair:
             logger.warning(
                 "%s: experts %s saw fewer than %d tokens; they stay as they are.", consumer.name, few, enough
             )
-        solutions = {
-            expert: solve(sums, consumer.consumer.matrix(consumer.weight[expert]), None, self.ridge)
-            for expert, sums in enumerate(statistics)
-            if expert not in few
-        }
+        with solving(consumer.name):
+            solutions = {
+                expert: solve_(sums, consumer.consumer.matrix(consumer.weight[expert]), None, self.ridge)
+                for expert, sums in enumerate(statistics)
+                if expert not in few
+            }
         for expert, solution in solutions.items():
             consumer.write_(solution.weight, expert=expert)
         return self._report({f"{consumer.name}[{expert}]": solution for expert, solution in solutions.items()})
@@ -319,15 +330,6 @@ def _tokens(hidden: Tensor) -> int:
 
 def _equal(left: Tensor, right: Tensor) -> bool:
     return left.shape == right.shape and torch.equal(left, right)
-
-
-def _keeper(keep: Callable[[Any], None]) -> Callable[..., None]:
-    """A hook that keeps a copy of what a module returned: some layers add to it in place."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep(with_hidden(output, hidden_of(output).to("cpu", copy=True)))
-
-    return hook
 
 
 def _give(returned: Any, known: Tensor, device: torch.device, *args: Any, **kwargs: Any) -> Any:

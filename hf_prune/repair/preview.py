@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import CalibrationError
-from hf_prune.layers.statistics import factorised
+from hf_prune.layers.boundaries import on_disk
+from hf_prune.layers.statistics import factorise_, solving
 from hf_prune.layers.walk import Walk
+from hf_prune.layers.weights import is_on_disk
 from hf_prune.methods.obs import collecting
 from hf_prune.structure.consumers import Consumer, only_consumer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from hf_prune.layers.walk import Batch, Found, Part
+    from hf_prune.layers.walk import Batch, Found, LayerProtocol, Part
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
@@ -32,14 +34,15 @@ _CACHE_BYTES = 1 << 29
 class RepairPreview:
     """Repairs the masked dense model for a while, plan after plan.
 
-    Axes without a single linear consumer (experts) are only masked. The sums of all layers stay in memory, in float64,
-    also of a model on disk.
+    Axes without a single linear consumer (experts) are only masked. The sums of all layers are held in float64: those
+    of a model on disk in temporary files.
 
     Args:
         model: the dense model; left as it was.
         structure: its structure.
         batches: `input_ids`, int64 `[B, T]`, without padding.
         ridge: λ as a fraction of the mean diagonal of H, 0 or more.
+        protocol: how the model runs its layers, if that is known.
 
     Raises:
         CalibrationError: no batch, or activations that are not finite.
@@ -47,8 +50,15 @@ class RepairPreview:
     """
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, structure: Structure, batches: Iterable[Batch], ridge: float) -> None:
-        walk = Walk(model, structure.layer_paths, list(batches))
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        batches: Iterable[Batch],
+        ridge: float,
+        protocol: LayerProtocol | None = None,
+    ) -> None:
+        walk = Walk(model, structure.layer_paths, list(batches), protocol=protocol)
         if not walk.all_ids:
             raise CalibrationError("repair found no calibration batch, expected one or more: give a calibration text.")
         walk.check_layered()
@@ -62,7 +72,8 @@ class RepairPreview:
             with collecting(model, structure, here) as grams:
                 part.run()
             sums = {consumer.axis: own[0].over_processes() for consumer, own in grams.items()}
-            return {axis: own.symmetric_gram(centred=False) for axis, own in sums.items() if own.num_tokens}
+            found = {axis: own.symmetric_gram(centred=False) for axis, own in sums.items() if own.num_tokens}
+            return {axis: on_disk(gram) if is_on_disk(model) else gram for axis, gram in found.items()}
 
         self._grams = walk.forward(visit, "repair preview", layered=True)
         self._consumers: dict[str, Consumer] = {axis: linear[axis] for axis in self._grams}
@@ -89,11 +100,13 @@ class RepairPreview:
             consumer = self._consumers[name]
             stored = self._model.get_parameter(consumer.parameter).data
             ids = consumer.units(self._structure).to(stored.device)
-            weight = consumer.matrix(stored).to(self._grams[name])
+            gram = self._grams[name].to(stored.device)
+            weight = consumer.matrix(stored).to(gram)
             stays = torch.isin(ids, torch.tensor(kept, device=ids.device)) | (ids < 0)
             inside, outside = torch.nonzero(stays)[:, 0], torch.nonzero(~stays)[:, 0]
-            gram = self._grams[name]
-            factor, *_ = factorised(gram[inside][:, inside], self._ridge)
+            factor = gram[inside][:, inside]
+            with solving(name):
+                factorise_(factor, self._ridge)
             gain = torch.cholesky_solve(gram[inside][:, outside] @ weight[:, outside].T, factor).T
             result = torch.zeros_like(weight)
             result[:, inside] = weight[:, inside] + gain

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from hf_prune.layers.walk import Batch, Found, Part
+    from hf_prune.layers.walk import Batch, Found, LayerProtocol, Part
     from hf_prune.layers.work import WorkDir
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
@@ -37,6 +37,7 @@ def select_repairable(
     *,
     ridge: float = 1e-2,
     work: WorkDir | None = None,
+    protocol: LayerProtocol | None = None,
 ) -> PruningPlan:
     """The plan with the same widths that keeps, on each axis, the units that repair can least do without.
 
@@ -49,13 +50,14 @@ def select_repairable(
         batches: `input_ids`, int64 `[B, T]`, without padding.
         ridge: added to H, as a fraction of its mean diagonal, 0 or more.
         work: keeps what was found, so that an interrupted pass is resumed.
+        protocol: how the model runs its layers, if that is known.
 
     Raises:
         CalibrationError: no batch, one with padding, or activations that are not finite.
         StructureError: layers that hand on more than hidden states.
     """
     plan.check(structure)
-    walk = Walk(model, structure.layer_paths, list(batches), work=work)
+    walk = Walk(model, structure.layer_paths, list(batches), work=work, protocol=protocol)
     if not walk.all_ids:
         raise CalibrationError("selection found no calibration batch, expected one or more: give a calibration text.")
     walk.check_layered()

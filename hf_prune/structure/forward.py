@@ -74,7 +74,7 @@ class Forward(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.module_path.pop()
 
     def run(self, model: nn.Module, *, use_cache: bool = False) -> Any:
-        """Run `model`, whose parameters are on the meta device, once; returns its output.
+        """What `model`, whose parameters are on the meta device, returns, run once.
 
         Raises:
             TraceError: the forward pass does not run, or not without values.
@@ -85,7 +85,7 @@ class Forward(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 handles.append(module.register_forward_pre_hook(partial(self.entered, path), with_kwargs=True))
                 handles.append(module.register_forward_hook(partial(self.left, path)))
         try:
-            with torch.no_grad(), self, _Lists(self.values):
+            with torch.no_grad(), self, Lists(self.values):
                 return model(input_ids=torch.ones((BATCH_SIZE, SEQ_LEN), dtype=torch.int64), use_cache=use_cache)
         except Exception as error:  # whatever a model's own code raises
             raise TraceError(error, self.where) from error
@@ -98,7 +98,7 @@ class NeedsValuesError(Exception):
     """An operation whose result, or the shape of its result, depends on values that are not known."""
 
 
-class _Lists(TorchFunctionMode):
+class Lists(TorchFunctionMode):
     """Sees the values that torch reads from, or gives as, Python lists: on the meta device it loses them."""
 
     def __init__(self, values: KnownValues) -> None:
@@ -110,6 +110,8 @@ class _Lists(TorchFunctionMode):
             if (known := self.values.get(args[0])) is None:
                 raise NeedsValuesError("tolist")
             return known.tolist()
+        if func is torch.tensor:
+            kwargs = {**(kwargs or {}), "device": "cpu"}  # seen with its values by `Forward`, which moves it
         if func in (Tensor.__getitem__, Tensor.__setitem__):
             index, *rest = args[1:]
             index = tuple(map(_as_tensor, index)) if isinstance(index, tuple) else _as_tensor(index)

@@ -6,11 +6,13 @@ import itertools
 import math
 import os
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from hf_prune.errors import StructureError
+from hf_prune.reading import check_files
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.building import build_empty, fresh_config
 from hf_prune.structure.cache import find_cache
@@ -69,6 +71,7 @@ def _config_and_class(source: Any) -> tuple[Any, type | None]:
     if isinstance(source, (str, os.PathLike)):
         from transformers import AutoConfig
 
+        check_files(Path(source))
         return AutoConfig.from_pretrained(source), None
     if isinstance(source, nn.Module):
         return source.config, type(source)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.checkpoint.loud import make_loud
-from hf_prune.errors import StructureError
+from hf_prune.config import RandomConfig
+from hf_prune.errors import CheckpointError, StructureError
+from hf_prune.plan import PruningPlan, prunable_units
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.building import build_empty, fresh_config
-from hf_prune.structure.forward import Forward, TraceError
-from hf_prune.structure.inference import infer_structure, traceable_config
+from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.layouts import Concat, Layout, Product, Units
 from hf_prune.surgery.expressing import Knob, family, find_knobs, shapes, with_layer_values
-from hf_prune.surgery.slicing import pruned_name, renumber
+from hf_prune.surgery.judging import Judge
+from hf_prune.surgery.slicing import pruned_name, renamed, renumber
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
@@ -23,7 +26,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
 
 Shapes = dict[str, tuple[int, ...]]
@@ -47,32 +49,41 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
     """
     wanted = predicted_shapes(structure, plan)
     knobs = find_knobs(config, structure, cls) if _touched(structure, plan) else {}
+    judge = Judge(config, structure, plan, cls)
+    start, reason = _without_layers(config, structure, plan, cls)
     best: tuple[int, Any] | None = None
     tried: list[dict[str, Any]] = []
-    starts = _without_layers(config, structure, plan)
-    for trimmed, candidate in ((start, c) for start in starts for c in _candidates(start, structure, plan, knobs)):
+    for candidate in _candidates(start, structure, plan, knobs):
         if (values := candidate.to_dict()) in tried:
             continue
         tried.append(values)
         found = shapes(candidate, cls)
         if found is None or set(found) != set(wanted):
             continue
+        if any(
+            size < needed for name, shape in wanted.items() for size, needed in zip(found[name], shape, strict=True)
+        ):
+            continue  # resizing only takes away
         wrong = sum(found[name] != shape for name, shape in wanted.items())
         other_hidden = getattr(candidate, "hidden_size", None) != getattr(config, "hidden_size", None)
-        if other_hidden and (wrong or _scales(candidate, cls) != _scales(trimmed, cls)):
-            continue  # what a class derives from its hidden size (head_dim, the scale of embeddings) must stay
-        if best is None or wrong < best[0]:
+        if (best is not None and wrong >= best[0]) or (other_hidden and wrong):
+            continue  # what a class derives from its hidden size must stay
+        if values == start.to_dict() or not judge.difference(candidate):
             best = (wrong, candidate)
-        if wrong == 0:
-            break
+            if wrong == 0:
+                break
     if best is None:
         raise StructureError(f"{config.model_type}: no config describes a model with the planned layers and widths.")
     wrong, result = best
     if wrong:
-        result.pruning_config["surgery"]["modules"] = _surgery(result, config, structure, plan, cls, wanted)
+        result.pruning_config["surgery"]["modules"] = _surgery(result, config, structure, plan, cls, wanted, judge)
     if not result.pruning_config["surgery"]:
         del result.pruning_config["surgery"]
-    result = type(config).from_dict(make_loud({**result.to_dict(), "model_type": config.model_type}))
+    try:
+        values = make_loud({**result.to_dict(), "model_type": config.model_type})
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} {reason}.") if reason else error from None
+    result = type(config).from_dict(values)
     if shapes(result, cls) != wanted:
         raise StructureError(f"{config.model_type}: the pruned layers cannot be resized to the planned shapes.")
     return result
@@ -106,24 +117,42 @@ def _record(plan: PruningPlan) -> dict[str, Any]:
 # --- candidates -----------------------------------------------------------------------------------------------------
 
 
-def _without_layers(config: Any, structure: Structure, plan: PruningPlan) -> Iterator[Any]:
-    """Copies of `config` without the layers that go, one for each attribute that may hold their number.
+_INDEX_LIST = ("layer", "indices", "idx")
+_FROM_THE_START = ("first_k_dense", "dense_layers", "layer_start", "window_layers")
+_BY_PLACE = (*_FROM_THE_START, "layer_end", "shared_layers", "period", "interval", "step", "freq", "offset", "every")
 
-    Every list with one entry per layer loses those of the layers that go. `pruning_config` is the one of this plan,
-    with the surgery of an earlier pruning.
+
+def depends_on_depth(config: Any, structure: Structure, cls: type | None = None) -> str:
+    """What layers of this model compute from their place; "" if a plain config describes it without the first one."""
+    n = len(structure.layer_paths)
+    if n < 2:
+        return ""
+    kept = {"layers": tuple(range(1, n))}
+    achieved = dict.fromkeys(("decoder", "model", "units"), 0.0)
+    plan = PruningPlan(structure.model_type, None, prunable_units(structure), kept, RandomConfig(1 / n), achieved)
+    try:
+        result, reason = _without_layers(config, structure, plan, cls)
+    except StructureError as error:
+        return str(error)
+    return f"built as at their old place: {reason}" if "layers" in result.pruning_config["surgery"] else ""
+
+
+def _without_layers(config: Any, structure: Structure, plan: PruningPlan, cls: type | None) -> tuple[Any, str]:
+    """A copy of `config` without the layers that go: its model computes what the dense one does with them bypassed.
+
+    `pruning_config` is the one of this plan, with the surgery of an earlier pruning.
+
+    Returns:
+        The config, and why a plainer one does not do.
+
+    Raises:
+        StructureError: no config describes that model.
     """
     values = fresh_config(config).to_dict()
     n = len(structure.layer_paths)
     stay = [layer for layer in range(n) if layer not in plan.removed_layers]
-    usual = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    counts = [name for name, value in values.items() if type(value) is int and value == n and "layer" in name]
-    if len(stay) < n:
-        for name, value in values.items():
-            if isinstance(value, list) and len(value) == n:
-                values[name] = [value[layer] for layer in stay]
-        overrides = {int(k): v for k, v in (values.get("per_layer_config") or {}).items()}
-        if overrides:
-            values["per_layer_config"] = {str(stay.index(k)): v for k, v in overrides.items() if k in stay}
+    if overrides := {int(k): v for k, v in (values.get("per_layer_config") or {}).items()}:
+        values["per_layer_config"] = {str(stay.index(k)): v for k, v in overrides.items() if k in stay}
     skipped = {
         branch for override in (values.get("per_layer_config") or {}).values() for branch in override.get("skip", ())
     }
@@ -132,28 +161,99 @@ def _without_layers(config: Any, structure: Structure, plan: PruningPlan) -> Ite
     branches.update(_branches(structure, plan))
     paths = {path: _new_path(path, structure, plan) for path in earlier.get("modules", {})}
     modules = {new: earlier["modules"][path] for path, new in paths.items() if new is not None}
-    surgery = {"branches": branches, "modules": modules}
+    before = earlier.get("layers") or {"kept": list(range(n)), "num_hidden_layers": n}
+    layers = {**before, "kept": [before["kept"][layer] for layer in stay]}
+    surgery = {"branches": branches, "modules": modules, "layers": earlier.get("layers") and layers}
     values["pruning_config"] = {
         **_record(plan),
         "surgery": {key: records for key, records in surgery.items() if records},
     }
     if len(stay) == n:
-        yield type(config).from_dict(values)
-        return
-    for attribute in sorted(counts, key=lambda name: name != usual):
-        with contextlib.suppress(Exception):  # config classes refuse in any way they like
-            yield type(config).from_dict({**values, attribute: len(stay)})
+        return type(config).from_dict(values), ""
+    alone = replace(plan, kept_indices={"layers": tuple(stay)})
+    judge, wanted = Judge(config, structure, alone, cls, sizes=True), predicted_shapes(structure, alone)
+    reasons: list[tuple[int, str]] = []  # the further a candidate came, the more its reason tells
+    for changed in _with_fewer_layers(config, values, n, stay, layers):
+        try:
+            candidate = type(config).from_dict(copy.deepcopy(changed))
+        except Exception as error:  # config classes refuse in any way they like
+            reasons.append((0, f"its config class refuses it: {error}"))
+            continue
+        found = shapes(candidate, cls)
+        if found is None or found.keys() != wanted.keys():
+            reasons.append((1, "the layers that stay have other tensors"))
+        elif other := [name for name, shape in wanted.items() if found[name] != shape]:
+            reasons.append((2, f"{other[0]} has shape {found[other[0]]}, expected {wanted[other[0]]}"))
+        elif reason := judge.difference(candidate):
+            reasons.append((3, reason))
+        else:
+            return candidate, max(reasons, key=lambda found: found[0], default=(0, ""))[1]
+    by_place = [
+        f"{name}={value}"
+        for name, value in {**values, **(values.get("text_config") or {})}.items()
+        if type(value) is int and 0 < value <= n and any(word in name for word in _BY_PLACE)
+    ]
+    follows = f" Layers follow their place: {', '.join(by_place)}." if by_place else ""
+    _, reason = max(reasons, key=lambda found: found[0], default=(0, "no attribute holds their number"))
+    raise StructureError(
+        f"{config.model_type}: no config describes the model without layers {sorted(plan.removed_layers)}: {reason}."
+        f"{follows} Remove other layers, or prune widths."
+    )
+
+
+def _with_fewer_layers(
+    config: Any, values: dict[str, Any], n: int, stay: list[int], layers: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Values of configs that may have only the layers `stay` of `n`, the plainest first.
+
+    Rewritten are lists with one entry per layer, lists of layer indices, patterns that repeat, and numbers of layers
+    from the start or to the end. Where that does not do, each layer is built with its dense index, as it was.
+    """
+    usual = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    for place in (None, *(key for key, value in values.items() if isinstance(value, dict))):
+        own = values if place is None else values[place]
+        listed: dict[str, Any] = {}
+        mapped: dict[str, Any] = {}
+        for name, value in own.items():
+            if _is_index_list(name, value, n):
+                gone = [layer for layer in range(n) if layer not in stay]
+                mapped[name] = [layer - sum(i < layer for i in gone) for layer in value if layer not in gone]
+            elif isinstance(value, list) and len(value) == n:
+                listed[name] = [value[layer] for layer in stay]
+            elif isinstance(value, (list, str)) and 1 < len(value) <= n and ("types" in name or "pattern" in name):
+                full = [value[layer % len(value)] for layer in stay]
+                mapped[name] = "".join(full) if isinstance(value, str) else full
+            elif type(value) is int and value > 0 and any(word in name for word in _FROM_THE_START):
+                mapped[name] = sum(layer < value for layer in stay)
+            elif type(value) is int and "shared_layers" in name:
+                mapped[name] = sum(layer >= n - value for layer in stay)
+        as_built = {
+            **values["pruning_config"],
+            "surgery": {**values["pruning_config"]["surgery"], "layers": layers},
+        }
+        counts = [name for name, value in own.items() if type(value) is int and value == n and "layer" in name]
+        counts.sort(key=lambda name: name != usual)
+        variants = [{**listed, **mapped}, *([{**listed, "pruning_config": as_built}] if place is None else [])]
+        for count, variant in itertools.product(counts or ([""] if listed else []), variants):
+            changed = {**own, **variant, **({count: len(stay)} if count else {})}
+            yield changed if place is None else {**values, place: changed}
+
+
+def _is_index_list(name: str, value: Any, n: int) -> bool:
+    """Whether `value` lists layers by their index."""
+    if not isinstance(value, list) or not any(word in name for word in _INDEX_LIST):
+        return False
+    whole = len(value) > 0 and all(type(entry) is int and entry >= 0 for entry in value)
+    return whole and value[0] < n and all(left < right for left, right in itertools.pairwise(value))
 
 
 def _new_path(path: str, structure: Structure, plan: PruningPlan) -> str | None:
     """Path of a module in the pruned model; `None` if it goes."""
-    for layer, layer_path in enumerate(structure.layer_paths):
-        if f"{path}.".startswith(f"{layer_path}."):
-            gone = [structure.branch_modules[f"layers.{i}.{b}"].path for i, b in plan.removed_branches if i == layer]
-            if layer in plan.removed_layers or any(f"{path}.".startswith(f"{layer_path}.{module}.") for module in gone):
-                return None
-            return renumber(path, layer, structure, plan)
-    return path
+    for layer, branch in plan.removed_branches:
+        module = structure.branch_modules[f"layers.{layer}.{branch}"].path
+        if f"{path}.".startswith(f"{structure.layer_paths[layer]}.{module}."):
+            return None
+    return renamed(path, structure, plan)
 
 
 def _candidates(trimmed: Any, structure: Structure, plan: PruningPlan, knobs: dict[str, Knob]) -> Iterator[Any]:
@@ -182,12 +282,6 @@ def _candidates(trimmed: Any, structure: Structure, plan: PruningPlan, knobs: di
         if (candidate := with_layer_values(trimmed, per_layer)) is not None:
             yield candidate
     yield trimmed
-
-
-def _scales(config: Any, cls: type | None) -> dict[tuple[str, str], float]:
-    """Floats that the modules of a model keep."""
-    modules = build_empty(fresh_config(config), cls).named_modules()
-    return {(path, k): v for path, module in modules for k, v in vars(module).items() if isinstance(v, float)}
 
 
 def _family_widths(name: str, structure: Structure, plan: PruningPlan) -> dict[int, int]:
@@ -240,7 +334,7 @@ def _branches(structure: Structure, plan: PruningPlan) -> dict[str, Any]:
 
 
 def _surgery(
-    config: Any, dense: Any, structure: Structure, plan: PruningPlan, cls: type | None, wanted: Shapes
+    config: Any, dense: Any, structure: Structure, plan: PruningPlan, cls: type | None, wanted: Shapes, judge: Judge
 ) -> dict[str, Any]:
     """Shapes, attributes and selected inputs of modules that the config builds too large, and all earlier surgery."""
     model = build_empty(fresh_config(config), cls)
@@ -276,7 +370,7 @@ def _surgery(
                     sizes = _resized(structure, axis, 2 * structure.axes[axis].num_units)
                     matched = {k: size for k, size in matched.items() if getattr(here, k) == sizes[size]}
             attributes.setdefault(path, {}).update({k: pairs[size] for k, size in matched.items()})
-    return _that_runs(config, cls, model, modules, attributes)
+    return _that_runs(config, judge, model, modules, attributes)
 
 
 def _resized(structure: Structure, axis: str, width: int) -> dict[int, int]:
@@ -367,12 +461,12 @@ def _has_forward_sizes(module: nn.Module) -> bool:
 
 def _that_runs(
     config: Any,
-    cls: type | None,
+    judge: Judge,
     model: PreTrainedModel,
     modules: dict[str, Any],
     attributes: dict[str, dict[str, int]],
 ) -> dict[str, Any]:
-    """Add to `modules` the attributes with which a forward pass of the resized model runs.
+    """Add to `modules` the attributes with which the resized model computes what the dense one does.
 
     Numbers alone do not tell what an attribute means. Tried are: all but sizes of one head; of these all but those
     named after the residual stream; all but those of its size; all; none.
@@ -401,10 +495,8 @@ def _that_runs(
                 record["attributes"] = {**record.get("attributes", {}), **found}
         trial = fresh_config(config)
         trial.pruning_config["surgery"] = {**trial.pruning_config.get("surgery", {}), "modules": result}
-        try:
-            Forward().run(build_empty(traceable_config(trial), cls))
-        except (StructureError, TraceError) as error:
-            reasons.append(str(error))
-            continue
-        return result
-    raise StructureError(f"{config.model_type}: the resized layers do not run: {reasons[0]}")
+        if reason := judge.difference(trial):
+            reasons.append(reason)
+        else:
+            return result
+    raise StructureError(f"{config.model_type}: the resized layers do not compute the same: {reasons[0]}")

@@ -14,12 +14,12 @@ import torch
 from accelerate import dispatch_model
 from torch import Tensor, nn
 
-from hf_prune.errors import CheckpointError, PlanError
+from hf_prune.errors import PlanError
 from hf_prune.layers.weights import device_map_of, input_device, is_on_disk, resident
 from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.structure.building import build_empty, fresh_config
 from hf_prune.surgery.configuring import pruned_config
-from hf_prune.surgery.slicing import check_tensor, pruned_name, renumber, slice_state_dict, slice_tensor
+from hf_prune.surgery.slicing import check_tensor, pruned_name, renamed, renumber, slice_state_dict, slice_tensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +81,7 @@ class PrunedLayers:
     Raises:
         PlanError: the plan or the structure is not for this model.
         StructureError: no config can describe the pruned model.
-        CheckpointError: the folder cannot be written, or has no room.
+        CheckpointError: the folder cannot be written.
     """
 
     def __init__(
@@ -95,7 +95,8 @@ class PrunedLayers:
         self._folder = folder
         if self._on_disk:
             plan.check(structure)
-            self._check_room()
+            assert folder is not None
+            folder.mkdir(parents=True, exist_ok=True)
             self.model = self._outside()
         else:
             self.model = apply_plan(model, structure, plan)
@@ -193,19 +194,6 @@ class PrunedLayers:
         assert self._folder is not None
         return self._folder / f"layer-{layer:05}.safetensors"
 
-    def _check_room(self) -> None:
-        assert self._folder is not None
-        self._folder.mkdir(parents=True, exist_ok=True)
-        itemsize = max(parameter.element_size() for parameter in self._dense.parameters())
-        needed = self._plan.num_parameters(self._structure) * itemsize
-        there = sum(path.stat().st_size for path in self._folder.glob("*.safetensors"))
-        free = shutil.disk_usage(self._folder).free
-        if needed - there > free:
-            raise CheckpointError(
-                f"the pruned layers take {needed:,} bytes, {free:,} are free in {self._folder}. Free disk space, or "
-                "choose another work_dir."
-            )
-
 
 def _empty(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> PreTrainedModel:
     """The pruned model without weights, with the configs that it will have."""
@@ -232,12 +220,11 @@ def _assign(module: nn.Module, name: str, tensor: Tensor, requires_grad: bool | 
 
 def _copy_buffers(model: nn.Module, pruned: nn.Module, structure: Structure, plan: PruningPlan) -> None:
     """Buffers that are not saved (rotary frequencies) are computed by constructors; take the dense model's values."""
-    names = dict(model.named_buffers())
-    renamed = {_renamed(name, structure, plan): buffer for name, buffer in names.items()}
+    dense_buffers = {renamed(name, structure, plan): buffer for name, buffer in model.named_buffers()}
     saved = pruned.state_dict().keys()  # those of layers come with their weights
     for name, buffer in pruned.named_buffers():
         if buffer.is_meta and name not in saved:
-            dense: Any = renamed.get(name)
+            dense: Any = dense_buffers.get(name)
             if dense is not None and dense.shape != buffer.shape and dense.dim() == buffer.dim() and _is_uniform(dense):
                 dense = dense.flatten()[:1].expand(buffer.shape)
             if dense is None or dense.shape != buffer.shape:
@@ -250,12 +237,3 @@ def _copy_buffers(model: nn.Module, pruned: nn.Module, structure: Structure, pla
 
 def _is_uniform(values: Tensor) -> bool:
     return values.numel() > 0 and bool((values == values.flatten()[0]).all())
-
-
-def _renamed(name: str, structure: Structure, plan: PruningPlan) -> str | None:
-    for layer, path in enumerate(structure.layer_paths):
-        if name.startswith(path + "."):
-            if layer in plan.removed_layers:
-                return None
-            return renumber(name, layer, structure, plan)
-    return name

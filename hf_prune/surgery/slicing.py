@@ -11,7 +11,7 @@ from hf_prune.errors import PlanError
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
@@ -82,6 +82,14 @@ def renumber(path: str, layer: int, structure: Structure, plan: PruningPlan) -> 
     return f"{old.rpartition('.')[0]}.{layer - before}{path.removeprefix(old)}"
 
 
+def renamed(path: str, structure: Structure, plan: PruningPlan) -> str | None:
+    """Path of a module or buffer in the pruned model; `None` if its layer goes."""
+    for layer, layer_path in enumerate(structure.layer_paths):
+        if f"{path}.".startswith(f"{layer_path}."):
+            return None if layer in plan.removed_layers else renumber(path, layer, structure, plan)
+    return path
+
+
 def _kept_names(
     state_dict: Mapping[str, Tensor], structure: Structure, plan: PruningPlan
 ) -> Iterator[tuple[str, Tensor, str]]:
@@ -89,9 +97,3 @@ def _kept_names(
         new_name = pruned_name(name, structure, plan)
         if new_name is not None:
             yield name, tensor, new_name
-
-
-def missing_names(names: Iterable[str], structure: Structure) -> list[str]:
-    """Names of the structure that `names` lacks (tied names may be left out)."""
-    found = set(names)
-    return [name for name in structure.layouts if name not in found and structure.aliases.get(name, name) not in found]

@@ -37,12 +37,13 @@ import hf_prune.methods.obs as obs
 from hf_prune import LLMPrunerConfig, OBSConfig, PruningConfig, infer_structure
 from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.checkpoint.verifying import verify_checkpoint
+from hf_prune.gate import check_model
 from hf_prune.layers.boundaries import MEMORY_BYTES
 from hf_prune.layers.price import count_price
 from hf_prune.layers.statistics import Statistics
 from hf_prune.loading import open_model
 from hf_prune.methods import score
-from hf_prune.pipeline import carry_out, check_before, decide
+from hf_prune.pipeline import carry_out, decide
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,6 +79,8 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 32,
     },
 }
+SHAPES["1b4"] = SHAPES["1b"] | {"num_hidden_layers": 4}
+SHAPES["7b1"] = SHAPES["7b"] | {"num_hidden_layers": 1}
 COUNTED: dict[str, PreTrainedConfig] = {
     "Llama-3-70B": LlamaConfig(
         vocab_size=128256,
@@ -216,7 +219,7 @@ def prune_once(job: dict[str, Any], meter: Meter) -> dict[str, Any]:
         structure = infer_structure(model)
     batches = calibration(model, job)
     with meter.phase("score"):
-        check_before(model, structure, config, batches)
+        check_model(model, structure, config, batches)
         plan, _ = decide(model, structure, config, batches)
     with meter.phase("prune and repair"):
         pruned = carry_out(model, structure, plan, config, batches)
@@ -393,7 +396,7 @@ def counted() -> list[dict[str, Any]]:
 
 
 def main(
-    shape: Annotated[Literal["tiny", "1b", "7b"] | None, typer.Option()] = None,
+    shape: Annotated[Literal["tiny", "1b", "1b4", "7b", "7b1"] | None, typer.Option()] = None,
     count: bool = False,
     directory: Annotated[Path | None, typer.Option(help="where models are written, and deleted again")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,

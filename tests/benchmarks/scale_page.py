@@ -9,7 +9,12 @@ from hf_prune.evaluation import markdown_table
 if TYPE_CHECKING:
     from pathlib import Path
 
-TITLES = {"tiny": "A tiny model", "1b": "1.1 billion parameters, disk against memory", "7b": "7 billion parameters"}
+TITLES = {
+    "1b": "1.1 billion parameters, disk against memory",
+    "1b4": "Four of its layers: `obs` with repair, disk against memory",
+    "7b": "7 billion parameters",
+    "7b1": "One of its layers: `obs`",
+}
 Results = dict[str, Any]
 
 
@@ -23,7 +28,7 @@ def write_page(results: Results, path: Path) -> None:
         "repair and saving. Pages of files that are mapped (safetensors) count in the peak, though the system may drop "
         "them: they stand in a column of their own.",
     ]
-    for shape in ("1b", "7b"):
+    for shape in TITLES:
         parts += measured(results[shape], TITLES[shape]) if shape in results else missing(shape)
     parts += counted(results["counted"]) if "counted" in results else []
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -84,11 +89,8 @@ def measured(found: Results, title: str) -> list[str]:
         for row in found["rows"]
         if "obs_layers" in row
     ]
-    whole = {row["method"] for row in found["rows"] if "obs_layers" not in row}
-    if "obs" not in whole:
-        timed.append("*Not measured yet:* all of `obs`, with repair (`--method obs`).")
     tables = [markdown_table(lines).rstrip(), goal, markdown_table(phases).rstrip()]
-    return [f"## {title}", text, "\n".join(facts), *tables, *timed]
+    return [f"## {title}", text, "\n".join(facts), *filter(None, tables), *timed]
 
 
 def counted(found: Results) -> list[str]:
@@ -104,7 +106,7 @@ def counted(found: Results) -> list[str]:
                 "read, GB": f"{(row['bytes_read'] + row['pruned_bytes_read']) / 1e9:,.0f}",
                 "written, GB": f"{row['bytes_written'] / 1e9:,.0f}",
                 "boundaries on disk, GB": f"{row['boundary_bytes'] / 1e9:,.0f}",
-                "hidden states in RAM, GB": f"{row['held_bytes'] / 1e9:,.0f}",
+                "hidden states held, GB": f"{row['held_bytes'] / 1e9:,.0f}",
                 "largest H in float64, GB": f"{row['largest_gram_bytes'] / 1e9:,.1f}",
             }
         )

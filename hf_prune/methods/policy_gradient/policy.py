@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_prune.config import PolicyGradientConfig, is_protected, layer_unit_names, selected_axes
+from hf_prune.config import PolicyGradientConfig, may_go, selected_axes
 from hf_prune.errors import BudgetError
 from hf_prune.methods.policy_gradient.projection import project
 from hf_prune.structure import layouts as lay
@@ -133,7 +133,7 @@ def find_units(structure: Structure, config: PolicyGradientConfig, device: torch
             owned = whole.view(num_layers, -1)
             parameters.append(owned[:, BRANCHES.index(branch)] if branch else owned.sum(1))  # type: ignore[arg-type]
             blocks.append(torch.full((num_layers,), -1))
-            must_stay[[i for i in range(num_layers) if not _may_go(structure, axis, i, config)]] = True
+            must_stay[[i for i in range(num_layers) if not may_go(structure, config, axis.name, i)]] = True
         else:
             cost = _parameters_of_unit(structure, axis, counted)
             block = -1 if axis.layer is None else axis.layer * len(BRANCHES) + BRANCHES.index(axis.kind)  # type: ignore[arg-type]
@@ -251,12 +251,6 @@ def _parameters_of_unit(structure: Structure, axis: Axis, counted: list[str]) ->
     one_less = {axis.name: axis.num_units - 1}
     carriers = [n for n in counted if any(axis.name in lay.axes(layout) for layout in structure.layouts[n])]
     return sum(structure.numel(name) - structure.numel(name, one_less) for name in carriers)
-
-
-def _may_go(structure: Structure, axis: Axis, layer: int, config: PolicyGradientConfig) -> bool:
-    outside = config.layers is not None and layer not in config.layers
-    first = layer == 0 and axis.name == "layers.attention"  # caches are measured by it
-    return not (outside or first or is_protected(config, *layer_unit_names(structure, axis.name, layer)))
 
 
 def _groups(axes: tuple[Axis, ...], device: torch.device) -> tuple[Tensor, ...]:

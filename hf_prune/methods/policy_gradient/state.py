@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from accelerate import PartialState
 
-from hf_prune.atomic import replaced_file
 from hf_prune.errors import CheckpointError
+from hf_prune.layers.work import check_same_run, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -59,19 +57,9 @@ class StateFile:
 
     def save(self, state: LearningState) -> None:
         """Write the state, by renaming: an interrupted write leaves the older one. The main process writes."""
-        from accelerate import PartialState
-
-        if self.path is None or not PartialState().is_main_process:
-            return
-        names = [field.name for field in dataclasses.fields(state) if field.name != "step"]
-        tensors = {name: getattr(state, name).cpu().contiguous() for name in names}
-        header = {"run": json.dumps(self.identity), "step": json.dumps(state.step)}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replaced_file(self.path) as new:
-                save_file(tensors, new, metadata=header)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"the state of learning could not be written to {self.path}: {error}.") from error
+        if self.path is not None and PartialState().is_main_process:
+            tensors = {name: value for name, value in vars(state).items() if name != "step"}
+            write_tensors(self.path, tensors, {"run": self.identity, "step": state.step})
 
     def load(self, device: torch.device) -> LearningState | None:
         """The state that was written, `None` if there is none.
@@ -81,21 +69,13 @@ class StateFile:
         """
         if self.path is None or not self.path.exists():
             return None
+        tensors, note = read_tensors(self.path)
         try:
-            with safe_open(self.path, "pt") as file:
-                header = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
-            found, step = json.loads(header["run"]), int(json.loads(header["step"]))
             generator_state = tensors.pop("generator_state")
             on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-            state = LearningState(step=step, generator_state=generator_state, **on_device)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            state = LearningState(step=int(note["step"]), generator_state=generator_state, **on_device)
+            found = dict(note["run"])
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.path} is damaged ({error}); delete it to start anew.") from error
-        changed = [name for name in {**found, **self.identity} if found.get(name) != self.identity.get(name)]
-        if changed:
-            raise CheckpointError(
-                f"{self.path} is the state of another run: {', '.join(changed)} differ, as in {changed[0]}: found "
-                f"{found.get(changed[0])!r}, asked {self.identity.get(changed[0])!r}. Take the same settings and text, "
-                "another state_dir, or delete the file."
-            )
+        check_same_run(self.path, found, self.identity, "state_dir")
         return state

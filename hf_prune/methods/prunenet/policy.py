@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_prune.atomic import replaced_file
 from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.layers.work import read_tensors, write_tensors
+from hf_prune.reading import parse_json, read_text, save_text_file
 
 if TYPE_CHECKING:
     import os
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 WEIGHTS_NAME, CONFIG_NAME = "policy.safetensors", "policy.json"
-NUM_FEATURES = 8
 NORM_FEATURE = 0
 """The feature that ranks units as the norms of their rows do."""
 RIDGE = 1e-3
@@ -43,14 +43,12 @@ def scale_free_features(rows: UnitRows, depth: float) -> Tensor:
     if matrix.shape[0] < matrix.shape[1]:  # the same numbers from the smaller side
         gram, cosines = matrix @ matrix.T, unit @ unit.T
         rayleigh = (unit @ matrix.T).square().sum(1)
-        ridged = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-        leverage = torch.linalg.solve(ridged, gram).diagonal()
+        leverage = torch.linalg.solve(_ridged(gram), gram).diagonal()
         mean_cosine = cosines.square().mean(1)
     else:
         gram, cosines = matrix.T @ matrix, unit.T @ unit
         rayleigh = ((unit @ gram) * unit).sum(1)
-        ridged = gram + RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
-        leverage = (torch.linalg.solve(ridged, matrix.T).T * matrix).sum(1)
+        leverage = (torch.linalg.solve(_ridged(gram), matrix.T).T * matrix).sum(1)
         mean_cosine = ((unit @ cosines) * unit).sum(1) / num_units
 
     def by_unit(values: Tensor) -> Tensor:
@@ -68,6 +66,10 @@ def scale_free_features(rows: UnitRows, depth: float) -> Tensor:
         norm * depth,
     ]
     return torch.stack(columns, dim=1)
+
+
+def _ridged(gram: Tensor) -> Tensor:
+    return gram + RIDGE * gram.diagonal().mean().clamp_min(1e-30) * torch.eye(len(gram))  # all rows may be zero
 
 
 def row_features(rows: UnitRows) -> Tensor:
@@ -111,21 +113,11 @@ class Policy:
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write `policy.safetensors` and `policy.json`; each file is replaced in one step."""
-        from safetensors.torch import save
-
         path = Path(directory)
-        known = asdict(self)
-        values = {"format": FORMAT, **{k: v for k, v in known.items() if not isinstance(v, Tensor)}}
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            for name, data in (
-                (WEIGHTS_NAME, save({"weight": self.weight.contiguous(), "bias": self.bias})),
-                (CONFIG_NAME, (json.dumps(values, indent=2) + "\n").encode()),
-            ):
-                with replaced_file(path / name) as new:
-                    new.write_bytes(data)
-        except OSError as error:
-            raise CheckpointError(f"the policy could not be written to {path}: {error}.") from error
+        values = {name: value for name, value in asdict(self).items() if not isinstance(value, Tensor)}
+        write_tensors(path / WEIGHTS_NAME, {"weight": self.weight, "bias": self.bias})
+        text = json.dumps({"format": FORMAT, **values}, indent=2) + "\n"
+        save_text_file(path / CONFIG_NAME, text, "policy", CheckpointError)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Policy:
@@ -134,27 +126,22 @@ class Policy:
         Raises:
             CheckpointError: there is none, or it is damaged or of another format.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         path = Path(directory)
         try:
-            tensors = load((path / WEIGHTS_NAME).read_bytes())
-            values = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError, SafetensorError) as error:
+            tensors, _ = read_tensors(path / WEIGHTS_NAME)
+            values = parse_json(read_text(path / CONFIG_NAME))
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"no policy can be read from {path}: {error}. Give a directory that save_policy wrote."
             ) from error
         expected = {"format", "features", "state", "history", "settings"}
         if not isinstance(values, dict) or values.get("format") != FORMAT or set(values) != expected:
             raise CheckpointError(f"{path / CONFIG_NAME}: expected format {FORMAT} with the keys {sorted(expected)}.")
-        weight, bias = tensors.get("weight"), tensors.get("bias")
-        valid = weight is not None and bias is not None and weight.dim() == 1 and bias.dim() == 0
-        if not valid or not bool(weight.isfinite().all() and bias.isfinite()):  # type: ignore[union-attr]
+        none = torch.empty(0, 0)
+        weight, bias = tensors.get("weight", none), tensors.get("bias", none)
+        if weight.dim() != 1 or bias.dim() != 0 or not bool(weight.isfinite().all() and bias.isfinite()):
             raise CheckpointError(f"{path / WEIGHTS_NAME}: expected finite tensors `weight` [features] and `bias` [].")
         del values["format"]
-        assert weight is not None
-        assert bias is not None
         return cls(weight.float(), bias.float(), **values)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_prune.errors import ScoreError, StructureError
+from hf_prune.errors import StructureError
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
@@ -59,10 +59,6 @@ def unit_rows(read: Read, structure: Structure, axis: Axis, state: str) -> UnitR
         "write": [matrix * scale[:, None, None] for matrix in consumers],
     }[state]
     rows = parts[0] if len(parts) == 1 else _beside(parts)
-    if not bool(rows.isfinite().all()):
-        raise ScoreError(
-            f"{axis.name}: its weights are NaN or infinite, expected finite numbers. Check the checkpoint."
-        )
     return UnitRows(rows, scale, torch.stack([_norms(matrix) for matrix in consumers]).square().sum(0).sqrt())
 
 

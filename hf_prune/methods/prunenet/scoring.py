@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_prune.config import PruneNetConfig, PruningConfig, selected_axes
 from hf_prune.errors import ConfigError, ScoreError
+from hf_prune.layers.statistics import solving
 from hf_prune.layers.weights import read_weight
 from hf_prune.methods.prunenet.policy import Policy, sample
 from hf_prune.methods.prunenet.rows import UnitRows, unit_rows
@@ -47,7 +48,11 @@ def prunenet_scores(
     policy = _loaded(config) if config.policy is not None else job.train()
     if config.save_policy is not None:
         policy.save(config.save_policy)
-    return {axis.name: job.scores(policy, axis) for axis in job.axes}
+    scores = {}
+    for axis in job.axes:
+        with solving(axis.name):
+            scores[axis.name] = job.scores(policy, axis)
+    return scores
 
 
 def train_policy(walk: Walk, structure: Structure, config: PruneNetConfig, generator: torch.Generator) -> Policy:

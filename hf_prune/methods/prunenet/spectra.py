@@ -174,8 +174,11 @@ class Spectrum:
         """Distance of each mask's spectrum from the whole one: float64 `[N]`, 0 to 1, 0 = the same.
 
         Args:
-            keep_masks: bool `[N, U]`, each keeping the same number of units; none kept: 1.
+            keep_masks: bool `[N, U]`, each keeping the same number of units; none kept: 1. Of a matrix of zeros
+                nothing can be lost: 0.
         """
+        if not float(self.energies.sum()):
+            return torch.zeros(len(keep_masks), dtype=torch.float64)
         if not bool(keep_masks[0].any()):
             return torch.ones(len(keep_masks), dtype=torch.float64)
         if self.distance == "energy":

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_prune.errors import ScoreError
+from hf_prune.layers.statistics import solving
 from hf_prune.methods.prunenet.policy import (
     NORM_FEATURE,
     Policy,
@@ -95,22 +96,25 @@ def train(
         found: list[float] = []
         before: Tensor | None = None
         for position, layer in enumerate(layers):
-            spectrum, features = _read(layer, layers, read_rows, config)
-            if policy is None:
-                weight = _first_weight(features.shape[1], config.start)
-                policy = Policy(weight, torch.zeros(()), config.features, config.state, [], config.to_dict())
-                optimizer = torch.optim.Adam([weight], lr=config.learning_rate)
-            if before is None:
-                before = policy.weight.detach().clone()
-            assert optimizer is not None
-            count = kept_count(len(features), ratio)
-            with torch.no_grad():
-                fixed = features @ before
-                found.append(
-                    -float(spectrum.losses(_masks(fixed.argsort(descending=True, stable=True)[None], count))[0])
+            with solving(layer.name):
+                spectrum, features = _read(layer, layers, read_rows, config)
+                if policy is None:
+                    weight = _first_weight(features.shape[1], config.start)
+                    policy = Policy(weight, torch.zeros(()), config.features, config.state, [], config.to_dict())
+                    optimizer = torch.optim.Adam([weight], lr=config.learning_rate)
+                if before is None:
+                    before = policy.weight.detach().clone()
+                assert optimizer is not None
+                count = kept_count(len(features), ratio)
+                with torch.no_grad():
+                    fixed = features @ before
+                    found.append(
+                        -float(spectrum.losses(_masks(fixed.argsort(descending=True, stable=True)[None], count))[0])
+                    )
+                rewards = _step(
+                    policy, optimizer, spectrum, features, count, config.discount**position, config, generator
                 )
-            rewards = _step(policy, optimizer, spectrum, features, count, config.discount**position, config, generator)
-            sampled.append(float(rewards.mean()))
+                sampled.append(float(rewards.mean()))
         total = sum(layer.weight for layer in layers) or 1.0
         score = sum(layer.weight * reward for layer, reward in zip(layers, found, strict=True)) / total
         history.append({"sampled": sum(sampled) / len(sampled), "best": sum(found) / len(found), "weighted": score})
