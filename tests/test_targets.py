@@ -205,6 +205,16 @@ def test_predicted_bytes_are_those_of_weights_and_cache(family, axes):
     assert plan.achieved["memory"] >= 0.3
 
 
+@pytest.mark.parametrize("axis", ["layers", "layers.attention"])
+def test_what_is_gone_takes_its_cache_along(axis):
+    """Also where the cache has one head, whatever the number of query heads."""
+    structure = infer_structure(models.tiny_config("falcon_mqa"), cache=True)
+    plan = models.make_plan(structure, {axis: (0,)})
+    config = PruningConfig(0.3, context=13, batch=2)
+    dense = count_memory(structure, config).cache
+    assert count_memory(structure, config, plan.widths, plan.removed_layers, plan.removed_branches).cache == dense / 2
+
+
 def test_a_window_bounds_the_cache():
     structure = infer_structure(models.tiny_config("gemma3_text"), cache=True)
     short, long = (count_memory(structure, PruningConfig(0.3, context=n)).cache for n in (100, 1000))
