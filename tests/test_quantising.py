@@ -79,6 +79,7 @@ def test_a_quantised_checkpoint_loads_as_it_was_saved(pruned, tmp_path, scheme, 
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "small", device_map="cpu")
     exact = AutoModelForCausalLM.from_pretrained(folder / "pruned")
     assert row["num_bytes"] == num_bytes(loaded) < num_bytes(exact)
+    assert row["num_parameters"] == exact.num_parameters()
     found, expected = logits(loaded), logits(exact)
     assert torch.equal(found, logits(again))
     assert 0 < (found - expected).abs().max() < most * expected.abs().max()

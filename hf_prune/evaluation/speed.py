@@ -58,8 +58,8 @@ class PrefillComparison:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Number of parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters; tied ones count once, 4-bit ones that share a byte each."""
+    return sum((getattr(one, "quant_state", None) or one).shape.numel() for one in model.parameters())
 
 
 def num_bytes(model: nn.Module) -> int:
