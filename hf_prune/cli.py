@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import inspect as inspect_module
 import os
@@ -85,6 +86,10 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="Directory or Hub id of a causal LM.")]
 Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, ... Default: cpu.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: the checkpoint's own.")]
+Fit = Annotated[
+    str | None,
+    typer.Option(help="Memory for weights and key-value cache (see --context, --batch, --bits).", metavar="8GB"),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -108,11 +113,21 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Load the weights; prove that slicing = masking.")] = False,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="For --verify: float32 or float64.")] = "float32",
+    fit: Fit = None,
+    context: Annotated[int, typer.Option(help="For --fit: tokens in the cache of each sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(help="For --fit: sequences at a time.")] = 1,
+    bits: Annotated[int, typer.Option(help="For --fit: 4, 8, 16 or 32 bits of each weight.")] = 16,
 ) -> None:
     """Show which axes a model has, what can be pruned, and what cannot and why. Needs config.json only."""
     from hf_prune import inspection, printing
     from hf_prune.loading import load_config, load_model
 
+    if fit is not None:
+        if verify:
+            raise ConfigError("--fit needs no weights and --verify does: ask one question at a time.")
+        found = inspection.inspect_fit(load_config(model), fit, context=context, batch=batch, bits=bits)
+        _print_json({"rows": found}) if as_json else printing.print_rows(found)
+        return
     report = inspection.inspect_config(load_config(model))
     checks = inspection.verify(load_model(model, device=device, dtype=dtype)) if verify else []
     if as_json:
@@ -153,6 +168,7 @@ def prune(
             "paper_second_order; a config file and flags override it."
         ),
     ] = None,
+    fit: Fit = None,
     batch_size: BatchSize = 8,
     device: Device = None,
     dtype: Dtype = None,
@@ -171,7 +187,13 @@ def prune(
     **fields: Any,
 ) -> None:
     """Prune a model and save it: weights, widths in config.json, plan, tokenizer and model card."""
+    if fit is not None:
+        if fields["pruning_ratio"] is not None or fields["budget"] is not None:
+            raise ConfigError("--fit says how much goes: leave out --pruning-ratio and --budget.")
+        fields |= {"pruning_ratio": 0.5, "budget": "memory"}
     chosen = read_config(config, fields, _preset(preset, model, fields))
+    if fit is not None:
+        chosen = _fitted(chosen, model, fit)
     if output is None and not dry_run:
         raise ConfigError("no output directory was given: name one after the model, or pass --dry-run.")
 
@@ -297,6 +319,9 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many questions of each task.")] = None,
+    assists: Annotated[
+        str | None, typer.Option(help="Measure it as the draft of this dense model: speculative decoding.")
+    ] = None,
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -329,7 +354,42 @@ def evaluate(
         values[f"{report.task} accuracy"] = report.accuracy
         if report.accuracy_norm is not None:
             values[f"{report.task} accuracy_norm"] = report.accuracy_norm
+    if assists is not None:
+        from hf_prune.evaluation.assisting import measure_assisted
+
+        lengths = evaluation.usual_request(loaded)
+        found = measure_assisted(
+            load_model(assists, device=device, dtype=dtype),
+            loaded,
+            tokenizer,
+            content,
+            prompt_len=max(2, min(64, lengths["prompt_len"])),
+            new_tokens=min(64, 2 * lengths["new_tokens"]),
+        )
+        values |= {f"draft {name}": value for name, value in dataclasses.asdict(found).items()}
     _print_json(values) if as_json else printing.print_values(values)
+
+
+@app.command()
+def quantise(
+    checkpoint: Annotated[str, typer.Argument(help="Directory or Hub id of a pruned model.")],
+    output: Annotated[Path, typer.Argument(help="New directory for the quantised checkpoint.")],
+    scheme: Annotated[str, typer.Option(help="int8, fp8 or int4 (torchao), or nf4 (bitsandbytes).")] = "int8",
+    text: Annotated[
+        str | None,
+        typer.Option(help="Measure perplexity on it: dense, pruned, both quantised.", metavar="FILE|DATASET"),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens of each window of the text, 2 or more.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    as_json: AsJson = False,
+    device: Device = None,
+) -> None:
+    """Quantise a pruned checkpoint: weights of 8 or 4 bits that `from_pretrained` loads."""
+    from hf_prune import printing
+    from hf_prune.quantising import quantise as run
+
+    rows = run(checkpoint, output, scheme, text=text, window=window, batch_size=batch_size, device=device)
+    _print_json({"rows": rows}) if as_json else printing.print_rows(rows, output)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -443,6 +503,16 @@ def _preset(name: str | None, model: str, fields: dict[str, Any]) -> PruningConf
         raise ConfigError("--preset needs --pruning-ratio: the fraction to remove, above 0 and below 1.")
     num_hidden_layers = load_config(model).get_text_config().num_hidden_layers
     return LLMPrunerConfig.preset(name, fields["pruning_ratio"], num_hidden_layers)
+
+
+def _fitted(config: PruningConfig, model: str, fit: str) -> PruningConfig:
+    """`config` with the ratio at which the model fits, from config.json alone."""
+    from hf_prune.loading import load_config
+    from hf_prune.memory import fit_ratio
+    from hf_prune.structure.inference import infer_structure
+
+    structure = infer_structure(load_config(model), cache=True)
+    return dataclasses.replace(config, pruning_ratio=fit_ratio(structure, fit, config))
 
 
 def _print_json(values: dict[str, Any]) -> None:

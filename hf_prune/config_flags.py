@@ -29,7 +29,10 @@ _METAVARS = {
     "axes": "KIND,KIND",
     "layers": "4-29,31",
     "protect": "PATTERN",
+    "targets": "TARGET,TARGET",
 }
+_FLAGS = {"targets": "--for"}
+"""Fields whose flag has another name: theirs would be a word of Python."""
 
 
 def config_flags() -> list[inspect.Parameter]:
@@ -53,7 +56,9 @@ def _flag(name: str, config_class: type[PruningConfig], methods: list[str]) -> i
     if len(methods) < len(CONFIGS):
         help_text = f"Only {', '.join(methods)}: {help_text}"
     kind: Any = list[str] if name == "protect" else _kind(hint)
-    annotation = Annotated[kind | None, typer.Option(help=help_text, metavar=_METAVARS.get(name) or _choices(hint))]
+    flags = [_FLAGS[name]] if name in _FLAGS else []
+    metavar = _METAVARS.get(name) or _choices(hint)
+    annotation = Annotated[kind | None, typer.Option(*flags, help=help_text, metavar=metavar)]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -99,7 +104,7 @@ def _value(name: str, value: Any) -> Any:
         return parse_allocation(value)
     if name == "layers":
         return parse_layers(value)
-    if name == "axes":
+    if name in ("axes", "targets"):
         return tuple(kind.strip() for kind in value.split(","))
     if name == "round_to" and value != "auto":
         if value != "none" and not value.isdecimal():

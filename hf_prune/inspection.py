@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 
 from hf_prune.allocation import allocate
-from hf_prune.config import AxisKind, RandomConfig, axes_of_kind
+from hf_prune.config import AxisKind, PruningConfig, RandomConfig, axes_of_kind, selected_axes
 from hf_prune.errors import BudgetError, ConfigError, StructureError
 from hf_prune.gate import check_model, quantised, unwrapped
 from hf_prune.layers.masking import masked
 from hf_prune.layers.weights import inference, input_device
+from hf_prune.memory import count_memory, fit_ratio, memory_of, usable_bytes
 from hf_prune.methods import score
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.configuring import depends_on_depth
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _ROUNDING = 1000
 """A difference up to this many machine epsilons of the largest logit counts as rounding."""
+_CHOICES: tuple[tuple[AxisKind, ...], ...] = (("mlp", "attention"), ("mlp",), ("attention",), ("hidden",), ("layer",))
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,44 @@ def inspect_config(config: PreTrainedConfig, cls: type[PreTrainedModel] | None =
         quantised=quantised(config),
         without_rule=dict(structure.without_rule),
     )
+
+
+def inspect_fit(config: PreTrainedConfig, fit: str, *, context: int, batch: int, bits: int) -> list[dict[str, Any]]:
+    """Whether the model of `config` fits into memory, and at which ratios it would; without weights.
+
+    Args:
+        config: config of a causal LM.
+        fit: bytes, such as `8GB`, of which `MARGIN` is left free.
+        context: this, `batch` and `bits`: see `PruningConfig`.
+        batch: sequences at a time.
+        bits: of each weight.
+
+    Returns:
+        A row for the dense model; if it does not fit one per choice of axes, of equal fractions: what has to go of the
+        bytes (`memory`) and of the parameters, and what is left; or a `note` why that does not do.
+
+    Raises:
+        ConfigError: a number out of range.
+        StructureError: the model cannot be traced, or keeps no key-value cache.
+    """
+    structure = infer_structure(config, cache=True)
+    asked = PruningConfig(0.5, budget="memory", context=context, batch=batch, bits=bits)
+    dense, usable = count_memory(structure, asked), usable_bytes(fit)
+    verdict = "fits" if dense.total <= usable else "does not fit"
+    note = f"{verdict}: {usable:,} bytes of {fit} are usable"
+    rows: list[dict[str, Any]] = [{"axes": "none", "weights": dense.weights, "cache": dense.cache, "note": note}]
+    for axes in _CHOICES if dense.total > usable else ():
+        row: dict[str, Any] = {"axes": ", ".join(axes)}
+        try:
+            own = dataclasses.replace(asked, axes=axes, pruning_ratio=fit_ratio(structure, fit, asked))
+            scores = {axis.name: torch.ones(axis.num_units) for axis in selected_axes(structure, own)}
+            plan = allocate(scores, structure, own)
+            row |= dataclasses.asdict(memory_of(plan, structure))
+            row |= {f"{name}_ratio": plan.achieved[name] for name in ("memory", "decoder", "model")}
+        except (BudgetError, StructureError) as error:
+            row["note"] = str(error)
+        rows.append(row)
+    return rows
 
 
 def verify(model: PreTrainedModel, *, pruning_ratio: float = 0.3, seed: int = 0) -> list[Verification]:

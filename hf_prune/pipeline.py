@@ -52,7 +52,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_WITH_RATIO = ("pruning_ratio", "budget", "allocation", "min_units", "round_to")
+_WITH_RATIO = (
+    "pruning_ratio",
+    "budget",
+    "allocation",
+    "min_units",
+    "round_to",
+    "targets",
+    "context",
+    "batch",
+    "bits",
+)
 _AFTER_SCORES = (
     *_WITH_RATIO,
     "standardise",
@@ -162,7 +172,7 @@ def prune(
     if opens:
         folder = None if work is None else work.stage("converted").path
         model = unwrapped(open_model(str(source), layers_on=layers_on, device=device, dtype=dtype, folder=folder))
-    structure = infer_structure(model)
+    structure = infer_structure(model, cache=config.budget == "memory")
     measures = config.budget == "latency" and latency is None
     if measures and is_on_disk(model):
         raise ConfigError(

@@ -50,7 +50,7 @@ class PruningPlan:
     """What was asked."""
     achieved: dict[str, float]
     """Fraction removed, 0 to 1: of `decoder` parameters, of all `model` parameters, of the selected axes' `units`; of
-    the predicted `latency` where that is known."""
+    the predicted `latency` where that is known, of `memory` where that is the budget."""
 
     def __post_init__(self) -> None:
         for name, num_units in self.num_units.items():
@@ -65,7 +65,7 @@ class PruningPlan:
             raise PlanError(f"{name}: the plan keeps units of it and also removes the layer or branch that holds it.")
         if self.widths.get(LAYER_AXES["layer_attention"]) == 0:
             raise PlanError("the plan removes the attention of all layers, expected one that keeps it. Remove less.")
-        known = set(self.achieved) - {"latency"} == set(_MEANINGS)
+        known = set(self.achieved) - {"latency", "memory"} == set(_MEANINGS)
         if not known or not all(_is_fraction(value) for value in self.achieved.values()):
             raise PlanError(f"achieved: found {self.achieved!r}, expected fractions from 0 to 1 for {_MEANINGS}.")
 
@@ -247,12 +247,23 @@ def count_parameters(
     budget: Literal["decoder", "model"],
 ) -> int:
     """Exact parameter count at `widths` without the removed layers and branches; tied parameters count once."""
+    names = remaining_parameters(structure, removed_layers, removed_branches, budget)
+    return sum(structure.numel(name, widths) for name in names)
+
+
+def remaining_parameters(
+    structure: Structure,
+    removed_layers: frozenset[int],
+    removed_branches: frozenset[tuple[int, str]],
+    budget: Literal["decoder", "model"] = "model",
+) -> list[str]:
+    """Names (in the dense model) of the parameters that `budget` counts and that do not go with a layer or branch."""
 
     def stays(name: str) -> bool:
         owner = structure.owners.get(name)
         return owner is None or not (owner.layer in removed_layers or (owner.layer, owner.branch) in removed_branches)
 
-    return sum(structure.numel(name, widths) for name in structure.counted(budget) if stays(name))
+    return [name for name in structure.counted(budget) if stays(name)]
 
 
 def _is_fraction(value: object) -> bool:

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hf_prune.memory import memory_of
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
@@ -101,6 +103,8 @@ def print_plan(plan: PruningPlan, structure: Structure) -> None:
         ("asked", f"{100 * config.pruning_ratio:.2f} % of {config.budget} ({config.method}, {config.allocation_name})"),
         ("achieved", achieved),
         ("parameters", f"{before:,} → {after:,}"),
+        *([("for", config.target.text)] if config.targets else []),
+        *([("memory", memory_of(plan, structure).text)] if config.budget == "memory" else []),
     ]
     widths = plan.widths
     whole = [name for name in ("hidden", "layers", "layers.attention", "layers.mlp") if name in plan.kept_indices]
@@ -127,14 +131,15 @@ def print_outcome(
     _print(_grid(rows))
 
 
-def print_rows(rows: Sequence[Row], output: Path) -> None:
-    """The table of a sweep, and where it is."""
+def print_rows(rows: Sequence[Row], output: Path | None = None) -> None:
+    """A table, the notes of its rows, and where it, or what it describes, was written."""
     from hf_prune.evaluation.report import comparison_table
 
     _print(comparison_table([{name: value for name, value in row.items() if name != "note"} for row in rows]))
     for row in rows:
-        _print(f"{row['method']}, {row['allocation']}: {row['note']}" if row.get("note") else "")
-    _print(f"written to {output}")
+        names = [str(row[name]) for name in ("method", "allocation", "axes") if name in row]
+        _print(f"{', '.join(names)}: {row['note']}" if row.get("note") else "")
+    _print(f"written to {output}" if output is not None else "")
 
 
 def widths_table(plan: PruningPlan, num_layers: int) -> Table:

@@ -131,7 +131,7 @@ def test_law_7_budget_is_met_within_one_step_per_axis(case, ratio):
     assume(plan is not None)
     structure, _, settings_ = case
     selected = selected_axes(structure, plan.config)
-    steps = {axis.name: rounding(axis, plan.config) for axis in selected}
+    steps = {axis.name: rounding(axis, plan.config, structure) for axis in selected}
     widths = plan.widths
     if settings_["budget"] == "latency":
         table = latency_table(structure)
@@ -200,7 +200,7 @@ def test_law_7_limits_always_hold(case, ratio):
     for name, kept in plan.kept_indices.items():
         axis = names[name]  # nothing else loses units
         assert widths[name] == len(kept)
-        assert len(kept) % rounding(axis, config) == 0
+        assert len(kept) % rounding(axis, config, structure) == 0
         if axis.kind != "layer":
             assert len(kept) >= min(config.min_units, axis.num_units)
             gone = set(range(axis.num_units)) - set(kept)
@@ -307,9 +307,10 @@ def test_ragged_width_becomes_a_multiple_with_the_first_step():
     ("width", "multiple"), [(14336, 128), (4096, 128), (2048, 64), (1024, 32), (512, 16), (256, 8), (255, 1)]
 )
 def test_auto_rounding(width, multiple):
-    axis = llama(num_layers=1, mlp=width).axes["layers.0.mlp"]
-    assert rounding(axis, PruningConfig(0.3, round_to="auto")) == multiple
-    assert rounding(dataclasses.replace(axis, kind="attention"), PruningConfig(0.3, round_to="auto")) == 1
+    structure, config = llama(num_layers=1, mlp=width), PruningConfig(0.3, round_to="auto")
+    axis = structure.axes["layers.0.mlp"]
+    assert rounding(axis, config, structure) == multiple
+    assert rounding(dataclasses.replace(axis, kind="attention"), config, structure) == 1
 
 
 def test_removed_layers_list_nothing_of_their_axes():

@@ -27,6 +27,7 @@ STAGES = {
     "plan": 2,
     "latency": 2,  # a table of numbers
     "layers": 3,  # what runs layers
+    "memory": 3,
     "methods": 4,
     "allocation": 5,
     "surgery": 6,

@@ -378,7 +378,7 @@ def test_law_7_limits_always_hold(family, seed, ratio, data):
         assert name in allowed
         assert axis.layer in layers
         assert len(units) >= config.min_units
-        assert len(units) % rounding(axis, config) == 0
+        assert len(units) % rounding(axis, config, structure) == 0
         assert not any(fnmatchcase(name, pattern) for pattern in config.protect)
 
 

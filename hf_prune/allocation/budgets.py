@@ -9,6 +9,7 @@ import numpy as np
 
 from hf_prune.allocation.ladders import state_after
 from hf_prune.errors import BudgetError, ConfigError, StructureError
+from hf_prune.memory import bytes_of, cache_bytes, count_memory
 from hf_prune.plan import count_parameters, vanishes
 from hf_prune.structure import layouts as lay
 
@@ -18,12 +19,13 @@ if TYPE_CHECKING:
     from hf_prune.allocation.ladders import Floats, Ladder
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
+    from hf_prune.structure.layouts import Widths
     from hf_prune.structure.structure import Axis, Structure
 
 
 @dataclass(frozen=True)
 class Spending:
-    """A budget: parameters, units of the selected axes, or nanoseconds of a request."""
+    """A budget: parameters, units of the selected axes, nanoseconds of a request, or bytes."""
 
     base: float
     """All there is in the dense model."""
@@ -49,6 +51,8 @@ def spending_of(
         if config.budget == "latency":
             assert latency is not None
             return 1e9 * latency.predict(state.widths, state.layers, state.branches).total_s
+        if config.budget == "memory":
+            return count_memory(structure, config, state.widths, state.layers, state.branches).total
         return count_parameters(structure, state.widths, state.layers, state.branches, config.budget)
 
     base = remaining([0] * len(ladders))
@@ -62,14 +66,17 @@ def spending_of(
 def unit_costs(
     structure: Structure, axes: list[Axis], config: PruningConfig, latency: LatencyTable | None
 ) -> dict[str, Floats]:
-    """What goes with each unit of an otherwise dense model `[num_units]`: parameters, or nanoseconds.
+    """What goes with each unit of an otherwise dense model `[num_units]`: parameters, nanoseconds, or bytes.
 
     Raises:
         ConfigError: `budget="latency"` without a table, or for the hidden axis.
         PlanError: the table was measured on another model.
     """
+    if config.budget == "memory":
+        weights = _parameters(structure, axes, "model", lambda name, widths: bytes_of(structure, name, config, widths))
+        return {axis.name: weights[axis.name] + _cache(structure, axis, config) for axis in axes}
     if config.budget != "latency":
-        return _parameters(structure, axes, "decoder" if config.budget == "decoder" else "model")
+        return _parameters(structure, axes, "decoder" if config.budget == "decoder" else "model", structure.numel)
     if latency is None:
         raise ConfigError("budget 'latency' needs a table of measured latencies: pass one from `measure_latency`.")
     if any(axis.kind == "hidden" for axis in axes):
@@ -78,7 +85,25 @@ def unit_costs(
     return {axis.name: 1e9 * latency.seconds_per_unit(axis.name, axis.num_units) for axis in axes}
 
 
-def _parameters(structure: Structure, axes: list[Axis], budget: Literal["decoder", "model"]) -> dict[str, Floats]:
+def _cache(structure: Structure, axis: Axis, config: PruningConfig) -> Floats:
+    """Bytes of the cache that go with each unit `[num_units]`."""
+    dense = cache_bytes(structure, config)
+    if axis.kind != "layer":
+        return np.full(axis.num_units, float(dense - cache_bytes(structure, config, {axis.name: axis.num_units - 1})))
+    branch = axis.name.partition(".")[2]
+    left = []
+    for layer in range(axis.num_units):
+        layers = frozenset[int]() if branch else frozenset({layer})
+        left.append(cache_bytes(structure, config, None, layers, frozenset({(layer, branch)})))
+    return float(dense) - np.array(left, dtype=np.float64)
+
+
+def _parameters(
+    structure: Structure,
+    axes: list[Axis],
+    budget: Literal["decoder", "model"],
+    size: Callable[[str, Widths], int],
+) -> dict[str, Floats]:
     carriers: dict[str, list[str]] = {axis.name: [] for axis in axes}
     owned = {name: np.zeros(axis.num_units) for name, axis in structure.axes.items() if axis.kind == "layer"}
     for name in structure.counted(budget):
@@ -88,11 +113,11 @@ def _parameters(structure: Structure, axes: list[Axis], budget: Literal["decoder
         owner = structure.owners.get(name)
         for axis_name in ("layers", f"layers.{owner.branch}") if owner else ():
             if owner and axis_name in owned:
-                owned[axis_name][owner.layer] += structure.numel(name)
+                owned[axis_name][owner.layer] += size(name, {})
     costs = {}
     for axis in axes:
         one_less = {axis.name: axis.num_units - 1}
-        each = sum(structure.numel(name) - structure.numel(name, one_less) for name in carriers[axis.name])
+        each = sum(size(name, {}) - size(name, one_less) for name in carriers[axis.name])
         costs[axis.name] = owned.get(axis.name, np.full(axis.num_units, float(each)))
     return costs
 
@@ -129,6 +154,6 @@ def out_of_reach(config: PruningConfig, reachable: str) -> BudgetError:
     """The error for a ratio that the limits do not allow."""
     return BudgetError(
         f"pruning_ratio={config.pruning_ratio} of {config.budget} is out of reach: axes={config.axes}, "
-        f"round_to={config.round_to}, min_units={config.min_units}, layers={config.layers} and "
-        f"protect={config.protect} let go {reachable}. Ask for less, for more axes, or relax these limits."
+        f"round_to={config.round_to}, min_units={config.min_units}, targets={config.targets}, layers={config.layers} "
+        f"and protect={config.protect} let go {reachable}. Ask for less, for more axes, or relax these limits."
     )

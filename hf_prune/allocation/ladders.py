@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from hf_prune.config import PruningConfig, may_go
+from hf_prune.config import PruningConfig, may_go, multiple_for
+from hf_prune.errors import ConfigError
 from hf_prune.plan import vanishes
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class Ladder:
     """Cost of all units of the axis."""
     num_taken: int = 0
     """The first steps, taken by an earlier plan: every plan takes them."""
+    tie: str = ""
+    """Ladders of the same name take their steps together; empty: on its own."""
 
     def removed(self, num_steps: int) -> Ints:
         """Units that are gone after so many steps."""
@@ -70,14 +74,15 @@ class State:
     branches: frozenset[tuple[int, str]]
 
 
-def rounding(axis: Axis, config: PruningConfig) -> int:
-    """Number that pruned widths of `axis` are multiples of: `multiple_of`; for MLP and hidden axes `round_to` too."""
+def rounding(axis: Axis, config: PruningConfig, structure: Structure) -> int:
+    """Number that pruned widths of `axis` are multiples of: what the model, the targets and `round_to` ask for."""
+    needed = math.lcm(axis.multiple_of, multiple_for(config.target, structure, axis))
     if axis.kind not in ("mlp", "hidden") or config.round_to is None:
-        return axis.multiple_of
+        return needed
     if config.round_to == "auto":
         auto = next((multiple for multiple in (128, 64, 32, 16, 8) if 32 * multiple <= axis.num_units), 1)
-        return max(auto, axis.multiple_of)
-    return math.lcm(config.round_to, axis.multiple_of)
+        return math.lcm(auto, needed)
+    return math.lcm(config.round_to, needed)
 
 
 def make_ladders(
@@ -107,11 +112,43 @@ def make_ladders(
         if axis.kind == "layer" and gone is not None:
             before[sorted(gone.removed_layers)] = True  # their branches count as going first, whatever their scores
         values = scores[axis.name].double().numpy()
-        ladder = _ladder(axis, values, costs[axis.name], movable | before, config, taken, before)
+        multiple = rounding(axis, config, structure)
+        ladder = _ladder(axis, values, costs[axis.name], movable | before, config, taken, before, multiple)
         if axis.kind == "layer":
             must_stay |= set(range(axis.num_units)) - set(ladder.removed(len(ladder.ends)).tolist())
         found[axis.name] = ladder
-    return [found[axis.name] for axis in axes]
+    ladders = [found[axis.name] for axis in axes]
+    return _tied(ladders, structure, config) if config.target.uniform else ladders
+
+
+def _tied(ladders: list[Ladder], structure: Structure, config: PruningConfig) -> list[Ladder]:
+    """The ladders, those of one family tied: each step scored and priced as the mean of its family's.
+
+    Raises:
+        ConfigError: a layer has no such axis that may lose units, or another number of them.
+    """
+    families: dict[str, list[Ladder]] = {}
+    for ladder in ladders:
+        if ladder.axis.layer is not None:
+            families.setdefault(ladder.axis.name.split(".", 2)[2], []).append(ladder)
+    tied = {}
+    for family, members in families.items():
+        everywhere = [
+            axis for name, axis in structure.axes.items() if re.fullmatch(rf"layers\.\d+\.{re.escape(family)}", name)
+        ]
+        if len(members) < len(everywhere) or len({axis.num_units for axis in everywhere}) > 1:
+            raise ConfigError(
+                f"{config.target.text}; but of {len(everywhere)} axes {family!r} {len(members)} may lose units, of "
+                f"{sorted({axis.num_units for axis in everywhere})} units. Ask for other axes, or relax layers and "
+                "protect."
+            )
+        scores, costs = (np.mean([getattr(m, name) for m in members], axis=0) for name in ("scores", "costs"))
+        mean, deviation = (float(np.mean([getattr(m, name) for m in members])) for name in ("mean", "deviation"))
+        for member in members:
+            tied[member.axis.name] = replace(
+                member, scores=scores, costs=costs, mean=mean, deviation=deviation, tie=family
+            )
+    return [tied.get(ladder.axis.name, ladder) for ladder in ladders]
 
 
 def _taken(gone: PruningPlan | None, axis: Axis) -> frozenset[int]:
@@ -126,9 +163,15 @@ def _taken(gone: PruningPlan | None, axis: Axis) -> frozenset[int]:
 
 
 def _ladder(
-    axis: Axis, scores: Floats, costs: Floats, movable: Bools, config: PruningConfig, taken: Bools, before: Bools
+    axis: Axis,
+    scores: Floats,
+    costs: Floats,
+    movable: Bools,
+    config: PruningConfig,
+    taken: Bools,
+    before: Bools,
+    multiple: int,
 ) -> Ladder:
-    multiple = rounding(axis, config)
     floor = math.ceil(config.min_units / multiple) * multiple
     most = min(int(movable.sum()), axis.num_units - floor)
     first = axis.num_units % multiple or multiple

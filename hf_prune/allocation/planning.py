@@ -20,6 +20,7 @@ from hf_prune.allocation.sequences import (
 from hf_prune.allocation.spectral import hill_exponents, spectral_weights
 from hf_prune.config import PruningConfig, axes_of_kind
 from hf_prune.errors import BudgetError, CalibrationError, ConfigError
+from hf_prune.memory import count_memory, memory_of
 from hf_prune.methods import check_scores
 from hf_prune.plan import PruningPlan, make_plan
 
@@ -122,6 +123,9 @@ def allocate(
         start = _start(ladders, structure, config, latency, exponents or {})
     kept = state_after(start.ladders, start.taken, structure, indices=True).kept
     plan = make_plan(structure, kept, config, base_model_name_or_path)
+    if config.budget == "memory":
+        whole, less = count_memory(structure, config).total, memory_of(plan, structure).total
+        plan = dataclasses.replace(plan, achieved=plan.achieved | {"memory": (whole - less) / whole})
     if latency is None or "hidden" in kept:
         return plan
     dense, pruned = latency.predict({}).total_s, latency.predict_plan(plan).total_s
@@ -167,7 +171,7 @@ def _starts(
 ) -> list[Start]:
     """Plans that a search starts from: those of the other allocations that meet the budget."""
     starts, errors = [], []
-    for name in ("uniform", "global", "spectral"):
+    for name in ("uniform", "global") if config.target.uniform else ("uniform", "global", "spectral"):
         try:
             own = dataclasses.replace(config, allocation=name)
             starts.append(_start(ladders, structure, own, latency, exponents))

@@ -77,9 +77,11 @@ def by_fraction(
         kind = ladder.axis.kind if ladder.axis.layer is not None else ladder.axis.name
         label = (kind, ladder.axis.num_units) if share.pool is None else (f"pool {share.pool}", 0)
         groups.append(labels.setdefault(label, len(labels)))
+        same = [other.weight for x, other in zip(ladders, shares, strict=True) if x.tie and x.tie == ladder.tie]
+        weight = float(np.mean(same)) if same else share.weight
         # A step is due once the fraction covers it whole: of 4 KV groups none goes at 20 %, finer axes make up for it.
         fraction = pools[i] if share.pool is not None else ladder.ends / ladder.axis.num_units
-        positions.append(fraction / share.weight if share.weight else fraction)
+        positions.append(fraction / weight if weight else fraction)
     group = np.repeat(groups, [len(ladder.ends) for ladder in ladders])
     position = np.concatenate(positions)
     score = np.concatenate([ladder.scores for ladder in ladders])
@@ -138,6 +140,9 @@ def shares_of_mapping(ladders: list[Ladder], structure: Structure, config: Pruni
         if not any(fits(pattern, ladder.axis.name) for ladder in ladders):
             names = ", ".join([ladder.axis.name for ladder in ladders][:8])
             raise ConfigError(f"allocation: {pattern!r} fits none of the axes that may lose units: {names}, ...")
+    tied = {(ladder.tie, share) for ladder, share in zip(ladders, shares, strict=True) if ladder.tie}
+    if len(tied) > len({tie for tie, _ in tied}):
+        raise ConfigError(f"{config.target.text}; but the allocation tells layers apart: weigh whole kinds of axes.")
     return shares
 
 
@@ -154,6 +159,9 @@ def nearest_prefix(
     rank[order] = np.arange(len(order))
     ranks = np.split(rank, np.cumsum([len(ladder.ends) for ladder in ladders])[:-1])
     already = [ladder.num_taken for ladder in ladders]
+    for tie in {ladder.tie for ladder in ladders} - {""}:  # cut only where tied ladders are equally far
+        own = [np.searchsorted(r, cuts) for r, ladder in zip(ranks, ladders, strict=True) if ladder.tie == tie]
+        cuts = cuts[(np.stack(own) == own[0]).all(0)]
 
     def taken(cut: int) -> list[int]:
         if cut < 0:
@@ -165,21 +173,22 @@ def nearest_prefix(
 
     target = config.pruning_ratio * spending.base
     most = removed(len(cuts) - 1)
-    if target - most > spending.one_step_each / 2:
+    at_least = config.budget == "memory"  # a little too large does not fit
+    if target - most > (0.5 if at_least else spending.one_step_each / 2):
         raise out_of_reach(config, f"at most {most / spending.base:.4f} of {config.budget}")
-    best = _nearest(removed, len(cuts), target)
+    best = _nearest(removed, len(cuts), target, at_least)
     if best < 0 and not any(already):
         raise nothing_goes(config, f"the smallest step removes {removed(0) / spending.base:.4f} of {config.budget}")
     return taken(best)
 
 
-def _nearest(removed: Callable[[int], float], num_cuts: int, target: float) -> int:
-    """The cut nearest to `target`, the earlier one of two; -1 if removing nothing more is nearest."""
+def _nearest(removed: Callable[[int], float], num_cuts: int, target: float, at_least: bool) -> int:
+    """The cut nearest to `target`, the earlier one of two (`at_least`: the first to reach it); -1: nothing more."""
     low, high = -1, num_cuts - 1  # removed(low) < target; the first cut that reaches it is in (low, high]
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if removed(middle) >= target else (middle, high)
-    return high if abs(removed(high) - target) < abs(removed(low) - target) else low
+    return high if at_least or abs(removed(high) - target) < abs(removed(low) - target) else low
 
 
 def units_of_axis(ladder: Ladder, config: PruningConfig) -> int:

@@ -30,6 +30,7 @@ _BUDGETS = {
     "decoder": "attention and MLP parameters of the decoder layers",
     "model": "all parameters",
     "units": "units of the pruned axes",
+    "memory": "bytes of weights and cache",
 }
 _PART = re.compile(r"<!-- hf_prune: .*?<!-- /hf_prune -->\n?", re.DOTALL)
 _AUTOMATIC = re.compile(
@@ -154,6 +155,8 @@ def _ratios(pruning: Mapping[str, Any]) -> str:
     settings, achieved = pruning.get("settings", {}), pruning.get("achieved", {})
     rows = []
     for budget, meaning in _BUDGETS.items():
+        if budget == "memory" and settings.get("budget") != "memory":
+            continue
         asked = settings.get("pruning_ratio") if settings.get("budget") == budget else None
         rows.append([meaning, _percent(asked), _percent(achieved.get(budget))])
     return _table(["removed part of", "asked", "achieved"], rows)
@@ -195,6 +198,8 @@ def _settings(pruning: Mapping[str, Any], plan: PruningPlan | None) -> str:
     lines = [f"Method: {_METHODS.get(method, f'`{method}`')}."]
     if pruning.get("calibration"):
         lines.append(f"Calibration: {pruning['calibration']}.")
+    if plan is not None and plan.config.targets:
+        lines.append(f"Pruned for {plan.config.target.text}.")
     lines.append(f"Written by hf_prune {pruning.get('hf_prune_version', '')}.".replace(" .", "."))
     if plan is not None:
         lines.append("The indices of all kept units are in `pruning_plan.json`.")

@@ -364,6 +364,10 @@ def _check_cache(arguments: Mapping[str, Any]) -> None:
             )
 
 
+STAND_INS: dict[str | None, Callable[[nn.Module, Outputs, bool], nn.Module]] = {}
+"""Attention implementation → what stands in for removed attention there, where that is not `ZeroBranch`."""
+
+
 def skip_branches(layer: nn.Module, config: Any, layer_idx: int) -> None:
     """Replace the branches that `config.per_layer_config[layer_idx].skip` names. Modifies `layer` in place.
 
@@ -392,7 +396,8 @@ def skip_branches(layer: nn.Module, config: Any, layer_idx: int) -> None:
         parent, _, name = path.rpartition(".")
         replaced = layer.get_submodule(path)
         reads_cache_length = branch == "attention" and layer_idx == 0
-        setattr(layer.get_submodule(parent), name, ZeroBranch(replaced, outputs, reads_cache_length))
+        make = STAND_INS.get(config._attn_implementation if branch == "attention" else None, ZeroBranch)
+        setattr(layer.get_submodule(parent), name, make(replaced, outputs, reads_cache_length))
 
 
 def _patch_cache(cache_utils: Any) -> None:

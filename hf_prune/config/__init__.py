@@ -7,6 +7,7 @@ from hf_prune.config.methods import LLMPrunerConfig, MagnitudeConfig, OBSConfig,
 from hf_prune.config.policy_gradient import PolicyGradientConfig
 from hf_prune.config.prunenet import PruneNetConfig
 from hf_prune.config.selection import LAYER_AXES, axes_of_kind, is_protected, may_go, selected_axes
+from hf_prune.config.targets import multiple_for
 
 CONFIGS: dict[str, type[PruningConfig]] = {
     "custom": PruningConfig,
@@ -37,5 +38,6 @@ __all__ = [
     "axes_of_kind",
     "is_protected",
     "may_go",
+    "multiple_for",
     "selected_axes",
 ]

@@ -9,9 +9,10 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any, Literal, get_args
 
 from hf_prune.config.checks import Range, check_fields
+from hf_prune.config.targets import SPELLING, Target, together
 from hf_prune.errors import ConfigError
 
-Budget = Literal["decoder", "model", "units", "latency"]
+Budget = Literal["decoder", "model", "units", "latency", "memory"]
 AllocationName = Literal["uniform", "global", "spectral", "search"]
 Allocation = AllocationName | Mapping[str, float] | tuple[tuple[str, float], ...]
 Standardise = Literal["none", "sum", "mean", "zscore"]
@@ -38,8 +39,8 @@ class PruningConfig:
     """Name of the method that scores the units; fixed by the class."""
     budget: Budget = "decoder"
     """What the ratio is a fraction of: `decoder` (attention and MLP parameters of all decoder layers), `model` (all
-    parameters), `units` (units of each touched axis) or `latency` (predicted seconds of a request: prompt and new
-    tokens)."""
+    parameters), `units` (units of each touched axis), `latency` (predicted seconds of a request: prompt and new
+    tokens) or `memory` (bytes of weights and key-value cache at `bits`, `context` and `batch`)."""
     axes: tuple[AxisKind, ...] = ("mlp", "attention")
     """Kinds of axes to prune: `mlp` channels, `attention` KV groups, `hidden` channels, whole decoder layers
     (`layer`), or only their attention or MLP (`layer_attention`, `layer_mlp`)."""
@@ -65,6 +66,16 @@ class PruningConfig:
     """Units that every axis keeps at least (rounded up to `round_to`), 1 or more."""
     layers: tuple[int, ...] | None = None
     """Decoder layers that may lose units, counted from 0 (default: all). Does not restrict the `hidden` axis."""
+    targets: tuple[str, ...] = ()
+    """Engines and formats that must be able to serve the result: `gguf`, `vllm`, `plain` (an ordinary checkpoint),
+    `int4`, `tp=N` (tensor parallel on N devices); what one of them cannot serve is not done."""
+    context: Annotated[int, Range(1)] = 4096
+    """Budget `memory`: tokens in the cache of each sequence, 1 or more."""
+    batch: Annotated[int, Range(1)] = 1
+    """Budget `memory`: sequences at a time, 1 or more."""
+    bits: int = 16
+    """Budget `memory`: bits of each weight in the matrices of decoder layers: 4, 8, 16 or 32; scales come on
+    top (see `memory.GROUP`), and the rest and the cache have 16 (at 32 bits all have 32)."""
     protect: tuple[str, ...] = ()
     """Patterns (`*`, `?`, `[...]`) of axes that stay whole, such as `layers.0.*`; they protect whole layers too."""
     seed: Annotated[int, Range(0)] = 0
@@ -88,7 +99,7 @@ class PruningConfig:
     """Pull towards the weights before repair, 0 or more: a fraction of the mean squared norm of their inputs."""
 
     def __post_init__(self) -> None:
-        for name in ("axes", "layers", "protect"):  # lists, as JSON gives them, become tuples
+        for name in ("axes", "layers", "protect", "targets"):  # lists, as JSON gives them, become tuples
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.allocation, (Mapping, list)):
@@ -104,6 +115,12 @@ class PruningConfig:
         kinds = get_args(AxisKind)
         known = _is_tuple_of(self.axes, str) and len(self.axes) > 0 and all(kind in kinds for kind in self.axes)
         self._check(known and len(set(self.axes)) == len(self.axes), "axes", f"one or more different kinds of {kinds}")
+        self._check(_is_tuple_of(self.targets, str) and together(self.targets) is not None, "targets", SPELLING)
+        for kind in sorted(self.target.keeps & set(self.axes)):
+            raise ConfigError(f"axes: found {kind!r}, which {self.target.name} cannot serve: ask for other axes.")
+        if self.target.uniform:
+            self._check(self.allocation != "spectral", "allocation", f"one that {self.target.name} leaves equal widths")
+        self._check(type(self.bits) is int and self.bits in (4, 8, 16, 32), "bits", "4, 8, 16 or 32")
         if self.repair == "data_free":
             self._check("hidden" not in self.axes, "repair", "'least_squares' with hidden channels")
         if self.repair == "least_squares" and "hidden" in self.axes:
@@ -116,6 +133,13 @@ class PruningConfig:
     def _check(self, valid: bool, name: str, expected: str) -> None:
         if not valid:
             raise ConfigError(f"{name}: found {getattr(self, name)!r}, expected {expected}.")
+
+    @property
+    def target(self) -> Target:
+        """What `targets` ask for, as one."""
+        found = together(self.targets)
+        assert found is not None  # checked
+        return found
 
     @property
     def allocation_name(self) -> str:

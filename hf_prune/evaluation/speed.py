@@ -8,7 +8,7 @@ import itertools
 import statistics
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -58,14 +58,20 @@ class PrefillComparison:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Number of parameters; tied ones count once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters; tied ones count once, 4-bit ones that share a byte each."""
+    return sum((getattr(one, "quant_state", None) or one).shape.numel() for one in model.parameters())
 
 
 def num_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters and buffers; tied ones count once."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes of the parameters and buffers, of quantised ones with their scales; tied ones count once."""
+    return sum(_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
+
+
+def _bytes(tensor: Any) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao's: values, scales, zero points
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    absmax = getattr(getattr(tensor, "quant_state", None), "absmax", None)  # bitsandbytes' scales
+    return int(tensor.nbytes) + (0 if absmax is None else _bytes(absmax))
 
 
 def measure_speed(

@@ -310,7 +310,7 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def _begin_masking(self, model: PreTrainedModel, args: TrainingArguments, tokenizer: Any) -> None:
         assert isinstance(self.pruning, PruningConfig)
-        self._structure = infer_structure(model)
+        self._structure = infer_structure(model, cache=self.pruning.budget == "memory")
         check_maskable(self._structure, self.pruning)
         if (plan := self.plan) is not None:
             self._hold(model, plan)

@@ -85,7 +85,7 @@ class Forward(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Called after it."""
         self.module_path.pop()
 
-    def run(self, model: nn.Module) -> Any:
+    def run(self, model: nn.Module, *, use_cache: bool = False) -> Any:
         """What `model`, whose parameters are on the meta device, returns, run once.
 
         Raises:
@@ -98,7 +98,7 @@ class Forward(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 handles.append(module.register_forward_hook(partial(self.left, path)))
         try:
             with torch.no_grad(), self, Lists(self.values):
-                return model(input_ids=torch.ones((BATCH_SIZE, SEQ_LEN), dtype=torch.int64), use_cache=False)
+                return model(input_ids=torch.ones((BATCH_SIZE, SEQ_LEN), dtype=torch.int64), use_cache=use_cache)
         except Exception as error:  # whatever a model's own code raises
             raise TraceError(error, self.where) from error
         finally:

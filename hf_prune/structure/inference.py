@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from hf_prune.errors import StructureError
 from hf_prune.reading import check_files
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.building import build_empty, fresh_config
+from hf_prune.structure.cache import find_cache
 from hf_prune.structure.forward import TraceError
 from hf_prune.structure.layouts import Concat, Fixed, Layout, Product, Units
 from hf_prune.structure.structure import (
@@ -39,11 +40,12 @@ EXPERT_ALIGNMENT = 8
 """Grouped matrix products want rows of whole 16 bytes: 8 entries of 2 bytes."""
 
 
-def infer_structure(source: PreTrainedConfig | PreTrainedModel | str) -> Structure:
+def infer_structure(source: PreTrainedConfig | PreTrainedModel | str, *, cache: bool = False) -> Structure:
     """Infer the axes of a causal LM from one forward pass without memory. Allocates no weights, at any size.
 
     Args:
         source: a config, a model (its class and config are used, not its weights), or a directory or Hub id.
+        cache: find `Structure.cache` too, by a second forward pass.
 
     Returns:
         The structure of the model that `source` describes.
@@ -61,7 +63,8 @@ def infer_structure(source: PreTrainedConfig | PreTrainedModel | str) -> Structu
             f"{config.model_type}: the forward pass cannot be traced without weights: {error}. "
             f"{why} model cannot be pruned."
         ) from error
-    return _Naming(model, tracer, terms, find_layers(model, tracer.outputs)).structure(config.model_type)
+    found = _Naming(model, tracer, terms, find_layers(model, tracer.outputs)).structure(config.model_type)
+    return replace(found, cache=find_cache(model, found.axes)) if cache else found
 
 
 def _config_and_class(source: Any) -> tuple[Any, type | None]:

@@ -89,6 +89,21 @@ class SelectedInput:
 
 
 @dataclass(frozen=True)
+class CacheTensor:
+    """A tensor that a decoder layer keeps while tokens are generated."""
+
+    layer: int
+    axis: str | None
+    """Axis whose width it is proportional to."""
+    numel: int
+    """Elements for each sequence in the dense model; where it grows, for each token of it."""
+    grows: bool
+    """Whether it grows with the tokens (keys, values), or is a state of one size."""
+    most_tokens: int | None
+    """Tokens that it keeps at most: those of a sliding window."""
+
+
+@dataclass(frozen=True)
 class Structure:
     """Axes of a model and the layout of every tensor of its state dict over them. Holds no weights.
 
@@ -111,6 +126,8 @@ class Structure:
     """`layers.{i}.attention`, `layers.{i}.mlp` → the module to leave out."""
     selected_inputs: dict[str, tuple[SelectedInput, ...]] = field(default_factory=dict)
     """Axis → the constants that carry it."""
+    cache: tuple[CacheTensor, ...] | None = field(default=None, compare=False)
+    """What is kept while tokens are generated; `None` if not asked for, or unknown."""
     without_rule: dict[str, str] = field(default_factory=dict)
     """Operations that no tracing rule covers → the module that first ran them. The axes they touch are fixed."""
 

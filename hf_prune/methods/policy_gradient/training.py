@@ -73,14 +73,16 @@ def learn_policy(
 
     Raises:
         BudgetError: the ratio is out of reach.
-        ConfigError: a budget of latency.
+        ConfigError: a budget of latency or memory.
         CalibrationError: no batches, windows of different lengths, or fewer windows than a step takes.
         ScoreError: a loss is not finite.
         StructureError: units of an axis cannot be masked row by row.
         CheckpointError: `state_dir` holds a damaged state, or that of another run.
     """
-    if config.budget == "latency":
-        raise ConfigError("budget: found 'latency', expected decoder, model or units: learning counts parameters.")
+    if config.budget in ("latency", "memory"):
+        raise ConfigError(
+            f"budget: found {config.budget!r}, expected decoder, model or units: learning counts parameters."
+        )
     windows = all_windows(walk, config)
     seed = int(torch.randint(2**62, (1,), generator=generator))
     units = find_units(structure, config, input_device(walk.model))
