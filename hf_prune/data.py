@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from hf_prune.errors import CalibrationError, check_whole_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from transformers import PreTrainedTokenizerBase
 
@@ -22,16 +23,24 @@ CALIBRATION_CHARS = 100_000_000
 """Characters of text that calibration reads at most: a bound for sources such as C4."""
 
 
-def load_text(source: str | Path, *, column: str = "text", max_chars: int | None = None) -> str:
+def load_text(
+    source: str | Path,
+    *,
+    column: str = "text",
+    max_chars: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> str:
     r"""Read text from a file or from a dataset of the Hub.
 
     A `.txt` file is returned as it is (line ends become `\n`). Records, of the other sources, are joined by a blank
-    line, as is usual for WikiText; empty ones are left out.
+    line, as is usual for WikiText; empty ones are left out. Chats, which have `messages` (or `prompt` and `completion`)
+    in place of text, are written as the chat template of `tokenizer` has it.
 
     Args:
         source: path of a `.txt`, `.jsonl`, `.json` or `.parquet` file, or the name of a dataset: `name`,
             `name:config` or `name:config:split` (`name::split` for the default config; the default split is `train`).
         column: the field of each record that holds the text.
+        tokenizer: for chats; without one, or a template, each message follows its role and a colon.
         max_chars: stop reading here, in characters. A dataset of the Hub is then streamed (where the Hub can be
             reached), not downloaded.
 
@@ -44,17 +53,22 @@ def load_text(source: str | Path, *, column: str = "text", max_chars: int | None
     """
     if max_chars is not None:
         check_whole_numbers(max_chars=(max_chars, 1))
+    check_source(source)
     path = Path(source)
-    check_there(path)
-    text = _read_file(path, column, max_chars) if path.is_file() else _read_dataset(str(source), column, max_chars)
+    if path.is_file():
+        text = _read_file(path, column, max_chars, tokenizer)
+    else:
+        text = _read_dataset(str(source), column, max_chars, tokenizer)
     if not text.strip():
         raise CalibrationError(f"'{source}' holds no text: expected at least one sentence; pass another source")
     return text
 
 
-def check_there(source: str | Path) -> None:
-    """Raise `CalibrationError` if `source` is the name of a file that is missing."""
+def check_source(source: str | Path) -> None:
+    """Raise `CalibrationError` if `source` is a file that is not there, or of a kind that is not read."""
     path = Path(source)
+    if path.is_file() and path.suffix not in (".txt", *_BUILDERS):
+        raise CalibrationError(f"{path}: expected a .txt, .jsonl, .json or .parquet file; convert the text to one")
     if path.suffix in (".txt", *_BUILDERS) and not path.is_file():
         raise CalibrationError(f"no file at {path.absolute()}: check the path of the text (`{source}`)")
 
@@ -84,53 +98,7 @@ def evaluation_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: in
         ConfigError: `window` is below 1.
     """
     check_whole_numbers(window=(window, 1))
-    return _windows(token_stream(tokenizer, text), window, num_windows=1)
-
-
-def calibration_batches(
-    tokenizer: PreTrainedTokenizerBase,
-    source: str | Path,
-    *,
-    num_samples: int,
-    seq_len: int,
-    batch_size: int,
-    seed: int,
-    column: str = "text",
-    num_held_out: int = 0,
-) -> list[dict[str, Tensor]]:
-    """Draw random windows of tokens, without replacement and without overlap.
-
-    The text is cut into windows of `seq_len` tokens and `num_samples` of them are drawn from a generator seeded with
-    `seed` (the global generator is not touched). The same seed with more samples keeps the earlier ones, in order.
-
-    Args:
-        tokenizer: the model's tokenizer; no special tokens are added.
-        source: what `load_text` reads; at most its first `CALIBRATION_CHARS` characters.
-        num_samples: number of windows, 1 or more.
-        seq_len: tokens of each window, 1 or more.
-        batch_size: windows of each batch, 1 or more; the last batch may have fewer.
-        seed: of the generator, 0 or more.
-        column: the field of each record that holds the text.
-        num_held_out: up to so many of the other windows follow, in batches of their own.
-
-    Returns:
-        Batches of `input_ids` and `attention_mask` (all ones: no padding), int64 `[B, seq_len]`, on the CPU.
-
-    Raises:
-        CalibrationError: `source` cannot be read, or has fewer than `num_samples * seq_len` tokens.
-        ConfigError: a number is out of range.
-    """
-    lowest = 0 if num_held_out else 1
-    check_whole_numbers(
-        num_samples=(num_samples, lowest), seq_len=(seq_len, 1), batch_size=(batch_size, 1), seed=(seed, 0)
-    )
-    tokens = _source_tokens(tokenizer, source, column)
-    windows = _windows(tokens, seq_len, num_windows=num_samples)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    drawn = windows[order[: num_samples + num_held_out]]
-    parts = (drawn[:num_samples], drawn[num_samples:])
-    batches = [part[start : start + batch_size] for part in parts for start in range(0, len(part), batch_size)]
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches]
+    return windows_of(token_stream(tokenizer, text), window, num_windows=1)
 
 
 def training_windows(
@@ -152,17 +120,15 @@ def training_windows(
         ConfigError: `window` is below 1.
     """
     check_whole_numbers(window=(window, 1))
-    return _windows(_source_tokens(tokenizer, source, column), window, num_windows=1)
+    return windows_of(_source_tokens(tokenizer, source, column), window, num_windows=1)
 
 
 def _source_tokens(tokenizer: PreTrainedTokenizerBase, source: str | Path, column: str) -> Tensor:
     text = load_text(source, column=column, max_chars=CALIBRATION_CHARS)
-    return torch.cat([token_stream(tokenizer, piece) for piece in _pieces(text)])
+    return torch.cat([token_stream(tokenizer, piece) for piece in pieces(text)])
 
 
-def _read_file(path: Path, column: str, max_chars: int | None) -> str:
-    if path.suffix not in (".txt", *_BUILDERS):
-        raise CalibrationError(f"{path}: expected a .txt, .jsonl, .json or .parquet file; convert the text to one")
+def _read_file(path: Path, column: str, max_chars: int | None, tokenizer: PreTrainedTokenizerBase | None) -> str:
     try:
         if path.suffix == ".txt":
             with path.open(encoding="utf-8") as file:
@@ -173,7 +139,7 @@ def _read_file(path: Path, column: str, max_chars: int | None) -> str:
         rows = datasets.load_dataset(
             _BUILDERS[path.suffix], data_files=str(path.absolute()), split="train", streaming=True
         )
-        return _join(rows, column, max_chars, str(path))
+        return _join(rows, column, max_chars, str(path), tokenizer)
     except CalibrationError:
         raise
     except (OSError, ValueError, StopIteration) as error:  # StopIteration: an empty .json file
@@ -183,14 +149,14 @@ def _read_file(path: Path, column: str, max_chars: int | None) -> str:
         ) from error
 
 
-def _read_dataset(name: str, column: str, max_chars: int | None) -> str:
+def _read_dataset(name: str, column: str, max_chars: int | None, tokenizer: PreTrainedTokenizerBase | None) -> str:
     import datasets
 
     repository, config, split = (*name.split(":", 2), "", "")[:3]
     streaming = max_chars is not None and not datasets.config.HF_HUB_OFFLINE  # offline there is only the cache
     try:
         rows = datasets.load_dataset(repository, config or None, split=split or "train", streaming=streaming)
-        return _join(rows, column, max_chars, name)
+        return _join(rows, column, max_chars, name, tokenizer)
     except CalibrationError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -200,13 +166,14 @@ def _read_dataset(name: str, column: str, max_chars: int | None) -> str:
         ) from error
 
 
-def _join(rows: Any, column: str, max_chars: int | None, source: str) -> str:
+def _join(rows: Any, column: str, max_chars: int | None, source: str, tokenizer: PreTrainedTokenizerBase | None) -> str:
     parts: list[str] = []
     num_chars = 0
     for row in rows:
-        if column not in row:
+        chat = None if row.get(column) else _chat_of(row)
+        if column not in row and chat is None:
             raise CalibrationError(f"{source}: no column '{column}' among {sorted(row)}; pass one of them as `column`")
-        value = row[column]
+        value = row.get(column) if chat is None else _as_text(chat, tokenizer, source)
         if value is not None and not isinstance(value, str):
             raise CalibrationError(
                 f"{source}: column '{column}' holds {type(value).__name__}, expected text; pass another `column`"
@@ -220,7 +187,31 @@ def _join(rows: Any, column: str, max_chars: int | None, source: str) -> str:
     return "\n\n".join(parts)[:max_chars]
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _chat_of(row: Mapping[str, Any]) -> list[Any] | None:
+    """The messages of a record in one of the usual forms."""
+    if row.get("messages"):
+        return list(row["messages"])
+    if "prompt" in row and "completion" in row:
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, str):
+            return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+        return [*prompt, *completion]
+    return None
+
+
+def _as_text(chat: list[Any], tokenizer: PreTrainedTokenizerBase | None, source: str) -> str:
+    try:
+        if tokenizer is not None and tokenizer.chat_template is not None:
+            return str(tokenizer.apply_chat_template(chat, tokenize=False))
+        return "\n".join(f"{message['role']}: {message['content']}" for message in chat)
+    except (TypeError, KeyError, TemplateError) as error:
+        raise CalibrationError(
+            f"{source}: a chat cannot be written as text ({error}); expected messages with `role` and `content`, in an "
+            "order that the tokenizer's chat template takes."
+        ) from error
+
+
+def pieces(text: str) -> Iterator[str]:
     """Cut `text` after line ends, every `_PIECE_CHARS` characters or, where a line is longer, there."""
     start = 0
     while start < len(text):
@@ -231,12 +222,12 @@ def _pieces(text: str) -> Iterator[str]:
         start = end
 
 
-def _windows(tokens: Tensor, window: int, num_windows: int) -> Tensor:
-    """All whole windows of `tokens`, `[N, window]`, checked to be at least `num_windows`."""
+def windows_of(tokens: Tensor, window: int, *, num_windows: int, source: str = "the text") -> Tensor:
+    """All whole windows of `tokens`, `[N, window]`; `CalibrationError` if they are fewer than `num_windows`."""
     found = len(tokens) // window
     if found < num_windows:
         raise CalibrationError(
-            f"the text has {len(tokens):,} tokens, but {num_windows} windows of {window} need "
+            f"{source} has {len(tokens):,} tokens, but {num_windows} windows of {window} need "
             f"{num_windows * window:,}: pass a longer text, fewer windows or shorter ones"
         )
     return tokens[: found * window].view(found, window)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from hf_prune import data
+from hf_prune import calibration, data
+from hf_prune.calibration import calibration_batches
 from hf_prune.errors import CalibrationError, ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def text_file(tmp_path: Path) -> Path:
 
 def draw(source: Path | str, **changes: int) -> list[dict[str, torch.Tensor]]:
     settings = {"num_samples": 10, "seq_len": 32, "batch_size": 4, "seed": 0} | changes
-    return data.calibration_batches(TOKENIZER, source, **settings)
+    return calibration_batches(TOKENIZER, source, **settings)
 
 
 def samples(source: Path | str, **changes: int) -> list[tuple[int, ...]]:
@@ -76,7 +77,7 @@ def test_long_texts_give_no_warning(text_file: Path) -> None:
     try:
         tokenizer = byte_tokenizer()  # a new one: it warns only once
         data.evaluation_windows(tokenizer, TEXT, 64)
-        data.calibration_batches(tokenizer, text_file, num_samples=1, seq_len=64, batch_size=1, seed=0)
+        calibration_batches(tokenizer, text_file, num_samples=1, seq_len=64, batch_size=1, seed=0)
     finally:
         logger.setLevel(level)
         logger.removeHandler(handler)
@@ -118,11 +119,12 @@ def test_the_global_generator_is_neither_read_nor_moved(text_file: Path) -> None
 def test_pieces_are_the_text_and_end_at_line_ends(monkeypatch: pytest.MonkeyPatch, text_file: Path) -> None:
     whole = samples(text_file)
     monkeypatch.setattr(data, "_PIECE_CHARS", 50)
+    monkeypatch.setattr(calibration, "_LAZY_PIECES", 1000)
     text = TEXT + "x" * 120 + "\n" + TEXT
-    pieces = list(data._pieces(text))
+    pieces = list(data.pieces(text))
     assert "".join(pieces) == text
     assert max(map(len, pieces)) <= 50
-    assert all(piece.endswith("\n") for piece in list(data._pieces(TEXT)))
+    assert all(piece.endswith("\n") for piece in list(data.pieces(TEXT)))
     assert samples(text_file) == whole  # bytes: pieces cannot change them
 
 

@@ -28,6 +28,7 @@ STAGES = {
     "latency": 2,  # a table of numbers
     "layers": 3,  # what runs layers
     "memory": 3,
+    "calibration": 4,
     "methods": 4,
     "allocation": 5,
     "surgery": 6,

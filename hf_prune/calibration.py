@@ -1,0 +1,273 @@
+"""Calibration windows: of one text, of a weighted mixture of texts and chats, or of what the model itself says."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hf_prune.data import CALIBRATION_CHARS, check_source, load_text, pieces, token_stream, windows_of
+from hf_prune.errors import CalibrationError, check_whole_numbers
+from hf_prune.layers.weights import inference, input_device, is_on_disk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Sources = str | Path | Sequence[str] | Mapping[str, float]
+"""A text; several, each as `source` or `source:weight`; or weights by source."""
+
+GENERAL = "general"
+"""The bundled mixture: exposition, stories, instructions, code, mathematics, other languages."""
+SELF = "self"
+"""What the dense model answers to prompts: the bundled ones, or `self:prompts.jsonl`."""
+TEXTS = Path(__file__).parent / "texts"
+_LAZY_PIECES = 16
+"""Of a text with more pieces than this, random pieces are tokenised, as many as are needed and some to choose from."""
+_SPARE = 4
+"""So many times the windows that are needed."""
+_WEIGHTED = re.compile(r"(.+):(\d+(?:\.\d*)?|\.\d+)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A source and its share of the windows."""
+
+    source: str
+    share: float
+    """Above 0; the shares of a mixture sum to 1."""
+
+
+def parts_of(sources: Sources) -> list[Part]:
+    """The parts of a mixture; what can be seen to be wrong before anything is loaded is refused.
+
+    Raises:
+        CalibrationError: no source, one that is named twice or not there, a weight that is not above 0, or weights for
+            some of the sources only.
+    """
+    if isinstance(sources, Mapping):
+        found: list[tuple[str, float | None]] = [(str(source), float(weight)) for source, weight in sources.items()]
+    else:
+        given = [sources] if isinstance(sources, (str, Path)) else list(sources)
+        found = [_weighted(str(source)) for source in given]
+    weights = [1.0 if weight is None else weight for _, weight in found]
+    names = [source for source, _ in found]
+    if not found or len(set(names)) < len(names):
+        raise CalibrationError(f"calibration found the sources {names}, expected one or more different ones.")
+    if any(not (math.isfinite(weight) and weight > 0) for weight in weights):
+        raise CalibrationError(f"calibration found the weights {weights}, expected numbers above 0.")
+    some = [source for source, weight in found if weight is None]
+    if some and len(some) < len(found):
+        raise CalibrationError(
+            f"calibration found no weight for {some}: give every source one (`source:0.5`), or none."
+        )
+    for source in names:
+        _check_part(source)
+    total = math.fsum(weights)
+    parts = [Part(source, weight / total) for source, weight in zip(names, weights, strict=True)]
+    if not some and len(parts) > 1 and abs(total - 1) > 1e-6:
+        shares = ", ".join(f"{part.source} {part.share:.3g}" for part in parts)
+        logger.warning("the weights of the calibration texts sum to %.6g; they are taken as %s", total, shares)
+    return parts
+
+
+def calibration_batches(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sources,
+    *,
+    num_samples: int,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+    column: str = "text",
+    model: PreTrainedModel | None = None,
+) -> list[dict[str, Tensor]]:
+    """Draw random windows of tokens, without replacement and without overlap.
+
+    Each text is cut into windows of `seq_len` tokens, of which as many are drawn as its share of `num_samples` says,
+    from a generator seeded with `seed` (the global generator is not touched). Windows of a mixture alternate, as near
+    to the shares at every point as whole windows allow. The same seed with more samples keeps the earlier ones, in
+    order (but for `self`, and for texts so long that they are tokenised in part).
+
+    Args:
+        tokenizer: the model's tokenizer; no special tokens are added, but those of its chat template to chats.
+        sources: what `load_text` reads, at most `CALIBRATION_CHARS` characters of each; `general`; `self`. Several
+            with weights: `["a.txt:0.5", "b.jsonl:0.3", "name:0.2"]`.
+        num_samples: number of windows, 1 or more.
+        seq_len: tokens of each window, 1 or more.
+        batch_size: windows of each batch, 1 or more; the last batch may have fewer.
+        seed: of the generator, 0 or more.
+        column: the field of each record that holds the text.
+        model: the dense model, in memory; for `self`.
+
+    Returns:
+        Batches of `input_ids` and `attention_mask` (all ones: no padding), int64 `[B, seq_len]`, on the CPU.
+
+    Raises:
+        CalibrationError: a source cannot be read, or has too few tokens for its share.
+        ConfigError: a number is out of range.
+    """
+    check_whole_numbers(num_samples=(num_samples, 1), seq_len=(seq_len, 1), batch_size=(batch_size, 1), seed=(seed, 0))
+    parts = parts_of(sources)
+    turns = _turns([part.share for part in parts], num_samples)
+    drawn = []
+    for number, part in enumerate(parts):
+        wanted = turns.count(number)
+        if not wanted:
+            raise CalibrationError(
+                f"{part.source}: its share {part.share:.3g} of {num_samples} windows is none; take more samples."
+            )
+        if part.source.partition(":")[0] == SELF:
+            drawn.append(iter(_own_windows(model, tokenizer, part.source, wanted, seq_len, batch_size, seed)))
+        else:
+            drawn.append(iter(_text_windows(tokenizer, part.source, column, wanted, seq_len, seed)))
+    rows = torch.stack([next(drawn[number]) for number in turns])
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.split(rows, batch_size)]
+
+
+def _weighted(source: str) -> tuple[str, float | None]:
+    match = _WEIGHTED.fullmatch(source)
+    if match is None or Path(source).is_file():
+        return source, None
+    return match[1], float(match[2])
+
+
+def _check_part(source: str) -> None:
+    name, _, prompts = source.partition(":")
+    if name == SELF and prompts:
+        _prompts(source)
+    elif source not in (GENERAL, SELF):
+        check_source(source)
+
+
+def _turns(shares: Sequence[float], number: int) -> list[int]:
+    """Which part each window is taken from."""
+    taken, turns = [0] * len(shares), []
+    for done in range(1, number + 1):
+        part = max(range(len(shares)), key=lambda i: shares[i] * done - taken[i])
+        taken[part] += 1
+        turns.append(part)
+    return turns
+
+
+def _text_windows(
+    tokenizer: PreTrainedTokenizerBase, source: str, column: str, number: int, seq_len: int, seed: int
+) -> Tensor:
+    """`number` random windows of one text, `[number, seq_len]`."""
+    path = TEXTS / "general.jsonl" if source == GENERAL else source
+    text = load_text(path, column=column, max_chars=CALIBRATION_CHARS, tokenizer=tokenizer)
+    parts, generator = list(pieces(text)), torch.Generator().manual_seed(seed)
+    if len(parts) > _LAZY_PIECES:
+        found: list[Tensor] = []
+        for index in torch.randperm(len(parts), generator=generator).tolist():
+            found.append(_whole(token_stream(tokenizer, parts[index]), seq_len))
+            if sum(len(own) for own in found) >= _SPARE * number:
+                break
+        tokens = torch.cat(found).flatten()
+    else:
+        tokens = torch.cat([token_stream(tokenizer, part) for part in parts])
+    windows = windows_of(tokens, seq_len, num_windows=number, source=str(source))
+    return windows[torch.randperm(len(windows), generator=generator)[:number]]
+
+
+def _whole(tokens: Tensor, window: int) -> Tensor:
+    return tokens[: len(tokens) // window * window].view(-1, window)
+
+
+# --- what the model itself says ---------------------------------------------------------------------------------------
+
+
+def _own_windows(
+    model: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    number: int,
+    seq_len: int,
+    batch_size: int,
+    seed: int,
+) -> Tensor:
+    """Windows of prompts and the answers that the model draws for them at temperature 1, one after the other."""
+    if model is None or is_on_disk(model):
+        raise CalibrationError(
+            "calibration 'self' lets the dense model write, which takes a model in memory; write the answers where it "
+            "fits and calibrate with that file, or calibrate with 'general'."
+        )
+    prompts = _prompts(source)
+    generator = torch.Generator().manual_seed(seed)
+    found: list[Tensor] = []
+    num_tokens = 0
+    with (
+        inference(model),
+        torch.random.fork_rng([] if input_device(model).type == "cpu" else None),
+        tqdm(total=number * seq_len, desc="the model's own answers", unit="token", leave=False) as bar,
+    ):
+        torch.manual_seed(seed)
+        while num_tokens < number * seq_len:
+            for rows in torch.split(torch.randperm(len(prompts), generator=generator), batch_size):
+                for document in _answers(model, tokenizer, [prompts[row] for row in rows.tolist()], seq_len):
+                    found.append(document)
+                    num_tokens += len(document)
+                    bar.update(len(document))
+                if num_tokens >= number * seq_len:
+                    break
+    return windows_of(torch.cat(found), seq_len, num_windows=number, source=source)[:number]
+
+
+def _answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seq_len: int
+) -> Iterator[Tensor]:
+    """Each prompt with an answer of at most `seq_len` tokens: int64 `[tokens]`."""
+    chats = tokenizer.chat_template is not None
+    texts: Any = prompts
+    if chats:
+        turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    rows = [token_stream(tokenizer, text)[-seq_len:] for text in texts]
+    longest = max(len(row) for row in rows)
+    end = model.generation_config.eos_token_id
+    end = tokenizer.eos_token_id if end is None else end
+    ends = torch.tensor(end if isinstance(end, list) else [] if end is None else [end], dtype=torch.int64)
+    padding = int(ends[0]) if len(ends) else 0
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=padding) for row in rows])
+    mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
+    device = input_device(model)
+    answers: Any = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=seq_len,
+        pad_token_id=padding,
+    )
+    for row, answer in zip(rows, answers[:, longest:].cpu(), strict=True):
+        stops = torch.nonzero(torch.isin(answer, ends))[:, 0]
+        yield torch.cat([row, answer[: int(stops[0]) + 1] if len(stops) else answer])
+
+
+def _prompts(source: str) -> list[str]:
+    """The prompts of `self` or `self:file.jsonl`: the field `prompt` of each record."""
+    path = Path(source.partition(":")[2] or TEXTS / "prompts.jsonl")
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [record["prompt"] for record in records]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CalibrationError(
+            f"{path} cannot be read as prompts, a JSON object with `prompt` in each line ({error}); repair it"
+        ) from error
+    if not prompts or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise CalibrationError(f"{path} holds no prompt, or an empty one: expected text in each line.")
+    return prompts

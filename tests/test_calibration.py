@@ -1,0 +1,191 @@
+"""Mixtures: windows come from their texts in the shares asked, chats by the template, `self` from the model."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_data import TOKENIZER, byte_tokenizer
+
+from hf_prune import calibration, data
+from hf_prune.calibration import calibration_batches, parts_of
+from hf_prune.errors import CalibrationError
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Three files, each of one letter only."""
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(name * 4000)
+    return {name: str(tmp_path / f"{name}.txt") for name in "abc"}
+
+
+def letters(sources, num_samples=10, **options):
+    settings_ = {"seq_len": 16, "batch_size": 4, "seed": 0} | options
+    batches = calibration_batches(TOKENIZER, sources, num_samples=num_samples, **settings_)
+    rows = [TOKENIZER.decode(row) for batch in batches for row in batch["input_ids"]]
+    assert all(len(set(row)) == 1 for row in rows)
+    return "".join(row[0] for row in rows)
+
+
+def test_shares_hold_at_every_point(texts):
+    found = letters([f"{texts['a']}:0.5", f"{texts['b']}:0.3", f"{texts['c']}:0.2"], 100)
+    for done in range(1, 101):
+        for letter, share in zip("abc", (0.5, 0.3, 0.2), strict=True):
+            assert abs(found[:done].count(letter) - share * done) < 1.01
+    assert letters([f"{texts['a']}:0.5", f"{texts['b']}:0.3", f"{texts['c']}:0.2"], 30) == found[:30]
+    assert letters({texts["a"]: 1, texts["b"]: 3}, 40).count("b") == 30
+    assert letters([texts["a"], texts["b"]], 10).count("a") == 5
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=5), st.integers(1, 60))
+def test_turns(weights, number):
+    shares = [weight / sum(weights) for weight in weights]
+    turns = calibration._turns(shares, number)
+    assert len(turns) == number
+    for part, share in enumerate(shares):
+        assert abs(turns.count(part) - share * number) < len(shares)
+
+
+def test_a_mixture_of_one_is_the_text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i} of the text\n" for i in range(200)))
+    options = {"num_samples": 10, "seq_len": 32, "batch_size": 4, "seed": 3}
+    single = calibration_batches(TOKENIZER, path, **options)
+    for other in ([str(path)], {str(path): 0.2}, f"{path}:7"):
+        again = calibration_batches(TOKENIZER, other, **options)
+        assert all(torch.equal(x["input_ids"], y["input_ids"]) for x, y in zip(single, again, strict=True))
+
+
+def test_weights_that_do_not_sum_are_normalised_and_said(texts, caplog):
+    with caplog.at_level(logging.WARNING, logger="hf_prune"):
+        parts = parts_of([f"{texts['a']}:3", f"{texts['b']}:1"])
+    assert [part.share for part in parts] == [0.75, 0.25]
+    assert "sum to 4; they are taken as" in caplog.text
+    caplog.clear()
+    parts_of([f"{texts['a']}:0.75", f"{texts['b']}:0.25"])
+    parts_of([texts["a"], texts["b"]])
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ([], "expected one or more different ones"),
+        (["{a}", "{a}:0.3"], "expected one or more different ones"),
+        (["{a}:0", "{b}:1"], "expected numbers above 0"),
+        (["{a}:0.5", "{b}"], r"no weight for \['.*b.txt'\]"),
+        (["{a}", "nothing.txt"], "no file at .*nothing.txt"),
+        (["{a}:0.7", "nothing.jsonl:0.3"], "no file at .*nothing.jsonl"),
+        (["self:nothing.jsonl"], "nothing.jsonl cannot be read as prompts"),
+    ],
+)
+def test_bad_mixtures_are_refused_before_anything_is_loaded(texts, sources, message):
+    with pytest.raises(CalibrationError, match=message):
+        parts_of([source.format(**texts) for source in sources])
+
+
+def test_a_part_that_is_too_short_is_named(texts, tmp_path):
+    (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(CalibrationError, match=r"short.txt has 5 tokens, but 5 windows of 16 need 80"):
+        letters([texts["a"], str(tmp_path / "short.txt")])
+    with pytest.raises(CalibrationError, match=r"a.txt: its share 0.01 of 10 windows is none"):
+        letters([f"{texts['a']}:0.01", f"{texts['b']}:0.99"])
+
+
+def test_long_texts_are_tokenised_in_part(tmp_path, monkeypatch):
+    text = "".join(f"{i:09}\n" for i in range(2000))
+    (tmp_path / "long.txt").write_text(text)
+    monkeypatch.setattr(data, "_PIECE_CHARS", 500)
+    seen = []
+    monkeypatch.setattr(
+        calibration, "token_stream", lambda tok, piece: seen.append(piece) or data.token_stream(tok, piece)
+    )
+    options = {"num_samples": 10, "seq_len": 20, "batch_size": 4}
+    drawn = {}
+    for seed in (0, 1):
+        batches = calibration_batches(TOKENIZER, tmp_path / "long.txt", seed=seed, **options)
+        drawn[seed] = [TOKENIZER.decode(row) for batch in batches for row in batch["input_ids"]]
+        assert all(row in text for row in drawn[seed])
+        assert len(set(drawn[seed])) == 10
+    assert drawn[0] != drawn[1]
+    assert len(seen) == 4  # of 40: those that hold four times the windows
+
+
+def test_chats_are_written_by_the_template(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]},
+        {"prompt": "two?", "completion": "2"},
+        {"text": "plain"},
+    ]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = byte_tokenizer()
+    assert data.load_text(path, tokenizer=tokenizer) == (
+        "user: hello\nassistant: good day\n\nuser: two?\nassistant: 2\n\nplain"
+    )
+    tokenizer.chat_template = TEMPLATE
+    wanted = "<user>hello</><assistant>good day</>\n\n<user>two?</><assistant>2</>\n\nplain"
+    assert data.load_text(path, tokenizer=tokenizer) == wanted
+    batches = calibration_batches(tokenizer, path, num_samples=1, seq_len=len(wanted), batch_size=1, seed=0)
+    assert tokenizer.decode(batches[0]["input_ids"][0]) == wanted
+    path.write_text(json.dumps({"messages": [{"from": "x"}]}) + "\n")
+    with pytest.raises(CalibrationError, match="a chat cannot be written as text"):
+        data.load_text(path, tokenizer=None)
+
+
+def own_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), **shape, eos_token_id=5, bos_token_id=0))
+
+
+def test_the_model_answers_prompts(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    prompts = ["first prompt", "a second one, longer", "third"]
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    model, options = own_model().train(), {"num_samples": 12, "seq_len": 24, "batch_size": 2}
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+
+    def drawn(seed):
+        return torch.cat(
+            [x["input_ids"] for x in calibration_batches(TOKENIZER, f"self:{path}", seed=seed, model=model, **options)]
+        )
+
+    found = drawn(0)
+    assert torch.equal(found, drawn(0))
+    assert not torch.equal(found, drawn(1))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    text = TOKENIZER.decode(found.flatten())
+    assert all(prompt in text for prompt in prompts)
+    assert len(set(text)) > 60  # the rest is drawn, here nearly at random
+    with pytest.raises(CalibrationError, match="takes a model in memory"):
+        calibration_batches(TOKENIZER, f"self:{path}", seed=0, **options)
+
+
+def test_an_answer_ends_at_the_end_token(monkeypatch):
+    """With greedy logits that always give the end token an answer is that token, and a row holds no padding."""
+    model = own_model()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[5] = 1e4 * model.model.norm.weight
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.embed_tokens.weight.fill_(1.0)
+    found = list(calibration._answers(model, TOKENIZER, ["ab", "abcdef"], 8))
+    assert [len(row) for row in found] == [3, 7]
+    assert all(int(row[-1]) == 5 for row in found)
+    assert TOKENIZER.decode(found[1][:-1]) == "abcdef"
