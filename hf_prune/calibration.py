@@ -92,6 +92,7 @@ def calibration_batches(
     batch_size: int,
     seed: int,
     column: str = "text",
+    num_held_out: int = 0,
     model: PreTrainedModel | None = None,
 ) -> list[dict[str, Tensor]]:
     """Draw random windows of tokens, without replacement and without overlap.
@@ -110,6 +111,7 @@ def calibration_batches(
         batch_size: windows of each batch, 1 or more; the last batch may have fewer.
         seed: of the generator, 0 or more.
         column: the field of each record that holds the text.
+        num_held_out: up to so many of the other windows follow, in batches of their own.
         model: the dense model, in memory; for `self`.
 
     Returns:
@@ -119,22 +121,38 @@ def calibration_batches(
         CalibrationError: a source cannot be read, or has too few tokens for its share.
         ConfigError: a number is out of range.
     """
-    check_whole_numbers(num_samples=(num_samples, 1), seq_len=(seq_len, 1), batch_size=(batch_size, 1), seed=(seed, 0))
+    lowest = 0 if num_held_out else 1
+    check_whole_numbers(
+        num_samples=(num_samples, lowest), seq_len=(seq_len, 1), batch_size=(batch_size, 1), seed=(seed, 0)
+    )
     parts = parts_of(sources)
-    turns = _turns([part.share for part in parts], num_samples)
+    turns = _turns([part.share for part in parts], num_samples + num_held_out)
     drawn = []
     for number, part in enumerate(parts):
-        wanted = turns.count(number)
-        if not wanted:
+        wanted, more = turns[:num_samples].count(number), turns[num_samples:].count(number)
+        if num_samples and not wanted:
             raise CalibrationError(
                 f"{part.source}: its share {part.share:.3g} of {num_samples} windows is none; take more samples."
             )
         if part.source.partition(":")[0] == SELF:
-            drawn.append(iter(_own_windows(model, tokenizer, part.source, wanted, seq_len, batch_size, seed)))
+            drawn.append(iter(_own_windows(model, tokenizer, part.source, wanted + more, seq_len, batch_size, seed)))
         else:
-            drawn.append(iter(_text_windows(tokenizer, part.source, column, wanted, seq_len, seed)))
-    rows = torch.stack([next(drawn[number]) for number in turns])
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in torch.split(rows, batch_size)]
+            drawn.append(iter(_text_windows(tokenizer, part.source, column, wanted, seq_len, seed, more)))
+    rows = [next(drawn[number], None) for number in turns]  # of those that are held out there may be fewer
+    found = [[row for row in own if row is not None] for own in (rows[:num_samples], rows[num_samples:])]
+    batches = [own[start : start + batch_size] for own in found for start in range(0, len(own), batch_size)]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in map(torch.stack, batches)]
+
+
+def is_text(calibration: Any) -> bool:
+    """Whether `calibration` names texts, and is not batches of token ids."""
+    several = isinstance(calibration, (list, tuple)) and all(isinstance(source, str) for source in calibration)
+    return isinstance(calibration, (str, Path, Mapping)) or (several and len(calibration) > 0)
+
+
+def asks_model(sources: Sources) -> bool:
+    """Whether a part of the mixture is what the model itself says."""
+    return any(part.source.partition(":")[0] == SELF for part in parts_of(sources))
 
 
 def _weighted(source: str) -> tuple[str, float | None]:
@@ -163,9 +181,9 @@ def _turns(shares: Sequence[float], number: int) -> list[int]:
 
 
 def _text_windows(
-    tokenizer: PreTrainedTokenizerBase, source: str, column: str, number: int, seq_len: int, seed: int
+    tokenizer: PreTrainedTokenizerBase, source: str, column: str, number: int, seq_len: int, seed: int, more: int
 ) -> Tensor:
-    """`number` random windows of one text, `[number, seq_len]`."""
+    """`number` random windows of one text, and up to so many `more`: `[N, seq_len]`."""
     path = TEXTS / "general.jsonl" if source == GENERAL else source
     text = load_text(path, column=column, max_chars=CALIBRATION_CHARS, tokenizer=tokenizer)
     parts, generator = list(pieces(text)), torch.Generator().manual_seed(seed)
@@ -173,13 +191,13 @@ def _text_windows(
         found: list[Tensor] = []
         for index in torch.randperm(len(parts), generator=generator).tolist():
             found.append(_whole(token_stream(tokenizer, parts[index]), seq_len))
-            if sum(len(own) for own in found) >= _SPARE * number:
+            if sum(len(own) for own in found) >= _SPARE * (number + more):
                 break
         tokens = torch.cat(found).flatten()
     else:
         tokens = torch.cat([token_stream(tokenizer, part) for part in parts])
     windows = windows_of(tokens, seq_len, num_windows=number, source=str(source))
-    return windows[torch.randperm(len(windows), generator=generator)[:number]]
+    return windows[torch.randperm(len(windows), generator=generator)[: number + more]]
 
 
 def _whole(tokens: Tensor, window: int) -> Tensor:

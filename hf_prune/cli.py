@@ -91,11 +91,12 @@ Fit = Annotated[
     typer.Option(help="Memory for weights and key-value cache (see --context, --batch, --bits).", metavar="8GB"),
 ]
 Calibration = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        help="Text, for methods that need it: a .txt, .jsonl, .json or .parquet file, or a Hub dataset "
-        "(name:config:split).",
-        metavar="FILE|DATASET",
+        help="Text, for methods that need it: a .txt, .jsonl, .json or .parquet file, a Hub dataset "
+        "(name:config:split), 'general' (bundled, the default), or 'self' (what the model says); of several, each with "
+        "its weight, a mixture.",
+        metavar="FILE|DATASET[:WEIGHT]",
     ),
 ]
 Table = Annotated[
@@ -198,6 +199,7 @@ def prune(
         raise ConfigError("no output directory was given: name one after the model, or pass --dry-run.")
 
     from hf_prune import pipeline, printing
+    from hf_prune.calibration import parts_of
     from hf_prune.checkpoint.files import needs_plugin
     from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
     from hf_prune.latency import LatencyTable
@@ -208,7 +210,8 @@ def prune(
     if target is not None:
         fields = {name: getattr(chosen, name, None) for name in ("policy", "save_policy", "state_dir")}
         read = {name: Path(value) for name, value in fields.items() if value} | {"work_dir": work_dir}
-        check_apart(target, model=model, calibration=calibration, config=config, latency_table=latency_table, **read)
+        texts = {f"calibration {part.source}": part.source for part in parts_of(calibration or "general")}
+        check_apart(target, model=model, **texts, config=config, latency_table=latency_table, **read)
         check_directory(target.absolute(), overwrite=overwrite)
     table = LatencyTable.load(latency_table) if latency_table is not None else None
     tokenizer = load_tokenizer(model, required=calibration is not None)
@@ -270,8 +273,9 @@ def sweep(
 ) -> None:
     """Compare methods, allocations and ratios: one table, one picture. Run again to go on where it stopped."""
     from hf_prune import printing
+    from hf_prune.calibration import parts_of
     from hf_prune.checkpoint.saving import check_apart
-    from hf_prune.data import check_there
+    from hf_prune.data import check_source
     from hf_prune.gate import check_config
     from hf_prune.latency import LatencyTable
     from hf_prune.loading import load_config, load_model, load_tokenizer
@@ -285,8 +289,8 @@ def sweep(
     tokenizer = load_tokenizer(model, required=True)
     assert tokenizer is not None
     check_config(load_config(model))
-    for source in (text, calibration or text):
-        check_there(source)
+    check_source(text)
+    parts_of(calibration or text)
     dense = load_model(model, device=device, dtype=dtype)
     rows = run_sweep(
         dense,
@@ -294,7 +298,7 @@ def sweep(
         output,
         **chosen,
         text=text,
-        calibration=calibration,
+        calibration=calibration[0] if calibration and len(calibration) == 1 else calibration,
         window=window,
         batch_size=batch_size,
         latency=table,

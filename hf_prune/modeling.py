@@ -68,6 +68,7 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
             if calibration is not None:
                 raise ConfigError("calibration was given without a pruning_config; pass one, or leave out calibration.")
             return load_verified(source, **kwargs)  # type: ignore[return-value]
+        from hf_prune.calibration import asks_model, is_text
         from hf_prune.gate import check_config, check_windows
         from hf_prune.loading import load_config, load_tokenizer
         from hf_prune.pipeline import calibration_data
@@ -77,11 +78,13 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
         where = {name: kwargs[name] for name in shared if name in kwargs}
         config = kwargs.get("config") or load_config(source, **where)
         check_config(config, kwargs.get("quantization_config"))
-        if isinstance(calibration, str):
-            tokenizer = tokenizer or load_tokenizer(source, required=True, **where)
-        batches = calibration_data(pruning_config, tokenizer, calibration, batch_size=8) or ()
-        if not kwargs.get("trust_remote_code"):  # its class may not be known yet
-            check_windows(build_empty(config), batches)
+        text = is_text(calibration)
+        if text or calibration is None:
+            tokenizer = tokenizer or load_tokenizer(source, required=text, **where)
+        # an own class may not be known yet, and the model's own answers are not
+        if not kwargs.get("trust_remote_code") and not (text and asks_model(calibration)):  # type: ignore[arg-type]
+            batches = calibration_data(pruning_config, tokenizer, calibration, batch_size=8)
+            check_windows(build_empty(config), batches or ())
         model: Any = load_verified(source, **kwargs)
         return PrunedModelForCausalLM.prune(model, pruning_config, tokenizer=tokenizer, calibration=calibration)
 

@@ -19,6 +19,7 @@ from accelerate import PartialState
 from hf_prune.allocation.planning import allocate
 from hf_prune.allocation.spectral import hill_exponents
 from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
+from hf_prune.calibration import GENERAL, Sources, asks_model, calibration_batches, is_text, parts_of
 from hf_prune.config import PolicyGradientConfig
 from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.evaluation.latency import measure_latency
@@ -84,7 +85,7 @@ HELD_OUT = 8
 EXPLODED = 3.0
 """A perplexity that grows by more than this factor is warned of."""
 
-Calibration = str | Sequence[Mapping[str, Any]]
+Calibration = Sources | Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,9 @@ def prune(
         source: any causal LM of transformers, or the directory or Hub id of one.
         config: what to remove, and how.
         tokenizer: needed if `calibration` is text; default: that of `source` where it is a directory or id.
-        calibration: for methods that need data: a text file, a Hub dataset, or batches with `input_ids` `[B, T]`. Of a
-            text some windows are left out, to measure both models on.
+        calibration: for methods that need data: texts (files, Hub datasets, weighted mixtures of them, `self`: see
+            `calibration_batches`), or batches with `input_ids` `[B, T]`. Default: the bundled mixture `general`. Of
+            texts some windows are left out, to measure both models on.
         batch_size: windows per forward pass while scoring; does not change the result beyond rounding.
         latency: table of `measure_latency`, for the budget `latency` (default: measured where the model is).
         scores: scores of this model, if they are known (`PruningResult.scores` of a run at another ratio).
@@ -161,17 +163,23 @@ def prune(
         described = load_config(str(source))
         check_config(described)
         model = build_empty(described)  # tells what text it can read, before weights are loaded
-        if tokenizer is None and isinstance(calibration, str):
-            tokenizer = load_tokenizer(str(source), required=True)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(str(source), required=is_text(calibration))
     else:
         model = unwrapped(source)
         if layers_on == "disk" and not is_on_disk(model):
             raise ConfigError("layers_on='disk' found a model in memory; pass the directory or Hub id of the model.")
-    batches, held_out = _data(config, tokenizer, calibration, batch_size, HELD_OUT)
-    check_windows(model, [*(batches or ()), *held_out])
-    if opens:
+
+    def opened() -> PreTrainedModel:
         folder = None if work is None else work.stage("converted").path
-        model = unwrapped(open_model(str(source), layers_on=layers_on, device=device, dtype=dtype, folder=folder))
+        return unwrapped(open_model(str(source), layers_on=layers_on, device=device, dtype=dtype, folder=folder))
+
+    if writes := is_text(calibration) and asks_model(calibration):  # type: ignore[arg-type]
+        model = opened() if opens else model
+    batches, held_out = _data(config, tokenizer, calibration, batch_size, HELD_OUT, model if writes else None)
+    check_windows(model, [*(batches or ()), *held_out])
+    if opens and not writes:
+        model = opened()
     structure = infer_structure(model, cache=config.budget == "memory")
     measures = config.budget == "latency" and latency is None
     if measures and is_on_disk(model):
@@ -387,13 +395,14 @@ def calibration_data(
     tokenizer: PreTrainedTokenizerBase | None,
     calibration: Calibration | None,
     batch_size: int,
+    model: PreTrainedModel | None = None,
 ) -> Sequence[Mapping[str, Any]] | None:
     """Batches for what needs data: windows of a text, or the caller's own; `None` if nothing that was asked for does.
 
     Raises:
         CalibrationError: data is needed and none was given, or text was given without a tokenizer.
     """
-    return _data(config, tokenizer, calibration, batch_size, 0)[0]
+    return _data(config, tokenizer, calibration, batch_size, 0, model)[0]
 
 
 def _data(
@@ -402,36 +411,41 @@ def _data(
     calibration: Calibration | None,
     batch_size: int,
     num_held_out: int,
+    model: PreTrainedModel | None,
 ) -> tuple[Sequence[Mapping[str, Any]] | None, Sequence[Mapping[str, Any]]]:
-    """`calibration_data`, and up to so many windows that are left of a text."""
+    """`calibration_data`, and up to so many windows that are left of the texts."""
+    if is_text(calibration):
+        parts_of(calibration)  # type: ignore[arg-type]  # wrong ones are named whether they are needed or not
     scored = config.method in METHODS and METHODS[config.method].needs_calibration  # `score` refuses unknown ones
     searched = config.allocation == "search"
     selected, repaired = config.selection != "scores", config.repair == "least_squares"
-    from hf_prune.data import calibration_batches, check_there
-
-    if isinstance(calibration, str):
-        check_there(calibration)
     needed = scored or searched or selected or repaired
-    if not needed and (not isinstance(calibration, str) or tokenizer is None or not num_held_out):
+    if not needed and (not is_text(calibration) or tokenizer is None or not num_held_out):
         return None, ()
+    if calibration is None and tokenizer is not None:
+        logger.warning("no calibration text was given: calibrating with the bundled mixture, %r", GENERAL)
+        calibration = GENERAL
     if calibration is None:
         what = f"selection {config.selection!r}" if selected else f"repair {config.repair!r}"
         what = f"allocation {config.allocation!r}" if searched else what
         what = f"method {config.method!r}" if scored else what
-        raise CalibrationError(f"{what} needs calibration text; pass a file, a dataset or batches.")
-    if not isinstance(calibration, str):
-        return calibration, ()
+        raise CalibrationError(
+            f"{what} needs calibration text; pass a file, a dataset or batches, or a tokenizer, for the bundled text."
+        )
+    if not is_text(calibration):
+        return calibration, ()  # type: ignore[return-value]
     if tokenizer is None:
         raise CalibrationError("calibration text needs a tokenizer; pass the model's own.")
     num_samples = config.num_samples if needed else 0
     batches = calibration_batches(
         tokenizer,
-        calibration,
+        calibration,  # type: ignore[arg-type]
         num_samples=num_samples,
         seq_len=config.seq_len,
         batch_size=batch_size,
         seed=config.seed,
         num_held_out=num_held_out if config.seq_len > 1 else 0,
+        model=model,
     )
     first = -(-num_samples // batch_size)
     return batches[:first] if needed else None, batches[first:]

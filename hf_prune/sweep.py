@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from hf_prune.atomic import held_by, replaced_file
+from hf_prune.calibration import is_text
 from hf_prune.config import CONFIGS, PruningConfig, selected_axes
 from hf_prune.data import load_text
 from hf_prune.errors import BudgetError, CheckpointError, ConfigError, ScoreError
@@ -191,7 +192,7 @@ class _Study:
         needed = (config.method, config.allocation_name, getattr(config, "repair", None))
         key = (needed, config.num_samples, config.seq_len, config.seed)
         if key not in self._batches:
-            found = calibration_data(config, self.tokenizer, self.calibration, self.batch_size)
+            found = calibration_data(config, self.tokenizer, self.calibration, self.batch_size, self.model)
             same = (other for k, other in self._batches.items() if k[1:] == key[1:] and other is not None)
             self._batches[key] = None if found is None else next(same, found)
         return self._batches[key]
@@ -312,7 +313,7 @@ def _circumstances(
         "device": str(model.device),
         "text_sha256": hashlib.sha256(content.encode()).hexdigest(),
         "window": window,
-        "calibration": calibration if isinstance(calibration, str) or calibration is None else "batches",
+        "calibration": calibration if calibration is None or is_text(calibration) else "batches",
         "settings": {name: value for name, value in sorted(settings.items()) if value is not None},
     }
     plain: dict[str, Any] = json.loads(json.dumps(found, default=list))

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_data import TOKENIZER, byte_tokenizer
+from tiny import write_checkpoint, write_text
 
-from hf_prune import calibration, data
+from hf_prune import WandaConfig, calibration, data, prune
 from hf_prune.calibration import calibration_batches, parts_of
 from hf_prune.errors import CalibrationError
 
@@ -141,6 +142,31 @@ def test_chats_are_written_by_the_template(tmp_path):
     path.write_text(json.dumps({"messages": [{"from": "x"}]}) + "\n")
     with pytest.raises(CalibrationError, match="a chat cannot be written as text"):
         data.load_text(path, tokenizer=None)
+
+
+def test_without_a_text_the_bundled_mixture_is_used(tmp_path, caplog):
+    """Every kind of text is in it, and windows that were not calibrated with are left to measure on."""
+    write_checkpoint(tmp_path / "dense", num_layers=2)
+    config = WandaConfig(0.3, num_samples=6, seq_len=16)
+    found = prune(tmp_path / "dense", config)
+    assert "calibrating with the bundled mixture" in caplog.text
+    assert found.plan == prune(tmp_path / "dense", config, calibration="general").plan
+    assert found.perplexity_before is not None
+    kinds = [json.loads(line)["kind"] for line in (calibration.TEXTS / "general.jsonl").read_text().splitlines()]
+    assert min(kinds.count(kind) for kind in set(kinds)) > 9
+    assert len(calibration._prompts("self")) == len(set(calibration._prompts("self"))) == 200
+
+
+def test_a_mixture_with_what_the_model_says(tmp_path):
+    write_checkpoint(tmp_path / "dense", num_layers=2)
+    write_text(tmp_path / "text.txt", 4000, seed=1)
+    mixture = [f"{tmp_path / 'text.txt'}:0.75", "self:0.25"]
+    config = WandaConfig(0.3, num_samples=8, seq_len=16)
+    found = prune(tmp_path / "dense", config, calibration=mixture, layers_on="memory")
+    assert found.plan == prune(tmp_path / "dense", config, calibration=mixture).plan
+    assert found.plan != prune(tmp_path / "dense", config, calibration=str(tmp_path / "text.txt")).plan
+    with pytest.raises(CalibrationError, match="takes a model in memory"):
+        prune(tmp_path / "dense", config, calibration=mixture, layers_on="disk")
 
 
 def own_model():

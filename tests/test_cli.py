@@ -338,7 +338,7 @@ def test_demo_without_its_model_says_so(tmp_path):
         (("--method", "random", "--pruning-ratio", 0.3, "--round-to", "8.5"), "round_to: found '8.5'"),
         (("--method", "random", "--pruning-ratio", 0.3, "--dtype", "float12"), "dtype: found 'float12'"),
         (("--method", "random", "--pruning-ratio", 0.3, "--device", "cuda:77"), "device: 'cuda:77'"),
-        (("--method", "wanda", "--pruning-ratio", 0.3), "needs calibration text"),
+        (("--method", "wanda", "--pruning-ratio", 0.3, "--calibration", "a.txt:0"), "expected numbers above 0"),
         (("--method", "wanda", "--pruning-ratio", 0.3, "--calibration", "gone.txt"), "no file at"),
         (("--method", "random", "--pruning-ratio", 0.99), "out of reach"),
         (("--config", "gone.json"), "--config gone.json is not a readable JSON file"),

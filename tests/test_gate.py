@@ -32,8 +32,9 @@ from hf_prune import (
     perplexity,
     prune,
 )
+from hf_prune.calibration import calibration_batches
 from hf_prune.cli import app
-from hf_prune.data import calibration_batches, evaluation_windows, load_text
+from hf_prune.data import evaluation_windows, load_text
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, ScoreError, StructureError
 from hf_prune.evaluation.perplexity import perplexity_of
 from hf_prune.gate import check_config, check_windows

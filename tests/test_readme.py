@@ -15,12 +15,13 @@ from hf_prune.cli import app
 from hf_prune.config import WandaConfig
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/quickstart.md", "docs/cli.md")
+DOCUMENTS = ("README.md", "docs/quickstart.md", "docs/cli.md", "docs/calibration.md")
 PAGES = (
     "README.md",
     "docs/quickstart.md",
     "docs/cli.md",
     "docs/methods.md",
+    "docs/calibration.md",
     "docs/llm_pruner.md",
     "docs/policy_gradient.md",
     "docs/prunenet.md",

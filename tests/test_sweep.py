@@ -203,7 +203,7 @@ def test_repairs_are_compared(common, tmp_path):
         ({"settings": {"speed": 1}}, r"settings: unknown fields \['speed'\]"),
         ({"settings": {"axes": ("hidden",), "protect": ("x",)}}, "protect: 'x' matches none"),
         ({"text": "none.txt"}, "no file at"),
-        ({"calibration": None}, "method 'wanda' needs calibration text"),
+        ({"calibration": ["none.txt", "general"]}, "no file at"),
         ({"settings": {"num_samples": 9999}}, "windows of 256 need"),
     ],
 )

@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState
 from hf_prune.allocation import hill_exponents
 from hf_prune.allocation.planning import allocate
 from hf_prune.allocation.steps import Stage, next_plan
+from hf_prune.calibration import is_text
 from hf_prune.checkpoint.files import agrees
 from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError, check_whole_numbers
@@ -119,7 +120,7 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """JSON for `trainer_state.json`: `Trainer` makes a callback of it again."""
         calibration: Any = self.calibration
-        if calibration is not None and not isinstance(calibration, str):
+        if calibration is not None and not is_text(calibration):
             calibration = [batch["input_ids"].tolist() for batch in calibration]
         arguments = {
             "pruning": None if self.pruning is None else self.pruning.to_dict(),
@@ -158,7 +159,7 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             if self.mode == "gradual":
                 check_maskable(structure, self.pruning)
             tokenizer = kwargs.get("processing_class")
-            batches = calibration_data(self.pruning, tokenizer, self.calibration, self.batch_size)
+            batches = calibration_data(self.pruning, tokenizer, self.calibration, self.batch_size, model)
             check_windows(model, batches or ())
             check_model(model, structure, self.pruning, batches)
         if self.mode == "start" and not self._is_done(model):
@@ -332,7 +333,7 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         def scores_of(done: PruningPlan | None) -> Mapping[str, Tensor]:
             if last and not self.rescore:
                 return last
-            batches = calibration_data(config, tokenizer, self.calibration, self.batch_size)
+            batches = calibration_data(config, tokenizer, self.calibration, self.batch_size, model)
             return score(model, structure, config, batches=batches)
 
         planned = partial(
@@ -397,8 +398,8 @@ def _read(pruning: PruningConfig | PruningPlan | Mapping[str, Any] | None) -> Pr
 
 def _as_batches(calibration: Any) -> str | list[Mapping[str, Any]] | None:
     """Text or batches as they are; whole numbers, as a checkpoint keeps them, become batches."""
-    if calibration is None or isinstance(calibration, str):
-        return calibration
+    if calibration is None or is_text(calibration):
+        return calibration  # type: ignore[no-any-return]
     batches = list(calibration)
     if batches and not isinstance(batches[0], Mapping):
         batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in map(torch.tensor, batches)]

@@ -59,7 +59,7 @@ def align_to_checkpoint(model: PreTrainedModel, checkpoint: str | Path) -> None:
         CheckpointError: the checkpoint is not whole, or there is no plan in it.
         PlanError: the plan is for another model.
     """
-    if not is_whole(Path(checkpoint)):
+    if Path(checkpoint) in checkpoints(Path(checkpoint).parent) and not is_whole(Path(checkpoint)):
         raise CheckpointError(
             f"{checkpoint} is not whole; the newest that is: {last_checkpoint(Path(checkpoint).parent) or 'none'}."
         )
