@@ -79,7 +79,6 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 32,
     },
 }
-SHAPES["1b4"] = SHAPES["1b"] | {"num_hidden_layers": 4}
 SHAPES["7b1"] = SHAPES["7b"] | {"num_hidden_layers": 1}
 COUNTED: dict[str, PreTrainedConfig] = {
     "Llama-3-70B": LlamaConfig(
@@ -381,9 +380,10 @@ def counted() -> list[dict[str, Any]]:
                     "model": name,
                     "method": method,
                     "parameters": structure.num_parameters(),
-                    "layer_bytes": 2 * max(layers),
+                    "largest_layer_bytes": 2 * max(layers),
                     "largest_gram_bytes": 8 * max(inputs) ** 2,
                     **vars(price),
+                    "bytes_written": price.bytes_written,
                     "disk_hours": (price.bytes_read + price.pruned_bytes_read + price.bytes_written)
                     / RATES["disk"]
                     / 3600,
@@ -396,7 +396,7 @@ def counted() -> list[dict[str, Any]]:
 
 
 def main(
-    shape: Annotated[Literal["tiny", "1b", "1b4", "7b", "7b1"] | None, typer.Option()] = None,
+    shape: Annotated[Literal["tiny", "1b", "7b", "7b1"] | None, typer.Option()] = None,
     count: bool = False,
     directory: Annotated[Path | None, typer.Option(help="where models are written, and deleted again")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda")] = None,
