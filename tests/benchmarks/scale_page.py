@@ -83,8 +83,8 @@ def measured(found: Results, title: str) -> list[str]:
         if "obs_layers" not in row
     ]
     timed = [
-        f"`obs` takes {row['seconds_each']:,.1f} s for each layer beyond the passes: {32 * row['seconds_each'] / 60:,.0f} "
-        "minutes for 32 of them."
+        f"`obs` takes {row['seconds_each']:,.1f} s for each layer beyond the passes: "
+        f"{32 * row['seconds_each'] / 60:,.0f} minutes for 32 of them."
         for row in found["rows"]
         if "obs_layers" in row
     ]
