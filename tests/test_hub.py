@@ -44,6 +44,12 @@ model.save_pretrained("saved", push_to_hub=True, repo_id="tester/saved")
 
 for repo in ("tester/small", "tester/plain", "tester/saved"):
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(repo)), logits(model)), repo
+for revision in ("main", "smaller"):  # what came from the Hub keeps its plan when it is saved again
+    again = AutoModelForCausalLM.from_pretrained("tester/small", revision=revision)
+    again.save_pretrained(f"again-{{revision}}")
+    assert load_plan(f"again-{{revision}}") == plan, revision
+    again.push_to_hub(f"tester/again-{{revision}}")
+    assert load_plan(f"tester/again-{{revision}}") == plan, revision
 assert AutoTokenizer.from_pretrained("tester/small")("w3 w4")["input_ids"] == [6, 7]
 assert load_plan("tester/small") == plan
 assert load_plan("tester/small", revision="smaller") == plan

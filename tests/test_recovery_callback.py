@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 
 import pytest
 import torch
@@ -136,6 +137,24 @@ def test_start_trains_the_model_that_prune_gives(tmp_path):
     trainer.save_model(str(tmp_path / "saved"))
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), model)
     assert PruningPlan.load(tmp_path / "saved" / "pruning_plan.json") == expected.plan
+
+
+def test_the_plan_goes_along_with_what_is_pushed_while_training(tmp_path, monkeypatch):
+    """`Trainer` copies weights and config of a checkpoint to where it pushes from, and no other file."""
+    callback = PruningCallback(CONFIG, calibration=batches())
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer = trainer_of(tiny_model("llama", dtype=torch.float32), tmp_path, callback, **options)
+    pushed = []
+    note = lambda self, folder_path, **_: pushed.append(set(os.listdir(folder_path)))  # noqa: E731
+    uploads = type("Api", (), {"upload_folder": note})
+    monkeypatch.setattr("transformers.trainer.hf_api", uploads)
+    monkeypatch.setattr("transformers.trainer.PushInProgress", lambda jobs: None)
+    trainer.train()
+    trainer.hub_model_id, trainer.push_in_progress = "tester/small", None
+    trainer._push_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    assert pushed
+    assert pushed[0] >= {"config.json", "model.safetensors", "pruning_plan.json", "modeling_hf_prune.py"}
+    assert PruningPlan.load(tmp_path / "pruning_plan.json") == trainer.model._pruning_plan
 
 
 def test_start_takes_a_plan_and_text(tmp_path):

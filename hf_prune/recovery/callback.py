@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -16,7 +18,7 @@ from hf_prune.allocation import hill_exponents
 from hf_prune.allocation.planning import allocate
 from hf_prune.allocation.steps import Stage, next_plan
 from hf_prune.calibration import is_text
-from hf_prune.checkpoint.files import agrees
+from hf_prune.checkpoint.files import CODE_NAME, PLAN_NAME, agrees
 from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError, check_whole_numbers
 from hf_prune.gate import check_model, check_windows, unwrapped
@@ -223,6 +225,15 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         apply_plan_(model, self._structure, plan, optimizer=_own_optimizer(kwargs.get("optimizer")))
         self.progress = {"plan": plan.to_dict(), "sliced": True}
         self._note(model, state)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let the plan and the code of a checkpoint go along with the weights of it that `Trainer` pushes."""
+        checkpoint = Path(args.output_dir or "") / f"checkpoint-{state.global_step}"
+        for name in (PLAN_NAME, CODE_NAME):
+            if (checkpoint / name).is_file():
+                shutil.copy(checkpoint / name, args.output_dir or "")
 
     def on_log(
         self,
