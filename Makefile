@@ -33,7 +33,7 @@ test: lint
 kills: install
 	HF_PRUNE_KILLS=20 $(BIN)/pytest tests/test_kills.py
 
-# Random plans over 24 families, until there are 10,000 in docs/laws.json (about 45 minutes of one core); goes on where it stopped.
+# Random plans over 24 families, until there are 10,000 in docs/laws.json (about 40 minutes of one core); goes on where it stopped.
 laws: install
 	$(BIN)/python tests/benchmarks/laws.py --cases 10000
 

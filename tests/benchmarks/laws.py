@@ -1,6 +1,7 @@
 """The laws of docs/design.md on thousands of random plans; goes on from docs/laws.json and writes it.
 
     python tests/benchmarks/laws.py --cases 10000            # all families, from where the last run stopped
+    python tests/benchmarks/laws.py --only llama gemma2      # some; other families may run beside it
     python tests/benchmarks/laws.py --only llama --seed 17   # one case again, printed; nothing is written
 
 A case is a plan drawn from (family, seed): random units of random attention and MLP axes, in a third of the cases
@@ -11,6 +12,7 @@ family. Exits with 1 if a law is broken.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import random
@@ -28,11 +30,12 @@ from tqdm import tqdm
 from hf_prune.allocation import allocate
 from hf_prune.atomic import replaced_file
 from hf_prune.config import RandomConfig
-from hf_prune.errors import BudgetError, HFPruneError
+from hf_prune.errors import HFPruneError
 from hf_prune.layers.masking import masked
 from hf_prune.methods import score
 from hf_prune.plan import PruningPlan, prunable_units
 from hf_prune.structure.inference import infer_structure
+from hf_prune.surgery import configuring
 from hf_prune.surgery.pruning import apply_plan
 
 if TYPE_CHECKING:
@@ -80,45 +83,88 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="this case alone")
     arguments = parser.parse_args()
     quiet()
-    start, per_family = time.perf_counter(), -(-arguments.cases // len(FAMILIES))
-    known: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"families": {}}
+    stop = time.perf_counter() + arguments.seconds
+    last = -(-arguments.cases // len(FAMILIES))
+    results = {family: result for family, result in read().items() if family in arguments.only}
+    first = min(result["cases"] for result in results.values())
+    models = {family: small_model(family) for family in arguments.only}
+    structures = {family: infer_structure(model) for family, model in models.items()}
+    find_knobs_once()
+    gc.freeze()  # models of all families: no need to look at them again and again
+    gc.set_threshold(50_000, 20, 50)
     broken = 0
-    for family in arguments.only:
-        model, structure = small_model(family), None
-        result = known["families"].setdefault(family, {"cases": 0, "seconds": 0.0, "laws": {}, "broken": []})
-        seeds = range(result["cases"], per_family) if arguments.seed is None else [arguments.seed]
-        for seed in tqdm(seeds, desc=family):
-            if time.perf_counter() - start > arguments.seconds:
-                break
-            structure = structure or infer_structure(model)
+    # Families take turns: a run that is stopped has as many cases of each.
+    for seed in tqdm(range(first, last) if arguments.seed is None else [arguments.seed], unit="seed"):
+        for family, model in models.items():
+            result = results[family]
+            if arguments.seed is None and (seed < result["cases"] or time.perf_counter() > stop):
+                continue
             began = time.process_time()
-            for law, outcome in case(model, structure, seed).items():
-                counts = result["laws"].setdefault(law, {})
-                counts[outcome.partition(":")[0]] = counts.get(outcome.partition(":")[0], 0) + 1
-                if outcome.startswith("broken"):
-                    broken += 1
-                    result["broken"].append({"seed": seed, "law": law, "what": outcome})
-                    print(f"{family}, seed {seed}: {law}: {outcome}", flush=True)
+            outcomes = case(model, structures[family], family, seed)
+            broken += note(result, family, seed, outcomes)
             result["cases"] += 1
             result["seconds"] = round(result["seconds"] + time.process_time() - began, 3)
         if arguments.seed is None:
-            import transformers
-
-            versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-            known.update(circumstances={**versions, "python": platform.python_version()})
-            for target, text in ((RESULTS, json.dumps(known, indent=1)), (RESULTS.with_suffix(".md"), page(known))):
-                with replaced_file(target) as path:
-                    path.write_text(text + "\n", encoding="utf-8")
-    cases = sum(result["cases"] for result in known["families"].values())
-    print(f"{cases:,} cases, {sum(len(r['broken']) for r in known['families'].values())} broken laws")
+            write(results)
+        if time.perf_counter() > stop:
+            break
+    if arguments.seed is None:
+        write(results)
+        every = read().values()
+        total = sum(len(result["broken"]) for result in every)
+        print(f"{sum(result['cases'] for result in every):,} cases, {total} broken laws")
     return 1 if broken else 0
+
+
+def find_knobs_once() -> None:
+    """The attributes that hold widths depend on the model, not on the plan: they are looked for once per family."""
+    found: dict[int, Any] = {}
+    find_knobs = configuring.find_knobs
+
+    def known(config: Any, structure: Structure, cls: Any) -> Any:
+        if id(structure) not in found:
+            found[id(structure)] = find_knobs(config, structure, cls)
+        return found[id(structure)]
+
+    configuring.find_knobs = known
+
+
+def note(result: dict[str, Any], family: str, seed: int, outcomes: dict[str, str]) -> int:
+    """Count the outcomes of a case; print those that are broken. How many these are."""
+    for law, outcome in outcomes.items():
+        word = outcome.partition(":")[0]
+        counts = result["laws"].setdefault(law, {})
+        counts[word] = counts.get(word, 0) + 1
+        if word == "broken":
+            result["broken"].append({"seed": seed, "law": law, "what": outcome})
+            tqdm.write(f"{family}, seed {seed}: {law}: {outcome}")
+    return sum(outcome.startswith("broken") for outcome in outcomes.values())
+
+
+def read() -> dict[str, Any]:
+    """What is known of each family."""
+    known = json.loads(RESULTS.read_text(encoding="utf-8"))["families"] if RESULTS.exists() else {}
+    return {family: known.get(family, {"cases": 0, "seconds": 0.0, "laws": {}, "broken": []}) for family in FAMILIES}
+
+
+def write(results: dict[str, Any]) -> None:
+    """docs/laws.json and docs/laws.md, with these results in place of earlier ones of their families."""
+    import transformers
+
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+    circumstances = {**versions, "python": platform.python_version()}
+    known = {"families": {**read(), **results}, "circumstances": circumstances}
+    for target, text in ((RESULTS, json.dumps(known, indent=1)), (RESULTS.with_suffix(".md"), page(known))):
+        with replaced_file(target) as path:
+            path.write_text(text + "\n", encoding="utf-8")
 
 
 LAWS = ("masked = sliced", "layer removal = bypass", "counts", "reload", "nested", "plan = JSON")
 _PAGE = """# Laws
 
 Random plans on small random models (hidden size 48, 4 layers) of {families} families: {cases:,} cases, {broken} broken
-laws. Written by [`tests/benchmarks/laws.py`](../tests/benchmarks/laws.py), which goes on where it stopped:
+laws. Written by [`tests/benchmarks/laws.py`](../tests/benchmarks/laws.py). Families take turns, and a run goes on
+where the last one stopped (without docs/laws.json: from the start):
 
     make laws                                                  # until there are 10,000 cases
     python tests/benchmarks/laws.py --only llama --seed 17     # one case again
@@ -127,8 +173,8 @@ A case is drawn from (family, seed): random units of random attention and MLP ax
 branches go, in a third some layers. **Masked = sliced**, and **layer removal = bypass**: logits of the pruned model are
 those of the dense one, in float64, within 1e-9 of the largest. **Counts**: predicted parameters are the actual ones.
 **Reload** (every fifth case): saved and loaded, equal tensors and logits. **Nested** (every second): a larger ratio
-keeps a subset, the same seed the same plan. **Plan = JSON**: a plan read from its file is equal. Numbers are cases in
-which a law held; r: refused with an error of ours; b: broken.
+keeps a subset, the same seed gives the same plan. **Plan = JSON**: a plan read from its file is equal. Numbers are
+cases in which a law held; r: refused with an error of ours; b: broken.
 
 transformers {transformers}, torch {torch}, Python {python}; {minutes:.0f} minutes of one core.
 """
@@ -155,7 +201,7 @@ def page(known: dict[str, Any]) -> str:
     return head + "\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def case(model: Any, structure: Structure, seed: int) -> dict[str, str]:
+def case(model: Any, structure: Structure, family: str, seed: int) -> dict[str, str]:
     """Outcome by law: "holds", "refused: why" or "broken: how"."""
     outcomes: dict[str, str] = {}
 
@@ -173,7 +219,7 @@ def case(model: Any, structure: Structure, seed: int) -> dict[str, str]:
             return found
         return None
 
-    plan = random_plan(structure, seed)
+    plan = random_plan(structure, family, seed)
     pruned = law("counts", lambda: counted(model, structure, plan))
     if pruned is not None:
         if seed % EVERY["reload"] == 0:
@@ -191,9 +237,9 @@ def same(found: Any, expected: Any) -> None:
     assert found == expected, f"{found} is not {expected}"
 
 
-def random_plan(structure: Structure, seed: int) -> PruningPlan:
+def random_plan(structure: Structure, family: str, seed: int) -> PruningPlan:
     """The plan of a case."""
-    rng = random.Random(seed)
+    rng = random.Random(f"{family} {seed}")
     num_layers = len(structure.layer_paths)
     kept: dict[str, tuple[int, ...]] = {}
     if seed % 3 == 2:
@@ -261,19 +307,15 @@ def reloaded(pruned: Any) -> None:
 def nested(model: Any, structure: Structure, seed: int) -> None:
     """What a larger ratio keeps, a smaller one keeps too; the same seed gives the same plan."""
     rng = random.Random(seed)
+    allocation = rng.choice(["uniform", "global"])
     plans = []
     for ratio in sorted(rng.uniform(0.05, 0.7) for _ in range(2)):
-        config = RandomConfig(ratio, seed=seed, allocation=rng.choice(["uniform", "global"]))
-        try:
-            plan = allocate(score(model, structure, config), structure, config)
-        except BudgetError:
-            return
-        same(allocate(score(model, structure, config), structure, config), plan)
-        plans.append(plan)
-    if plans[0].config.allocation == plans[1].config.allocation:
-        for name, units in plans[0].kept_indices.items():
-            larger = plans[1].kept_indices.get(name, range(structure.axes[name].num_units))
-            assert set(larger) <= set(units), f"{name} is not nested"
+        config = RandomConfig(ratio, seed=seed, allocation=allocation)
+        plans.append(allocate(score(model, structure, config), structure, config))
+        same(allocate(score(model, structure, config), structure, config), plans[-1])
+    for name, units in plans[0].kept_indices.items():
+        larger = plans[1].kept_indices.get(name, range(structure.axes[name].num_units))
+        assert set(larger) <= set(units), f"{name} is not nested"
 
 
 if __name__ == "__main__":
