@@ -275,3 +275,13 @@ def test_how_a_constant_was_put_together_does_not_matter():
 
     found, _ = traced(alibi, w=(6, D), out=(D, 6))
     assert found["w"] == "c , b"
+
+
+def test_softmax_of_less_than_three_dimensions_finds_no_heads():
+    """Heads are those of attention scores; a router's probabilities, or those of a weight, have none."""
+
+    def mix(x, w, o):
+        return F.linear(F.linear(x, w.softmax(1)), o)
+
+    _, tracer = traced(mix, w=(8, D), o=(D, 8))
+    assert not any(atom.heads for terms in tracer.consumed.values() for term in terms for atom in leaves(term))

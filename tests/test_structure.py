@@ -12,8 +12,10 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_prune.config import MagnitudeConfig, selected_axes
 from hf_prune.errors import StructureError
-from hf_prune.structure.inference import infer_structure
-from hf_prune.structure.structure import Owner
+from hf_prune.structure.inference import _use, infer_structure
+from hf_prune.structure.structure import Owner, SelectedInput
+from hf_prune.structure.tracing import ConstantInput
+from hf_prune.structure.unify import Atom, Prod
 from hf_prune.surgery.expressing import find_knobs
 
 # Layer 1 of each family, written by hand. A = layers.1.attention, M = layers.1.mlp, D = hidden.
@@ -377,3 +379,13 @@ def test_a_model_that_its_class_cannot_build_is_refused():
     config.num_attention_heads = 0
     with pytest.raises(StructureError, match="llama: its config class refuses this config"):
         infer_structure(config)
+
+
+def test_a_constant_is_split_where_it_carries_the_axis():
+    """Only a batch before the axis may be of any size."""
+    heads, rest, batch = Atom(4), Atom(2), Atom(3)
+    first = ConstantInput("attn", "alibi", (5, 8), (Atom(5), Prod((heads, rest))))
+    second = ConstantInput("attn", "alibi", (24,), (Prod((batch, heads, rest)),))
+    assert _use(first, heads, {id(heads)}) == SelectedInput("attn", "alibi", 1, (4, 2), 0)
+    assert _use(second, heads, {id(heads)}) == SelectedInput("attn", "alibi", 0, (-1, 4, 2), 1)
+    assert _use(second, Atom(4), {id(heads)}) is None

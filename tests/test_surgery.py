@@ -381,3 +381,13 @@ def test_a_size_that_coincides_with_the_heads_stays(model_type, layers_go):
             assert torch.allclose(found, logits(model), atol=1e-9)
     else:  # a norm mixes the units
         assert found.isfinite().all()
+
+
+def test_a_removed_branch_returns_what_its_module_returned():
+    structure = shared_structure("llama")
+    stay = tuple(range(1, len(structure.layer_paths)))
+    config = pruned_config(shared_model("llama").config, structure, make_plan(structure, {"layers.attention": stay}))
+    assert config.pruning_config["surgery"]["branches"]["attention"] == {
+        "module": structure.branch_modules["layers.0.attention"].path,
+        "outputs": ["zeros", None],
+    }
