@@ -367,3 +367,14 @@ def _built(config_class):
 
 def _zero_branches(model):
     return [module for module in model.modules() if isinstance(module, per_layer.ZeroBranch)]
+
+
+def test_a_selected_input_may_be_given_by_position_or_by_name():
+    class Attention(torch.nn.Module):
+        def forward(self, hidden, alibi, mask=None, scale=1.0):
+            return alibi
+
+    module, alibi = Attention(), torch.arange(8.0)
+    per_layer._select_input(module, "attn", "alibi", {"dim": 0, "sizes": [-1, 4], "factor": 1, "kept": [1, 3]})
+    assert module(torch.zeros(1), alibi, None, 2.0).tolist() == [1.0, 3.0, 5.0, 7.0]
+    assert module(torch.zeros(1), alibi=alibi).tolist() == [1.0, 3.0, 5.0, 7.0]

@@ -285,3 +285,9 @@ def test_softmax_of_less_than_three_dimensions_finds_no_heads():
 
     _, tracer = traced(mix, w=(8, D), o=(D, 8))
     assert not any(atom.heads for terms in tracer.consumed.values() for term in terms for atom in leaves(term))
+
+
+def test_a_tensor_in_memory_meets_those_without_memory():
+    offset = torch.ones(8)
+    found, _ = traced(lambda x, w, o: F.linear(F.linear(x, w) + offset, o), w=(8, D), o=(D, 8))
+    assert found["w"].split(" , ")[0] == found["o"].split(" , ")[1]

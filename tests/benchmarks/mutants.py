@@ -34,20 +34,25 @@ PAGE = ROOT / "docs" / "mutants.md"
 FOLDERS = ["structure", "surgery", "checkpoint"]
 # The longest key that a module's path begins with says which test files are near to it.
 NEAREST = {
-    "structure": ["test_rules", "test_structure", "test_unify"],
-    "structure/layouts": ["test_layouts", "test_structure"],
-    "structure/unify": ["test_unify", "test_rules", "test_structure"],
-    "surgery": ["test_surgery", "test_depth"],
-    "surgery/in_place": ["test_recovery_in_place"],
-    "surgery/judging": ["test_depth", "test_surgery"],
-    "surgery/pruning": ["test_surgery", "test_recovery_in_place"],
-    "surgery/slicing": ["test_recovery_in_place", "test_surgery"],
-    "checkpoint": ["test_loading", "test_saving"],
-    "checkpoint/hub": ["test_hub"],
-    "checkpoint/per_layer": ["test_per_layer", "test_loading"],
-    "checkpoint/autoload": ["test_checkpoint_traps", "test_loading"],
-    "checkpoint/loud": ["test_checkpoint_traps", "test_per_layer"],
-    "checkpoint/remote_code": ["test_checkpoint_traps", "test_saving"],
+    "structure": ["test_rules.py", "test_structure.py", "test_unify.py"],
+    "structure/layouts": ["test_layouts.py", "test_structure.py"],
+    "structure/unify": ["test_unify.py", "test_rules.py", "test_structure.py"],
+    "surgery": ["test_surgery.py", "test_depth.py"],
+    "surgery/in_place": ["test_recovery_in_place.py"],
+    "surgery/judging": ["test_depth.py", "test_surgery.py"],
+    "surgery/pruning": [
+        "test_recovery_in_place.py",
+        "test_surgery.py",
+        "test_layers_on_disk.py::test_a_pruned_checkpoint_is_pruned_again",
+        "test_layers_on_disk.py::test_buffers_that_are_saved_stay_with_their_layers",
+    ],
+    "surgery/slicing": ["test_recovery_in_place.py", "test_surgery.py"],
+    "checkpoint": ["test_loading.py", "test_saving.py"],
+    "checkpoint/hub": ["test_hub.py"],
+    "checkpoint/per_layer": ["test_per_layer.py", "test_loading.py"],
+    "checkpoint/autoload": ["test_checkpoint_traps.py", "test_loading.py"],
+    "checkpoint/loud": ["test_checkpoint_traps.py", "test_per_layer.py"],
+    "checkpoint/remote_code": ["test_checkpoint_traps.py", "test_saving.py"],
 }
 COMPARISONS = {
     ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
@@ -237,7 +242,7 @@ def sample(mutants: list[Mutant], num: int, seed: int) -> list[Mutant]:
 
 def nearest_tests(module: str) -> list[str]:
     key = max((key for key in NEAREST if module.startswith(key)), key=len)
-    return [f"tests/{name}.py" for name in NEAREST[key]]
+    return [f"tests/{name}" for name in NEAREST[key]]
 
 
 def run_tests(copy: Path, tests: list[str], limit_s: float, modules_file: Path | None = None) -> dict:
