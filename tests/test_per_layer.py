@@ -28,6 +28,7 @@ from transformers import (
 
 from hf_prune.checkpoint import per_layer
 from hf_prune.checkpoint.loud import make_loud
+from hf_prune.errors import CheckpointError
 
 per_layer.install()
 SOURCE = Path(per_layer.__file__)
@@ -292,6 +293,16 @@ def test_surgery_on_a_missing_module_is_refused():
     config.pruning_config = {"surgery": {"modules": {"transformer.h.7.attn": {"shapes": {"c_attn.bias": [3]}}}}}
     with pytest.raises(ValueError, match=r"transformer\.h\.7\.attn"):
         AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("length", [0, -5, True, 2.0, 2**40, "8", None])
+def test_a_length_that_is_no_size_is_refused(length):
+    def config(length):
+        return {"pruning_config": {"surgery": {"modules": {"model.norm": {"shapes": {"weight": [length]}}}}}}
+
+    per_layer.check_config(config(8))
+    with pytest.raises(CheckpointError, match="lengths of a tensor"):
+        per_layer.check_config(config(length))
 
 
 def test_family_whose_layers_take_no_index_is_refused():

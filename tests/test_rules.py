@@ -291,3 +291,9 @@ def test_a_tensor_in_memory_meets_those_without_memory():
     offset = torch.ones(8)
     found, _ = traced(lambda x, w, o: F.linear(F.linear(x, w) + offset, o), w=(8, D), o=(D, 8))
     assert found["w"].split(" , ")[0] == found["o"].split(" , ")[1]
+
+
+def test_log_sigmoid_is_elementwise():
+    found, tracer = traced(lambda x, w, o: F.linear(F.logsigmoid(F.linear(x, w)), o), w=(8, D), o=(D, 8))
+    assert (found["w"], found["o"]) == ("c , b", "d , c")
+    assert tracer.without_rule == {}

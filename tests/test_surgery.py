@@ -17,7 +17,7 @@ from hf_prune.structure.forward import Forward
 from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.layouts import unit_ids
 from hf_prune.surgery.configuring import pruned_config
-from hf_prune.surgery.pruning import apply_plan
+from hf_prune.surgery.pruning import _copy_buffers, apply_plan
 from hf_prune.surgery.slicing import pruned_name, slice_state_dict, slice_tensor
 
 _SIZES = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 8}
@@ -391,3 +391,17 @@ def test_a_removed_branch_returns_what_its_module_returned():
         "module": structure.branch_modules["layers.0.attention"].path,
         "outputs": ["zeros", None],
     }
+
+
+@pytest.mark.parametrize(("values", "taken"), [([2.0] * 4, [2.0] * 3), ([0.0, 1.0, 2.0, 3.0], None), ([], None)])
+def test_a_buffer_of_another_shape_is_taken_only_where_it_is_uniform(values, taken):
+    structure, model = shared_structure("llama"), tiny_model("llama")
+    pruned = tiny_model("llama").to("meta")
+    model.model.register_buffer("table", torch.tensor(values), persistent=False)
+    pruned.model.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
+    if taken is None:
+        with pytest.raises(PlanError, match=r"buffer 'model\.table' depends on what is pruned"):
+            _copy_buffers(model, pruned, structure, make_plan(structure, {}))
+    else:
+        _copy_buffers(model, pruned, structure, make_plan(structure, {}))
+        assert pruned.model.table.tolist() == taken
