@@ -297,3 +297,25 @@ def test_log_sigmoid_is_elementwise():
     found, tracer = traced(lambda x, w, o: F.linear(F.logsigmoid(F.linear(x, w)), o), w=(8, D), o=(D, 8))
     assert (found["w"], found["o"]) == ("c , b", "d , c")
     assert tracer.without_rule == {}
+
+
+@pytest.mark.parametrize(
+    "statistic",
+    [
+        lambda y: y.kthvalue(1)[0].unsqueeze(-1),
+        lambda y: y.kthvalue(5, dim=-1, keepdim=True)[0],
+        lambda y: y.mode()[0].unsqueeze(-1),
+        lambda y: y.mode(keepdim=True)[0],
+        lambda y: y.median(-1, keepdim=True)[0],
+        lambda y: y.amax(-1, keepdim=True),
+    ],
+)
+def test_a_statistic_mixes_the_dimension_that_it_reduces(statistic):
+    def mlp(x, w, o):
+        y = F.linear(x, w)
+        return F.linear(y - statistic(y), o)
+
+    found, tracer = traced(mlp, w=(8, D), o=(D, 8))
+    assert (found["w"], found["o"]) == ("c , b", "d , c")
+    assert tracer.without_rule == {}
+    assert [bool(atom.mixed) for atom in leaves(tracer.consumed["o"][0])] == [True]

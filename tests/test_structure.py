@@ -389,3 +389,12 @@ def test_a_constant_is_split_where_it_carries_the_axis():
     assert _use(first, heads, {id(heads)}) == SelectedInput("attn", "alibi", 1, (4, 2), 0)
     assert _use(second, heads, {id(heads)}) == SelectedInput("attn", "alibi", 0, (-1, 4, 2), 1)
     assert _use(second, Atom(4), {id(heads)}) is None
+
+
+def test_the_group_of_an_axis_holds_each_of_its_parameters_once():
+    structure = shared_structure("llama_tied")
+    mlp = structure.group(structure.axes["layers.1.mlp"])
+    assert sorted(mlp) == [f"model.layers.1.mlp.{name}_proj.weight" for name in ("down", "gate", "up")]
+    hidden = structure.group(structure.axes["hidden"])
+    assert "model.embed_tokens.weight" in hidden
+    assert "lm_head.weight" not in hidden
