@@ -25,6 +25,7 @@ from hf_prune.checkpoint.files import PLAN_NAME, read_json
 from hf_prune.checkpoint.per_layer import DIGESTS
 from hf_prune.checkpoint.save_hook import install_save_hook
 from hf_prune.checkpoint.saving import save_pruned, verify_checkpoint
+from hf_prune.checkpoint.verifying import not_loaded
 from hf_prune.cli import app
 from hf_prune.errors import CheckpointError
 from hf_prune.loading import load_config, load_model
@@ -201,3 +202,9 @@ def test_a_pruned_directory_saved_by_the_facade_verifies(tmp_path, monkeypatch):
     save_pruned(model, tmp_path / "out", plan=plan)
     verify_checkpoint(tmp_path / "out")
     assert not hasattr(model.config, DIGESTS)
+
+
+def test_the_first_line_of_another_refusal_is_quoted():
+    said = str(not_loaded("there", "model", OSError("\n \nno such model\nand much more")))
+    assert said.startswith("no model could be loaded from 'there': no such model Pass")
+    assert "ValueError" in str(not_loaded("there", "config", ValueError("\n")))
