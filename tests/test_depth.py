@@ -17,7 +17,7 @@ from hf_prune.inspection import inspect_config
 from hf_prune.layers.masking import masked
 from hf_prune.structure.forward import Forward
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.configuring import pruned_config
+from hf_prune.surgery.configuring import depends_on_depth, pruned_config
 from hf_prune.surgery.in_place import apply_plan_
 from hf_prune.surgery.judging import Judge, _Expressions
 from hf_prune.surgery.pruning import apply_plan
@@ -228,3 +228,9 @@ def test_a_difference_is_looked_for_in_the_module_around_too():
     dense.model.layers[1].mlp.factor, model.model.layers[1].mlp.factor = 1.0, 2.0
     said = judge._constants(dense, model, "model.layers.1.mlp.down_proj")
     assert said == "model.layers.1.mlp.factor is 2.0, 1.0 in the dense model"
+
+
+def test_a_single_layer_depends_on_nothing():
+    config = small_config("gpt2")
+    config.num_hidden_layers, config.scale_attn_by_inverse_layer_idx = 1, True
+    assert depends_on_depth(config, infer_structure(config)) == ""
