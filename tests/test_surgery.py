@@ -387,6 +387,7 @@ def test_a_removed_branch_returns_what_its_module_returned():
     structure = shared_structure("llama")
     stay = tuple(range(1, len(structure.layer_paths)))
     config = pruned_config(shared_model("llama").config, structure, make_plan(structure, {"layers.attention": stay}))
+    assert config.per_layer_config[0].skip == ["attention"]
     assert config.pruning_config["surgery"]["branches"]["attention"] == {
         "module": structure.branch_modules["layers.0.attention"].path,
         "outputs": ["zeros", None],
