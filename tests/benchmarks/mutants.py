@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import io
+import itertools
 import json
 import os
 import platform
@@ -240,6 +241,14 @@ def sample(mutants: list[Mutant], num: int, seed: int) -> list[Mutant]:
     return rounds[:num]
 
 
+def _left(mutants: list[Mutant], state: dict, num: int) -> list[Mutant]:
+    """Those of one folder to try until there are `num` results of it."""
+    folder = mutants[0].module.split("/")[0]
+    done = {name for name in state["mutants"] if name.startswith(f"{folder}/")}
+    order = [mutant for mutant in sample(mutants, len(mutants), state["seed"]) if mutant.name not in done]
+    return order[: max(0, num - len(done))]
+
+
 def nearest_tests(module: str) -> list[str]:
     key = max((key for key in NEAREST if module.startswith(key)), key=len)
     return [f"tests/{name}" for name in NEAREST[key]]
@@ -429,15 +438,13 @@ def main() -> int:
         save(state)
         return 0
     state["possible"] = {folder: len(mutants) for folder, mutants in every.items()}
-    samples = [sample(mutants, args.per_folder, state["seed"]) for mutants in every.values()]
-    todo = [mutant for row in zip(*samples, strict=False) for mutant in row]
     if args.only:
         todo = [mutant for mutants in every.values() for mutant in mutants if mutant.name == args.only]
     elif args.again:
         todo = [m for ms in every.values() for m in ms if state["mutants"].get(m.name, {}).get("outcome") == "survived"]
     else:
-        known = state["mutants"]
-        todo = [m for m in todo if m.name not in known or known[m.name]["before"] != m.before]
+        left = [_left(mutants, state, args.per_folder) for mutants in every.values()]
+        todo = [mutant for row in itertools.zip_longest(*left) for mutant in row if mutant is not None]
     if not todo:
         print("nothing left to try")
         return 0
