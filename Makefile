@@ -37,7 +37,7 @@ kills: install
 laws: install
 	$(BIN)/python tests/benchmarks/laws.py --cases 10000
 
-# Small faults in structure, surgery and checkpoint: a sample of 25 in each, until docs/mutants.json has it; goes on where it stopped.
+# Small faults in structure, surgery and checkpoint, 25 in each (docs/mutants.json); goes on where it stopped.
 mutants: install
 	$(BIN)/python tests/benchmarks/mutants.py --per-folder 25
 
