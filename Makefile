@@ -8,7 +8,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 ||
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint format kills laws clean
+.PHONY: install demo test lint format kills laws mutants clean
 
 install: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ kills: install
 # Random plans over 24 families, until there are 10,000 in docs/laws.json (about 40 minutes of one core); goes on where it stopped.
 laws: install
 	$(BIN)/python tests/benchmarks/laws.py --cases 10000
+
+# Small faults in structure, surgery and checkpoint, 25 in each (docs/mutants.json); goes on where it stopped.
+mutants: install
+	$(BIN)/python tests/benchmarks/mutants.py --per-folder 25
 
 format: install
 	$(BIN)/ruff check --fix .

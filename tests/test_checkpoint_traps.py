@@ -1,5 +1,6 @@
 """What a pruned checkpoint does where its loader is missing: in a process without hf_prune, once for all cases."""
 
+import inspect
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from hand_pruned import FAMILIES, VOCAB, hand_pruned, ids, skip_only
 from transformers import LlamaConfig
 
 from hf_prune.checkpoint import per_layer
+from hf_prune.checkpoint.autoload import _InstallingLoader
 from hf_prune.checkpoint.loud import FLAG, make_loud
 from hf_prune.checkpoint.remote_code import MODULE_NAME, auto_map, remote_code
 from hf_prune.errors import CheckpointError
@@ -249,3 +251,7 @@ def test_loader_imports_nothing_of_ours():
     source = Path(per_layer.__file__).read_text()
     assert "import hf_prune" not in source
     assert "from hf_prune" not in source
+
+
+def test_the_import_hook_still_shows_the_source():
+    assert _InstallingLoader(json.__loader__, lambda: None).get_source("json") == inspect.getsource(json)

@@ -15,10 +15,11 @@ import hf_prune
 from hf_prune.errors import CheckpointError, StructureError
 from hf_prune.inspection import inspect_config
 from hf_prune.layers.masking import masked
+from hf_prune.structure.forward import Forward
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.configuring import pruned_config
+from hf_prune.surgery.configuring import depends_on_depth, pruned_config
 from hf_prune.surgery.in_place import apply_plan_
-from hf_prune.surgery.judging import Judge
+from hf_prune.surgery.judging import Judge, _Expressions
 from hf_prune.surgery.pruning import apply_plan
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
@@ -207,3 +208,29 @@ def test_prune_removes_layers_of_a_model_that_scales_by_depth():
     structure = infer_structure(model)
     with masked(model, structure, without(structure, 1)):
         assert torch.equal(logits(pruned), logits(model))
+
+
+def test_a_write_through_a_view_changes_what_is_computed():
+    run = _Expressions({}, Forward(), True)
+    with run:
+        tensor = torch.ones(4, device="meta")
+        view = tensor.view(2, 2)
+        before = run.number(view)
+        tensor.mul_(2)
+        assert run.number(view) != before
+
+
+def test_a_difference_is_looked_for_in_the_module_around_too():
+    config = small_config("llama")
+    structure = infer_structure(config)
+    judge = Judge(config, structure, make_plan(structure, {}), None)
+    dense, model = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    dense.model.layers[1].mlp.factor, model.model.layers[1].mlp.factor = 1.0, 2.0
+    said = judge._constants(dense, model, "model.layers.1.mlp.down_proj")
+    assert said == "model.layers.1.mlp.factor is 2.0, 1.0 in the dense model"
+
+
+def test_a_single_layer_depends_on_nothing():
+    config = small_config("gpt2")
+    config.num_hidden_layers, config.scale_attn_by_inverse_layer_idx = 1, True
+    assert depends_on_depth(config, infer_structure(config)) == ""

@@ -476,3 +476,14 @@ def test_buffers_that_are_saved_stay_with_their_layers(tmp_path, monkeypatch):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     assert same_weights(loaded, wanted.model)
     assert torch.equal(loaded.model.layers[1].mlp.offset, dense.model.layers[1].mlp.offset)
+
+    def interrupted(self):
+        raise Interrupted
+
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_prune.surgery.pruning.PrunedLayers.finish", interrupted)
+        with pytest.raises(Interrupted):
+            prune(path, MagnitudeConfig(0.3), layers_on="disk", work_dir=tmp_path / "work")
+    resumed = prune(path, MagnitudeConfig(0.3), layers_on="disk", work_dir=tmp_path / "work")
+    save_pruned(resumed.model, tmp_path / "resumed", plan=resumed.plan)
+    assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "resumed"), wanted.model)

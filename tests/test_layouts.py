@@ -94,6 +94,12 @@ def test_reduce_sums_everything_but_one_axis(rows, columns, axis, dtype):
     result = lay.reduce(values, (rows, columns), axis)
     assert result.tolist() == expected
     assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    if axis in lay.axes(columns):
+        only_columns = [
+            values[:, lay.unit_ids(columns, axis) == unit].to(result.dtype).sum().item()
+            for unit in range(NUM_UNITS[axis])
+        ]
+        assert lay.reduce_dim(values, columns, 1, axis).tolist() == only_columns
 
 
 @given(layouts(), kept_indices)

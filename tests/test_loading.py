@@ -25,6 +25,7 @@ from hf_prune.checkpoint.files import PLAN_NAME, read_json
 from hf_prune.checkpoint.per_layer import DIGESTS
 from hf_prune.checkpoint.save_hook import install_save_hook
 from hf_prune.checkpoint.saving import save_pruned, verify_checkpoint
+from hf_prune.checkpoint.verifying import _config, not_loaded
 from hf_prune.cli import app
 from hf_prune.errors import CheckpointError
 from hf_prune.loading import load_config, load_model
@@ -201,3 +202,19 @@ def test_a_pruned_directory_saved_by_the_facade_verifies(tmp_path, monkeypatch):
     save_pruned(model, tmp_path / "out", plan=plan)
     verify_checkpoint(tmp_path / "out")
     assert not hasattr(model.config, DIGESTS)
+
+
+def test_the_first_line_of_another_refusal_is_quoted():
+    said = str(not_loaded("there", "model", OSError("\n \nno such model\nand much more")))
+    assert said.startswith("no model could be loaded from 'there': no such model Pass")
+    assert "ValueError" in str(not_loaded("there", "config", ValueError("\n")))
+
+
+def test_a_config_that_we_refuse_is_refused_in_our_words(tmp_path):
+    config = {"model_type": "llama", "pruning_config": {"surgery": {"nonsense": 1}}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"pruning_config\.surgery: found"):
+        _config(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="not a config that transformers can read"):
+        _config(tmp_path)

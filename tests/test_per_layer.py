@@ -28,6 +28,7 @@ from transformers import (
 
 from hf_prune.checkpoint import per_layer
 from hf_prune.checkpoint.loud import make_loud
+from hf_prune.errors import CheckpointError
 
 per_layer.install()
 SOURCE = Path(per_layer.__file__)
@@ -294,6 +295,16 @@ def test_surgery_on_a_missing_module_is_refused():
         AutoModelForCausalLM.from_config(config)
 
 
+@pytest.mark.parametrize("length", [0, -5, True, 2.0, 2**40, "8", None])
+def test_a_length_that_is_no_size_is_refused(length):
+    def config(length):
+        return {"pruning_config": {"surgery": {"modules": {"model.norm": {"shapes": {"weight": [length]}}}}}}
+
+    per_layer.check_config(config(8))
+    with pytest.raises(CheckpointError, match="lengths of a tensor"):
+        per_layer.check_config(config(length))
+
+
 def test_family_whose_layers_take_no_index_is_refused():
     from transformers import OpenAIGPTConfig
 
@@ -367,3 +378,14 @@ def _built(config_class):
 
 def _zero_branches(model):
     return [module for module in model.modules() if isinstance(module, per_layer.ZeroBranch)]
+
+
+def test_a_selected_input_may_be_given_by_position_or_by_name():
+    class Attention(torch.nn.Module):
+        def forward(self, hidden, alibi, mask=None, scale=1.0):
+            return alibi
+
+    module, alibi = Attention(), torch.arange(8.0)
+    per_layer._select_input(module, "attn", "alibi", {"dim": 0, "sizes": [-1, 4], "factor": 1, "kept": [1, 3]})
+    assert module(torch.zeros(1), alibi, None, 2.0).tolist() == [1.0, 3.0, 5.0, 7.0]
+    assert module(torch.zeros(1), alibi=alibi).tolist() == [1.0, 3.0, 5.0, 7.0]

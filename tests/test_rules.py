@@ -275,3 +275,47 @@ def test_how_a_constant_was_put_together_does_not_matter():
 
     found, _ = traced(alibi, w=(6, D), out=(D, 6))
     assert found["w"] == "c , b"
+
+
+def test_softmax_of_less_than_three_dimensions_finds_no_heads():
+    """Heads are those of attention scores; a router's probabilities, or those of a weight, have none."""
+
+    def mix(x, w, o):
+        return F.linear(F.linear(x, w.softmax(1)), o)
+
+    _, tracer = traced(mix, w=(8, D), o=(D, 8))
+    assert not any(atom.heads for terms in tracer.consumed.values() for term in terms for atom in leaves(term))
+
+
+def test_a_tensor_in_memory_meets_those_without_memory():
+    offset = torch.ones(8)
+    found, _ = traced(lambda x, w, o: F.linear(F.linear(x, w) + offset, o), w=(8, D), o=(D, 8))
+    assert found["w"].split(" , ")[0] == found["o"].split(" , ")[1]
+
+
+def test_log_sigmoid_is_elementwise():
+    found, tracer = traced(lambda x, w, o: F.linear(F.logsigmoid(F.linear(x, w)), o), w=(8, D), o=(D, 8))
+    assert (found["w"], found["o"]) == ("c , b", "d , c")
+    assert tracer.without_rule == {}
+
+
+@pytest.mark.parametrize(
+    "statistic",
+    [
+        lambda y: y.kthvalue(1)[0].unsqueeze(-1),
+        lambda y: y.kthvalue(5, dim=-1, keepdim=True)[0],
+        lambda y: y.mode()[0].unsqueeze(-1),
+        lambda y: y.mode(keepdim=True)[0],
+        lambda y: y.median(-1, keepdim=True)[0],
+        lambda y: y.amax(-1, keepdim=True),
+    ],
+)
+def test_a_statistic_mixes_the_dimension_that_it_reduces(statistic):
+    def mlp(x, w, o):
+        y = F.linear(x, w)
+        return F.linear(y - statistic(y), o)
+
+    found, tracer = traced(mlp, w=(8, D), o=(D, 8))
+    assert (found["w"], found["o"]) == ("c , b", "d , c")
+    assert tracer.without_rule == {}
+    assert [bool(atom.mixed) for atom in leaves(tracer.consumed["o"][0])] == [True]

@@ -213,13 +213,16 @@ def test_files_left_by_a_killed_swap_are_moved_back(checkpoint):
 
 def test_overwriting_takes_over_what_is_not_the_model(checkpoint):
     (checkpoint / "LICENSE").write_text("free")
+    (checkpoint / "LICENSES").mkdir()
+    (checkpoint / "LICENSES" / "data").write_text("free too")
     for name in ("README.md", PLAN_NAME):
         (checkpoint / name).unlink()
     shutil.move(checkpoint / "model.safetensors", checkpoint / "model-00001-of-00001.safetensors")
     tokenizer = (checkpoint / "tokenizer.json").read_bytes()
     model, plan = pruned_llama(uniform=True)
     save_pruned(model, checkpoint, plan=plan)
-    assert names(checkpoint) == COMPLETE | {"LICENSE"}
+    assert names(checkpoint) == COMPLETE | {"LICENSE", "LICENSES"}
+    assert (checkpoint / "LICENSES" / "data").read_text() == "free too"
     assert (checkpoint / "tokenizer.json").read_bytes() == tokenizer
     assert load_plan(checkpoint) == plan
 

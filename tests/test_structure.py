@@ -8,12 +8,15 @@ import pytest
 import torch
 from models import FAMILIES, shared_model, shared_structure, tiny_config
 from torch import nn
-from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_prune.config import MagnitudeConfig, selected_axes
 from hf_prune.errors import StructureError
-from hf_prune.structure.inference import infer_structure
-from hf_prune.structure.structure import Owner
+from hf_prune.structure.consumers import consumers_of
+from hf_prune.structure.inference import _use, infer_structure
+from hf_prune.structure.structure import Owner, SelectedInput
+from hf_prune.structure.tracing import ConstantInput
+from hf_prune.structure.unify import Atom, Prod
 from hf_prune.surgery.expressing import find_knobs
 
 # Layer 1 of each family, written by hand. A = layers.1.attention, M = layers.1.mlp, D = hidden.
@@ -377,3 +380,48 @@ def test_a_model_that_its_class_cannot_build_is_refused():
     config.num_attention_heads = 0
     with pytest.raises(StructureError, match="llama: its config class refuses this config"):
         infer_structure(config)
+
+
+def test_a_constant_is_split_where_it_carries_the_axis():
+    """Only a batch before the axis may be of any size."""
+    heads, rest, batch = Atom(4), Atom(2), Atom(3)
+    first = ConstantInput("attn", "alibi", (5, 8), (Atom(5), Prod((heads, rest))))
+    second = ConstantInput("attn", "alibi", (24,), (Prod((batch, heads, rest)),))
+    assert _use(first, heads, {id(heads)}) == SelectedInput("attn", "alibi", 1, (4, 2), 0)
+    assert _use(second, heads, {id(heads)}) == SelectedInput("attn", "alibi", 0, (-1, 4, 2), 1)
+    assert _use(second, Atom(4), {id(heads)}) is None
+
+
+def test_the_group_of_an_axis_holds_each_of_its_parameters_once():
+    structure = shared_structure("llama_tied")
+    mlp = structure.group(structure.axes["layers.1.mlp"])
+    assert sorted(mlp) == [f"model.layers.1.mlp.{name}_proj.weight" for name in ("down", "gate", "up")]
+    hidden = structure.group(structure.axes["hidden"])
+    assert "model.embed_tokens.weight" in hidden
+    assert "lm_head.weight" not in hidden
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "dim", "output_dim"),
+    [("llama", "linear", 1, 0), ("gpt2", "linear", 0, 1), ("mixtral", "experts", 2, 1)],
+)
+def test_what_sums_over_an_mlp_axis(family, kind, dim, output_dim):
+    (found,) = consumers_of(shared_model(family), shared_structure(family), "layers.1.mlp")
+    assert (found.kind, found.dim, found.output_dim) == (kind, dim, output_dim)
+
+
+def test_several_axes_of_one_branch_are_named_by_their_modules():
+    config = AutoConfig.for_model(
+        "qwen2_moe",
+        vocab_size=64,
+        hidden_size=32,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    names = [axis.name for axis in infer_structure(config).axes_of("mlp") if axis.layer == 1]
+    assert names == ["layers.1.mlp.experts", "layers.1.mlp.shared_expert"]

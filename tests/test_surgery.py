@@ -17,7 +17,7 @@ from hf_prune.structure.forward import Forward
 from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.layouts import unit_ids
 from hf_prune.surgery.configuring import pruned_config
-from hf_prune.surgery.pruning import apply_plan
+from hf_prune.surgery.pruning import _copy_buffers, apply_plan
 from hf_prune.surgery.slicing import pruned_name, slice_state_dict, slice_tensor
 
 _SIZES = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 8}
@@ -381,3 +381,28 @@ def test_a_size_that_coincides_with_the_heads_stays(model_type, layers_go):
             assert torch.allclose(found, logits(model), atol=1e-9)
     else:  # a norm mixes the units
         assert found.isfinite().all()
+
+
+def test_a_removed_branch_returns_what_its_module_returned():
+    structure = shared_structure("llama")
+    stay = tuple(range(1, len(structure.layer_paths)))
+    config = pruned_config(shared_model("llama").config, structure, make_plan(structure, {"layers.attention": stay}))
+    assert config.per_layer_config[0].skip == ["attention"]
+    assert config.pruning_config["surgery"]["branches"]["attention"] == {
+        "module": structure.branch_modules["layers.0.attention"].path,
+        "outputs": ["zeros", None],
+    }
+
+
+@pytest.mark.parametrize(("values", "taken"), [([2.0] * 4, [2.0] * 3), ([0.0, 1.0, 2.0, 3.0], None), ([], None)])
+def test_a_buffer_of_another_shape_is_taken_only_where_it_is_uniform(values, taken):
+    structure, model = shared_structure("llama"), tiny_model("llama")
+    pruned = tiny_model("llama").to("meta")
+    model.model.register_buffer("table", torch.tensor(values), persistent=False)
+    pruned.model.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
+    if taken is None:
+        with pytest.raises(PlanError, match=r"buffer 'model\.table' depends on what is pruned"):
+            _copy_buffers(model, pruned, structure, make_plan(structure, {}))
+    else:
+        _copy_buffers(model, pruned, structure, make_plan(structure, {}))
+        assert pruned.model.table.tolist() == taken

@@ -117,14 +117,12 @@ def scatter(call: Call) -> None:
         call.give(list(traced.terms))
 
 
-@rule("topk", "sort", "argsort", "kthvalue", "mode", "msort")
+@rule("topk", "sort", "argsort", "msort")
 def order(call: Call) -> None:
     """Order the entries of one dimension: it is fixed."""
     source = call.inputs[0]
     traced = call[source]
     dim = call.kwargs.get("dim", call.arg(2 if call.name.startswith("topk") else 1, -1))
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        dim = -1
     call.fix(traced.terms[dim])
     for position, output in enumerate(call.outputs):
         terms = list(traced.terms)

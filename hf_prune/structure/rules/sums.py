@@ -136,6 +136,12 @@ def reduction_too(call: Call) -> None:
     _reduce(call, call.arg(1, call.kwargs.get("dim")))
 
 
+@rule("kthvalue", "mode")
+def order_statistic(call: Call) -> None:
+    """Mixes the dimension of whose entries it takes one."""
+    _reduce(call, call.arg(2 if call.name == "kthvalue" else 1, -1))
+
+
 @rule("linalg_vector_norm", "norm")
 def norm(call: Call) -> None:
     """A norm mixes the reduced dimensions."""
