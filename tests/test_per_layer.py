@@ -160,7 +160,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(loaded):
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     loaded.train()
     expected = gradients()
-    loaded.activation_checkpointing_enable()
+    getattr(loaded, "activation_checkpointing_enable", loaded.gradient_checkpointing_enable)()  # before 5.22
     found = gradients()
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)

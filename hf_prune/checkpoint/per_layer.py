@@ -229,10 +229,11 @@ def _check_layers_were_built(model: Any) -> None:
 
 
 def _of_the_model(name: str) -> property:
-    return property(
-        lambda config: getattr(config._model_config, name),
-        lambda config, value: setattr(config._model_config, name, value),
-    )
+    def change(config: Any, value: Any) -> None:
+        if "_model_config" in vars(config):  # not while the class makes a config of its defaults
+            setattr(config._model_config, name, value)
+
+    return property(lambda config: getattr(vars(config).get("_model_config"), name, None), change)
 
 
 class _LayerConfig:
@@ -354,14 +355,20 @@ class ZeroBranch(nn.Module):
 
 def _check_cache(arguments: Mapping[str, Any]) -> None:
     """Refuse a cache that takes its length from layer 0 although layer 0 has no attention to fill it."""
-    from transformers.cache_utils import Cache, DummyLayer
+    from transformers import cache_utils
 
+    empty = cache_utils.DYNAMIC_LAYER_TYPE_MAPPING[_empty_cache_layer(cache_utils)]
     for cache in arguments.values():
-        if isinstance(cache, Cache) and not (cache.layers and isinstance(cache.layers[0], DummyLayer)):
+        if isinstance(cache, cache_utils.Cache) and not (cache.layers and isinstance(cache.layers[0], empty)):
             raise ValueError(
                 f"Layer 0 of this model has no attention, but the {type(cache).__name__} it was given expects one and "
                 "would report a length of 0. Make the cache with `config=model.config`, or let the model make it."
             )
+
+
+def _empty_cache_layer(cache_utils: Any) -> str:
+    """The kind of cache layer that stays empty and that lengths are not read from; before transformers 5.23 "mlp"."""
+    return "dummy" if "dummy" in cache_utils.DYNAMIC_LAYER_TYPE_MAPPING else "mlp"
 
 
 STAND_INS: dict[str | None, Callable[[nn.Module, Outputs, bool], nn.Module]] = {}
@@ -412,7 +419,9 @@ def _patch_cache(cache_utils: Any) -> None:
         if _is_heterogeneous(config):
             for layer_idx, one in enumerate(config.per_layer_config):
                 if "attention" in one.skip:
-                    types[layer_idx], kwargs[layer_idx] = "dummy", {}
+                    types[layer_idx] = _empty_cache_layer(cache_utils)
+                    if isinstance(kwargs, list):  # in transformers 5.16 it is one for all layers
+                        kwargs[layer_idx] = {}
         return types, kwargs
 
     for name, module in list(sys.modules.items()):
