@@ -8,7 +8,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 ||
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test lint format kills laws mutants clean
+.PHONY: install demo test test-vllm-versions lint format kills laws mutants clean
 
 install: $(VENV)/.installed
 
@@ -40,6 +40,15 @@ laws: install
 # Small faults in structure, surgery and checkpoint, 25 in each (docs/mutants.json); goes on where it stopped.
 mutants: install
 	$(BIN)/python tests/benchmarks/mutants.py --per-folder 25
+
+# The loader and the vLLM plugin with the oldest and the newest transformers that vLLM takes. (Bloom's static cache fails
+# with 5.20, for dense models too.)
+test-vllm-versions: install
+	for version in 5.16.0 5.20.0; do \
+	  own=$(VENV)/transformers-$$version; \
+	  test -d $$own || $(BIN)/python -m pip install --quiet --target $$own transformers==$$version || exit 1; \
+	  PYTHONPATH=$$own $(BIN)/pytest -n $(WORKERS) tests/test_per_layer.py tests/test_vllm.py -k 'not (caches_agree and bloom)' || exit 1; \
+	done
 
 format: install
 	$(BIN)/ruff check --fix .
