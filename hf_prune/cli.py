@@ -210,7 +210,8 @@ def prune(
     if target is not None:
         fields = {name: getattr(chosen, name, None) for name in ("policy", "save_policy", "state_dir")}
         read = {name: Path(value) for name, value in fields.items() if value} | {"work_dir": work_dir}
-        texts = {f"calibration {part.source}": part.source for part in parts_of(calibration or "general")}
+        found = enumerate(parts_of(calibration)) if calibration else ()
+        texts = {f"calibration {number}" if number else "calibration": part.source for number, part in found}
         check_apart(target, model=model, **texts, config=config, latency_table=latency_table, **read)
         check_directory(target.absolute(), overwrite=overwrite)
     table = LatencyTable.load(latency_table) if latency_table is not None else None

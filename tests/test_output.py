@@ -64,7 +64,7 @@ ROWS = ["--methods", "magnitude", "--ratios", 0.3, "--text", "text.txt"]
         (["prune", "dense", Path.cwd, *PRUNE], "model"),
         (["prune", "dense", "out", *PRUNE, "--work-dir", "out"], "work_dir"),
         (["prune", "dense", "out", *PRUNE, "--work-dir", "out/work"], "work_dir"),
-        (["prune", "dense", "pruned", *PRUNE, "--calibration", "pruned/README.md"], "calibration"),
+        (["prune", "dense", "pruned", *PRUNE, "--calibration", "pruned/config.json"], "calibration"),
         (["prune", "pruned", "dense", *PRUNE, "--calibration", "link/merges.txt"], "calibration"),
         (["prune", "dense", "out", "--method", "prunenet", "--pruning-ratio", 0.3, "--save-policy", "out"], "save"),
         (["recover", "pruned", "pruned", *TRAIN], "model"),
