@@ -293,6 +293,18 @@ def test_other_tokenizers_are_refused(tmp_path):
             ConfigError,
             "rope_parameters: found 'dynamic'",
         ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            ConfigError,
+            "rope_parameters: found {'partial_rotary_factor': 0.5}",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, **_ROPE["yarn"], "truncate": False}},
+            ConfigError,
+            "rope_parameters: found {'truncate': False}",
+        ),
     ],
 )
 def test_what_llama_cpp_cannot_compute_is_refused(family, settings, error, reason, tmp_path):

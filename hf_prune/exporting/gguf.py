@@ -40,6 +40,22 @@ _BLOCK = 32  # entries of a row that the quantised types take together
 # Model type → architecture where all layers are equal, and where they differ.
 _ARCHITECTURES = {"llama": ("llama", "deci"), "mistral": ("llama", "deci"), "qwen2": ("qwen2", "deci")}
 _ARCHITECTURES["qwen3"] = ("qwen3", "openelm")
+_ROPE_PARAMETERS = frozenset(
+    [
+        "rope_type",
+        "type",
+        "rope_theta",
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "low_freq_factor",
+        "high_freq_factor",
+    ]
+)
 _INTERLEAVED = ("llama", "deci")
 """Rotary embeddings turn neighbouring pairs of entries; in transformers, entry i and i + half."""
 
@@ -209,6 +225,12 @@ def _rope(base: Any, architecture: str) -> tuple[dict[str, Any], Tensor | None]:
     kind, theta = parameters.get("rope_type", "default"), parameters["rope_theta"]
     values: dict[str, Any] = {"rope_freq_base": theta}
     factors = None
+    harmless = {"partial_rotary_factor": 1.0, "truncate": True}
+    other = {k: v for k, v in parameters.items() if k not in _ROPE_PARAMETERS and v not in (None, harmless.get(k))}
+    if other:
+        raise ConfigError(
+            f"rope_parameters: found {other}, of which llama.cpp cannot be told. Export as plain instead."
+        )
     if kind in ("linear", "yarn"):
         values["rope_scaling_type"] = RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN
         values["rope_scaling_factor"] = parameters["factor"]
