@@ -291,7 +291,8 @@ def sweep(
     assert tokenizer is not None
     check_config(load_config(model))
     check_source(text)
-    parts_of(calibration or text)
+    if calibration:
+        parts_of(calibration)
     dense = load_model(model, device=device, dtype=dtype)
     rows = run_sweep(
         dense,
@@ -385,7 +386,8 @@ def quantise(
         typer.Option(help="Measure perplexity on it: dense, pruned, both quantised.", metavar="FILE|DATASET"),
     ] = None,
     window: Annotated[int, typer.Option(help="Tokens of each window of the text, 2 or more.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+    batch_size: BatchSize = 8,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     device: Device = None,
 ) -> None:
@@ -393,7 +395,8 @@ def quantise(
     from hf_prune import printing
     from hf_prune.quantising import quantise as run
 
-    rows = run(checkpoint, output, scheme, text=text, window=window, batch_size=batch_size, device=device)
+    options: dict[str, Any] = {"window": window, "batch_size": batch_size, "device": device, "overwrite": overwrite}
+    rows = run(checkpoint, output, scheme, text=text, **options)
     _print_json({"rows": rows}) if as_json else printing.print_rows(rows, output)
 
 

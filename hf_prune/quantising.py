@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hf_prune.checkpoint.saving import check_directory, save_pruned
+from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
 from hf_prune.checkpoint.verifying import load_verified
 from hf_prune.data import load_text
 from hf_prune.errors import CheckpointError, ConfigError, HFPruneError, StructureError
@@ -57,18 +57,20 @@ def quantise(
     window: int = 256,
     batch_size: int = 8,
     device: str | None = None,
+    overwrite: bool = False,
 ) -> list[Row]:
     """Quantise the weights of a pruned checkpoint and save it as one that `from_pretrained` loads.
 
     Args:
         checkpoint: directory or Hub id of a pruned model.
-        output: new directory.
+        output: new or empty directory, and never where something is read from.
         scheme: `int8` or `fp8` (weights of 8 bits, a scale per output channel), `int4` (groups of 32; torchao holds
             each 4-bit value in a byte) or `nf4` (bitsandbytes, blocks of 64, half a byte each).
         text: measure perplexity on it: of the dense, the pruned, and both models quantised.
         window: tokens of each window of `text`.
         batch_size: windows per forward pass.
         device: where the models run; default: the CPU.
+        overwrite: `output` may hold a checkpoint, which is replaced at the end.
 
     Returns:
         One row per model with its parameters, bytes and, with `text`, perplexity: the quantised one only without it.
@@ -76,17 +78,19 @@ def quantise(
     Raises:
         ConfigError: an unknown scheme, a library that is not installed, or a width that the scheme's blocks do not
             divide; before anything is loaded.
-        CheckpointError: the checkpoint is not a pruned one, or is quantised already.
+        CheckpointError: the checkpoint is not a pruned one, or is quantised already, or `output` is read or exists.
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"scheme: found {scheme!r}, expected one of {list(SCHEMES)}.")
-    if find_spec(SCHEMES[scheme].library) is None:
-        raise ConfigError(f"scheme {scheme!r} needs {SCHEMES[scheme].library}: pip install {SCHEMES[scheme].library}.")
-    config = load_config(str(checkpoint))
+    directory, config = Path(output).absolute(), load_config(str(checkpoint))
     if getattr(config, "pruning_config", None) is None or quantised(config):
         raise CheckpointError(f"{checkpoint} is not a pruned checkpoint, or quantised already: quantise a pruned one.")
+    dense = config.pruning_config.get("base_model_name_or_path")
+    check_apart(directory, model=str(checkpoint), dense=dense, text=text)
+    check_directory(directory, overwrite=overwrite)
+    if find_spec(SCHEMES[scheme].library) is None:
+        raise ConfigError(f"scheme {scheme!r} needs {SCHEMES[scheme].library}: pip install {SCHEMES[scheme].library}.")
     _check_blocks(config, scheme)
-    check_directory(Path(output).absolute())
     content = None if text is None else load_text(text)
     tokenizer = load_tokenizer(str(checkpoint), required=content is not None)
     rows: list[Row] = []
@@ -98,7 +102,6 @@ def quantise(
             row["perplexity"] = found.perplexity
         rows.append(row)
 
-    dense = config.pruning_config.get("base_model_name_or_path")
     if content is not None:
         try:
             measure("dense", load_model(str(dense), device=device))

@@ -71,6 +71,9 @@ ROWS = ["--methods", "magnitude", "--ratios", 0.3, "--text", "text.txt"]
         (["recover", "pruned", "dense", *TRAIN, "--teacher", "link"], "teacher"),
         (["recover", "pruned-training/checkpoint-1", "pruned", *TRAIN, "--resume"], "model"),
         (["sweep", "dense", "link", *ROWS], "model"),
+        (["quantise", "pruned", "pruned"], "model"),
+        (["quantise", "pruned", "./link/../pruned", "--text", "text.txt"], "model"),
+        (["quantise", "pruned", "dense", "--text", "link/merges.txt"], "text"),
     ],
     ids=str,
 )
@@ -101,6 +104,7 @@ def test_nothing_is_replaced_unasked(material, monkeypatch):
         refused(["prune", "dense", "pruned", *PRUNE], "holds a checkpoint already")
         refused(["recover", "dense", "pruned", *TRAIN], "holds a checkpoint already")
         refused(["sweep", "dense", "pruned", *ROWS], "is not empty and holds no sweep")
+        refused(["quantise", "pruned", "dense"], "holds a checkpoint already")
         with pytest.raises(CheckpointError, match="overwrite=True"):
             recover("dense", "pruned", train="text.txt")
     assert contents(material / "pruned") == before
