@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_prune.config.checks import Range
 from hf_prune.data import CALIBRATION_CHARS, check_source, load_text, pieces, token_stream, windows_of
 from hf_prune.errors import CalibrationError, check_whole_numbers
 from hf_prune.layers.weights import inference, input_device, is_on_disk
@@ -46,8 +47,10 @@ class Part:
     """A source and its share of the windows."""
 
     source: str
+    weight: float
+    """As asked, above 0; without any, that of equal parts."""
     share: float
-    """Above 0; the shares of a mixture sum to 1."""
+    """Of the windows: the weight, so that all sum to 1."""
 
 
 def parts_of(sources: Sources) -> list[Part]:
@@ -58,15 +61,15 @@ def parts_of(sources: Sources) -> list[Part]:
             some of the sources only.
     """
     if isinstance(sources, Mapping):
-        found: list[tuple[str, float | None]] = [(str(source), float(weight)) for source, weight in sources.items()]
+        found: list[tuple[str, float | None]] = [(str(source), weight) for source, weight in sources.items()]
     else:
         given = [sources] if isinstance(sources, (str, Path)) else list(sources)
         found = [_weighted(str(source)) for source in given]
-    weights = [1.0 if weight is None else weight for _, weight in found]
+    weights = [1 / len(found) if weight is None else weight for _, weight in found]
     names = [source for source, _ in found]
     if not found or len(set(names)) < len(names):
         raise CalibrationError(f"calibration found the sources {names}, expected one or more different ones.")
-    if any(not (math.isfinite(weight) and weight > 0) for weight in weights):
+    if not all(Range(0, ends="()").holds(weight) for weight in weights):
         raise CalibrationError(f"calibration found the weights {weights}, expected numbers above 0.")
     some = [source for source, weight in found if weight is None]
     if some and len(some) < len(found):
@@ -76,11 +79,7 @@ def parts_of(sources: Sources) -> list[Part]:
     for source in names:
         _check_part(source)
     total = math.fsum(weights)
-    parts = [Part(source, weight / total) for source, weight in zip(names, weights, strict=True)]
-    if not some and len(parts) > 1 and abs(total - 1) > 1e-6:
-        shares = ", ".join(f"{part.source} {part.share:.3g}" for part in parts)
-        logger.warning("the weights of the calibration texts sum to %.6g; they are taken as %s", total, shares)
-    return parts
+    return [Part(source, weight, weight / total) for source, weight in zip(names, weights, strict=True)]
 
 
 def calibration_batches(
@@ -126,6 +125,10 @@ def calibration_batches(
         num_samples=(num_samples, lowest), seq_len=(seq_len, 1), batch_size=(batch_size, 1), seed=(seed, 0)
     )
     parts = parts_of(sources)
+    total = math.fsum(part.weight for part in parts)
+    if len(parts) > 1 and abs(total - 1) > 1e-6:
+        shares = ", ".join(f"{part.source} {part.share:.3g}" for part in parts)
+        logger.warning("the weights of the calibration texts sum to %.6g; they are taken as %s", total, shares)
     turns = _turns([part.share for part in parts], num_samples + num_held_out)
     drawn = []
     for number, part in enumerate(parts):

@@ -163,8 +163,8 @@ def prune(
         described = load_config(str(source))
         check_config(described)
         model = build_empty(described)  # tells what text it can read, before weights are loaded
-        if tokenizer is None:
-            tokenizer = load_tokenizer(str(source), required=is_text(calibration))
+        if tokenizer is None and (calibration is None or is_text(calibration)):
+            tokenizer = load_tokenizer(str(source), required=calibration is not None)
     else:
         model = unwrapped(source)
         if layers_on == "disk" and not is_on_disk(model):

@@ -70,11 +70,14 @@ def test_a_mixture_of_one_is_the_text(tmp_path):
 def test_weights_that_do_not_sum_are_normalised_and_said(texts, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_prune"):
         parts = parts_of([f"{texts['a']}:3", f"{texts['b']}:1"])
+        assert not caplog.text  # asked several times in a run, said once
+        letters([f"{texts['a']}:3", f"{texts['b']}:1"])
     assert [part.share for part in parts] == [0.75, 0.25]
-    assert "sum to 4; they are taken as" in caplog.text
+    assert caplog.text.count("sum to 4; they are taken as") == 1
     caplog.clear()
-    parts_of([f"{texts['a']}:0.75", f"{texts['b']}:0.25"])
-    parts_of([texts["a"], texts["b"]])
+    letters([f"{texts['a']}:0.75", f"{texts['b']}:0.25"])
+    letters([texts["a"], texts["b"], texts["c"]])
+    letters(f"{texts['a']}:3")
     assert not caplog.text
 
 
@@ -93,6 +96,13 @@ def test_weights_that_do_not_sum_are_normalised_and_said(texts, caplog):
 def test_bad_mixtures_are_refused_before_anything_is_loaded(texts, sources, message):
     with pytest.raises(CalibrationError, match=message):
         parts_of([source.format(**texts) for source in sources])
+
+
+@pytest.mark.parametrize("weight", ["0.5", True, torch.ones(2, 8, dtype=torch.int64), float("nan")])
+def test_weights_are_numbers(texts, weight):
+    """A batch of token ids that is not in a list looks like weights by source."""
+    with pytest.raises(CalibrationError, match="expected numbers above 0"):
+        parts_of({texts["a"]: weight})
 
 
 def test_a_part_that_is_too_short_is_named(texts, tmp_path):
