@@ -228,6 +228,12 @@ def make_plan(
     return dataclasses.replace(plan, achieved=achieved)
 
 
+def bare_plan(structure: Structure, kept_indices: dict[str, tuple[int, ...]]) -> PruningPlan:
+    """A plan that says what stays and no more: nobody asked for a ratio, and what it achieves is not counted."""
+    nothing = dict.fromkeys(_MEANINGS, 0.0)
+    return PruningPlan(structure.model_type, None, prunable_units(structure), kept_indices, PruningConfig(0.5), nothing)
+
+
 def prunable_units(structure: Structure) -> dict[str, int]:
     """Units of every prunable axis of the dense model: what `PruningPlan.num_units` holds."""
     return {name: axis.num_units for name, axis in structure.axes.items() if axis.prunable}

@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from tqdm.auto import tqdm
 
-from hf_prune.config import PruningConfig
 from hf_prune.errors import check_whole_numbers
 from hf_prune.evaluation.speed import time_request
 from hf_prune.latency import LatencyTable, Pair
-from hf_prune.plan import PruningPlan, prunable_units
+from hf_prune.plan import bare_plan
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 
@@ -75,7 +74,7 @@ def measure_latency(
     fractions, seconds = [], list[list[Pair]]([[] for _ in families])
     for family, trial in tqdm(work, desc="latency", unit="width", leave=False, disable=not progress):
         sample = samples[family]
-        smaller = apply_plan(sample.model, sample.structure, _plan(sample.structure, trial.kept))
+        smaller = apply_plan(sample.model, sample.structure, bare_plan(sample.structure, trial.kept))
         reference, fraction = compare_requests(sample.model, smaller, *request, repeats=repeats)
         seconds[family].append(reference)
         fractions.append(fraction)
@@ -150,7 +149,7 @@ class _Sample:
         chosen = layers[:MOST_LAYERS]
         if not _prunable(structure, "layers") or len(chosen) == len(structure.layer_paths):
             return cls(model, structure, layers)
-        small = apply_plan(model, structure, _plan(structure, {"layers": tuple(chosen)}))
+        small = apply_plan(model, structure, bare_plan(structure, {"layers": tuple(chosen)}))
         return cls(small, infer_structure(small), list(range(len(chosen))))
 
     def trials(self, num_widths: int) -> list[_Trial]:
@@ -182,12 +181,6 @@ def _widths(axis: Axis, number: int) -> list[int]:
     """Widths below the dense one, evenly spaced, multiples of what the axis needs."""
     steps = (round(axis.num_units * i / number / axis.multiple_of) * axis.multiple_of for i in range(1, number))
     return sorted({width for width in steps if 0 < width < axis.num_units})
-
-
-def _plan(structure: Structure, kept: Kept) -> PruningPlan:
-    """A plan that keeps these units; nobody asked for a ratio."""
-    none = {"decoder": 0.0, "model": 0.0, "units": 0.0}
-    return PruningPlan(structure.model_type, None, prunable_units(structure), kept, PruningConfig(0.5), none)
 
 
 def compare_requests(

@@ -14,12 +14,11 @@ from hf_prune.atomic import replaced_directory
 from hf_prune.checkpoint.loud import FLAG
 from hf_prune.checkpoint.per_layer import DIGESTS
 from hf_prune.checkpoint.saving import DISK_SHARD
-from hf_prune.config import RandomConfig
 from hf_prune.errors import HFPruneError, StructureError
 from hf_prune.exporting import Exported
 from hf_prune.layers.weights import read_weight
 from hf_prune.loading import load_config, load_tokenizer, open_model
-from hf_prune.plan import PruningPlan, prunable_units
+from hf_prune.plan import PruningPlan, bare_plan, prunable_units
 from hf_prune.printing import ranges
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.building import build_empty
@@ -138,14 +137,7 @@ def plan_between(structure: Structure, found: Shapes) -> PruningPlan:
             if 0 < width < total:
                 kept[name] = tuple(range(width))
             break
-    plan = PruningPlan(
-        model_type=structure.model_type,
-        base_model_name_or_path=None,
-        num_units=num_units,
-        kept_indices=kept,
-        config=RandomConfig(0.5),  # a plan says what was asked; here nothing was
-        achieved={"decoder": 0.0, "model": 0.0, "units": 0.0},
-    )
+    plan = bare_plan(structure, kept)
     expected = predicted_shapes(structure, plan)
     wrong = next((name for name in {**expected, **found} if expected.get(name) != found.get(name)), None)
     if wrong is not None:

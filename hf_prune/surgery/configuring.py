@@ -9,9 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.checkpoint.loud import make_loud
-from hf_prune.config import RandomConfig
 from hf_prune.errors import CheckpointError, StructureError
-from hf_prune.plan import PruningPlan, prunable_units
+from hf_prune.plan import PruningPlan, bare_plan
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.building import build_empty, fresh_config
 from hf_prune.structure.inference import infer_structure
@@ -127,10 +126,8 @@ def depends_on_depth(config: Any, structure: Structure, cls: type | None = None)
     n = len(structure.layer_paths)
     if n < 2:
         return ""
-    kept = {"layers": tuple(range(1, n))}
-    achieved = dict.fromkeys(("decoder", "model", "units"), 0.0)
-    plan = PruningPlan(structure.model_type, None, prunable_units(structure), kept, RandomConfig(1 / n), achieved)
     try:
+        plan = bare_plan(structure, {"layers": tuple(range(1, n))})
         result, reason = _without_layers(config, structure, plan, cls)
     except StructureError as error:
         return str(error)
