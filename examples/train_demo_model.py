@@ -6,6 +6,13 @@ The bundled model was made by
 
     python examples/train_demo_model.py --data ../shared/data/prose/novels.txt --output hf_prune/demo_model
 
+and a mixture of experts for `tests/benchmarks/experts.py` (29 million parameters, 8 layers, 16 experts, two for a
+token; three minutes of one GPU, or an hour or two of one core) by
+
+    python examples/train_demo_model.py --output refmoe --num-experts 16 --tokenizer ../shared/models/ref10m \
+        --more-data ../shared/data/wikitext2/train.txt --hidden-size 256 --intermediate-size 256 --num-layers 8 \
+        --head-dim 32 --batch-size 32 --steps 2500 --work-dir runs/refmoe
+
 An interrupted run goes on from its last checkpoint in `--work-dir`.
 """
 
@@ -22,8 +29,12 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     Trainer,
     TrainingArguments,
@@ -60,25 +71,40 @@ def train_tokenizer(books: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def new_model(
-    tokenizer: PreTrainedTokenizerFast, hidden_size: int, intermediate_size: int, num_layers: int
-) -> LlamaForCausalLM:
-    """Make an untrained Llama: 8 query heads of 16 on 4 KV groups, tied embeddings."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=16,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    tokenizer: PreTrainedTokenizerFast,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    head_dim: int,
+    num_experts: int,
+) -> PreTrainedModel:
+    """Make an untrained Llama (a Mixtral with experts, two of them for a token): 8 query heads on 4 KV groups, tied."""
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": head_dim,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    if not num_experts:
+        return LlamaForCausalLM(LlamaConfig(**sizes))
+    return MixtralForCausalLM(
+        MixtralConfig(
+            **sizes,
+            num_local_experts=num_experts,
+            num_experts_per_tok=2,
+            output_router_logits=True,
+            router_aux_loss_coef=0.02,
+        )
     )
-    return LlamaForCausalLM(config)
 
 
 def windows(tokenizer: PreTrainedTokenizerFast, text: str, window: int) -> list[dict[str, torch.Tensor]]:
@@ -87,9 +113,11 @@ def windows(tokenizer: PreTrainedTokenizerFast, text: str, window: int) -> list[
     return [{"input_ids": part, "labels": part} for part in token_ids.split(window) if len(part) == window]
 
 
-def save(model: LlamaForCausalLM, folder: Path) -> None:
+def save(model: PreTrainedModel, folder: Path) -> None:
     """Save bfloat16 tensors, which are small, and `dtype` float32 in config.json: a plain load computes in float32."""
     model.config.use_cache = True
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False  # the loss of training only
     model.to(torch.bfloat16).save_pretrained(folder)
     config_path = folder / "config.json"
     config_path.write_text(json.dumps(json.loads(config_path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
@@ -128,19 +156,27 @@ def main(
     batch_size: Annotated[int, typer.Option(help="Windows per step.")] = 8,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 256,
     learning_rate: Annotated[float, typer.Option(help="Peak; cosine decay after 3 % warm-up.")] = 3e-3,
+    more_data: Annotated[list[Path] | None, typer.Option(help="Further text to train with.")] = None,
+    tokenizer_of: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Take this model's tokenizer instead of training one.")
+    ] = None,
     vocab_size: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = 2048,
     hidden_size: Annotated[int, typer.Option(help="Hidden channels.")] = 192,
     intermediate_size: Annotated[int, typer.Option(help="MLP units per layer.")] = 384,
     num_layers: Annotated[int, typer.Option(help="Decoder layers.")] = 6,
+    head_dim: Annotated[int, typer.Option(help="Channels of a head.")] = 16,
+    num_experts: Annotated[int, typer.Option(help="Experts of a layer, two for a token; 0: an ordinary MLP.")] = 0,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints and evaluations.")] = 250,
     bf16: Annotated[bool, typer.Option(help="bf16 autocast: slow on a CPU without bf16 instructions.")] = False,
+    cuda: Annotated[bool, typer.Option(help="Train on the first GPU.")] = False,
     threads: Annotated[int, typer.Option(help="CPU threads.")] = 2,
     seed: Annotated[int, typer.Option(help="Seed of the weights, the order of the windows and the samples.")] = 0,
 ) -> None:
     """Train, save, evaluate and sample the demo model."""
     torch.set_num_threads(threads)
     set_seed(seed)
-    settings = {name: value for name, value in locals().items() if name not in ("data", "output", "work_dir")}
+    paths = ("data", "output", "work_dir", "more_data", "tokenizer_of")
+    settings = {name: value for name, value in locals().items() if name not in paths}
     books = data.read_text(encoding="utf-8").strip().split("\n\n")
     held_out = {"calibration": calibration_books, "evaluation": evaluation_books}
     training = [book for i, book in enumerate(books) if i not in calibration_books + evaluation_books]
@@ -154,10 +190,14 @@ def main(
     }
     for name, text in texts.items():
         (output / f"{name}.txt").write_text(text, encoding="utf-8")
-    tokenizer = train_tokenizer(training, vocab_size)
+    training += [path.read_text(encoding="utf-8") for path in more_data or ()]
+    if tokenizer_of is None:
+        tokenizer = train_tokenizer(training, vocab_size)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     tokenizer.save_pretrained(output)
-    train_windows = windows(tokenizer, "".join(book + END_OF_BOOK for book in training), window)
-    model = new_model(tokenizer, hidden_size, intermediate_size, num_layers)
+    train_windows = windows(tokenizer, "".join(book + tokenizer.eos_token for book in training), window)
+    model = new_model(tokenizer, hidden_size, intermediate_size, num_layers, head_dim, num_experts)
     print(f"{model.num_parameters():,} parameters, {len(train_windows):,} training windows of {window} tokens")
 
     trainer = Trainer(
@@ -173,7 +213,7 @@ def main(
             weight_decay=0.1,
             adam_beta2=0.95,
             bf16=bf16,
-            use_cpu=True,
+            use_cpu=not cuda,
             seed=seed,
             eval_strategy="steps",
             eval_steps=save_steps,
