@@ -305,10 +305,9 @@ def sweep(
         batch_size=batch_size,
         latency=table,
     )
-    if as_json:
-        _print_json({"rows": rows})
-    else:
-        printing.print_rows(rows, output)
+    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints
+        return
+    _print_json({"rows": rows}) if as_json else printing.print_rows(rows, output)
 
 
 @app.command("eval")

@@ -29,7 +29,7 @@ from hf_prune.evaluation.report import markdown_table, tradeoff_picture
 from hf_prune.evaluation.speed import measure_speed, num_parameters, usual_request
 from hf_prune.gate import check_model, check_windows, unwrapped
 from hf_prune.latency import LatencyTable
-from hf_prune.layers.processes import reserved_for_all
+from hf_prune.layers.processes import main_writes, of_main_process, reserved_for_all
 from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.methods import METHODS, check_scores, score
 from hf_prune.pipeline import base_model_of, calibration_data, prune
@@ -72,6 +72,8 @@ def sweep(
     latency: LatencyTable | None = None,
 ) -> list[Values]:
     """Prune `model` in all combinations, and measure perplexity, size and speed of each. Writes into `output_dir`.
+
+    Of several processes the main one writes, and its measurements count.
 
     `results.json` holds the rows and what they were measured with, `results.md` the table, `tradeoff.png` the picture
     (with matplotlib), `scores/` the scores, `latency.json` the latency table where the budget is `latency`. A second
@@ -201,9 +203,11 @@ class _Study:
         """One row's model, from scores that are computed once per method (and ratio, where the method looks at it)."""
         if config.budget == "latency" and self.latency is None:
             path = self.folder / "latency.json"
-            if not path.exists():
-                measure_latency(self.model, self.structure).save(path)
-            self.latency = LatencyTable.load(path)
+            found = of_main_process(LatencyTable.load(path) if path.exists() else None)
+            self.latency = found or of_main_process(measure_latency(self.model, self.structure))
+            with main_writes(str(path)) as mine:
+                if mine and found is None:
+                    self.latency.save(path)
         batches, scores = self.batches(config), self._scores_of(config)
         return prune(self.model, config, calibration=batches, latency=self.latency, scores=scores)
 
@@ -213,10 +217,12 @@ class _Study:
             name += f"-{config.budget}-{config.pruning_ratio:g}"
         if name not in self._scores:
             path = self.folder / "scores" / f"{name}.safetensors"
-            found = _load_scores(path, self.structure, config)
+            found = of_main_process(_load_scores(path, self.structure, config))
             if found is None:
                 found = score(self.model, self.structure, config, batches=self.batches(config))
-                write_tensors(path, found)
+                with main_writes(str(path)) as mine:
+                    if mine:
+                        write_tensors(path, found)
             self._scores[name] = found
         return self._scores[name]
 
@@ -239,7 +245,7 @@ def check_folder(folder: Path) -> None:
 
 
 class _Results:
-    """The rows in `results.json`: read when made, written at each change."""
+    """The rows in `results.json`: read when made, written at each change; of several processes by the main one."""
 
     def __init__(self, folder: Path, circumstances: dict[str, Any]) -> None:
         self._path = folder / "results.json"
@@ -250,7 +256,7 @@ class _Results:
             check_folder(folder)
             folder.mkdir(parents=True, exist_ok=True)
             found = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else None
-            if found is not None:
+            if (found := of_main_process(found)) is not None:
                 self._take(found)
         except OSError as error:
             raise CheckpointError(f"{folder} cannot be used: {error}; name another directory.") from error
@@ -274,19 +280,23 @@ class _Results:
 
     def add(self, key: Key, row: Values) -> None:
         """Keep a row, and write all of them; an interrupted write leaves the older file."""
-        self.rows[key] = {**dict(zip(_COLUMNS, key, strict=True)), **row}
+        self.rows[key] = of_main_process({**dict(zip(_COLUMNS, key, strict=True)), **row})
         text = json.dumps({"circumstances": self._circumstances, "rows": list(self.rows.values())}, indent=1)
-        save_text_file(self._path, text + "\n")
+        with main_writes(str(self._path)) as mine:
+            if mine:
+                save_text_file(self._path, text + "\n")
 
     def report(self, keys: Sequence[Key]) -> list[Values]:
         """Write the table of all rows there are, and a picture if one has a point; return those of `keys`."""
         folder = self._path.parent
-        save_text_file(folder / "results.md", markdown_table(list(self.rows.values())))
         drawable = any(row.get("decoder_ratio") and row["perplexity"] for row in self.rows.values())
-        if drawable and find_spec("matplotlib") is not None:
-            rows = [{**row, "method": _label(key)} for key, row in self.rows.items()]
-            with replaced_file(folder / "tradeoff.png") as new:
-                tradeoff_picture(rows, new)
+        with main_writes(str(folder)) as mine:
+            if mine:
+                save_text_file(folder / "results.md", markdown_table(list(self.rows.values())))
+            if mine and drawable and find_spec("matplotlib") is not None:
+                rows = [{**row, "method": _label(key)} for key, row in self.rows.items()]
+                with replaced_file(folder / "tradeoff.png") as new:
+                    tradeoff_picture(rows, new)
         return [self.rows[key] for key in keys]
 
 

@@ -197,9 +197,10 @@ def test_recovery_goes_on_from_the_newest_whole_checkpoint(material, damage):
 WORKER = """
 import sys
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_prune.checkpoint.saving import save_pruned, verify_checkpoint
 from hf_prune.errors import CheckpointError
+from hf_prune.sweep import sweep
 import hf_prune, os, time
 state = PartialState(cpu=True)
 os.chdir(sys.argv[1])
@@ -223,6 +224,17 @@ try:
 except CheckpointError as error:
     print("refused", "thesis.tex" in str(error))
 state.wait_for_everyone()
+made = []
+def watch(event, args):
+    if event == "os.mkdir" and os.path.basename(args[0]).startswith("."):  # a file of hf_prune is written
+        made.append(os.path.basename(args[0]).partition(".new-")[0][1:])
+sys.addaudithook(watch)
+dense, tokenizer = AutoModelForCausalLM.from_pretrained("dense"), AutoTokenizer.from_pretrained("dense")
+settings = {"num_samples": 4, "seq_len": 16, "num_episodes": 1, "save_policy": "policy", "budget": "latency"}
+texts = {"text": "text.txt", "calibration": "text.txt", "window": 32}
+rows = sweep(dense, tokenizer, "rows", methods=["prunenet", "wanda"], ratios=[0.3], settings=settings, **texts)
+print("made", *sorted(set(made)))
+print("rows", rows)
 state.destroy_process_group()
 """
 
@@ -234,6 +246,11 @@ def test_of_two_processes_the_main_one_writes(material):
     said = [line for text in printed for line in text.splitlines()]
     assert said.count("wrote") == 2 + 1
     assert said.count("refused True") == 2
+    made, mine = sorted((line.split()[1:] for line in said if line.startswith("made")), key=len, reverse=True)
+    assert mine == []
+    assert {"results.json", "results.md", "latency.json", "policy.safetensors"} < set(made)
+    first, second = (line for line in said if line.startswith("rows"))
+    assert first == second
     whole = AutoModelForCausalLM.from_pretrained("pruned")
     for place in ("together", "plain", "alone"):
         found = AutoModelForCausalLM.from_pretrained(place)

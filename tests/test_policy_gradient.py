@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from killing import FORKS, hold
 from models import make_plan, random_kept, shared_model, shared_structure, tiny_model, token_ids
 
 from hf_prune.allocation import allocate
@@ -343,6 +344,19 @@ def test_the_state_is_written_as_often_as_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(training.StateFile, "save", lambda self, state: written.append(state.step))
     learn(tiny_model("llama", dtype=torch.float32), config)
     assert written == [3, 6, 8]
+
+
+def test_two_runs_at_once_are_refused(tmp_path):
+    taken, done = FORKS.Event(), FORKS.Event()
+    other = FORKS.Process(target=hold, args=(str(tmp_path / "state"), taken, done))
+    other.start()
+    assert taken.wait(60)
+    config = PolicyGradientConfig(0.4, **QUICK, state_dir=str(tmp_path / "state"))
+    model = tiny_model("llama", dtype=torch.float32)
+    with pytest.raises(CheckpointError, match=rf"state is being written to by process {other.pid} on "):
+        score(model, infer_structure(model), config, batches=samples())
+    other.kill()
+    other.join()
 
 
 def test_the_state_of_another_run_is_refused(tmp_path):

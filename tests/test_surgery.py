@@ -383,6 +383,20 @@ def test_a_size_that_coincides_with_the_heads_stays(model_type, layers_go):
         assert found.isfinite().all()
 
 
+def test_a_model_that_the_auto_class_does_not_choose_for_its_config():
+    """Text decoders of multimodal families: the class counts, the auto classes know only the family's whole config."""
+    from transformers import MllamaForCausalLM, MllamaTextConfig
+
+    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3}
+    config = MllamaTextConfig(vocab_size=96, num_hidden_layers=2, cross_attention_layers=[], pad_token_id=2, **sizes)
+    model = MllamaForCausalLM(config).double().eval()
+    structure = infer_structure(model)
+    plan = make_plan(structure, {"layers.0.mlp": tuple(range(1, 30)), "layers.1.attention": (0, 2)})
+    with masked(model, structure, plan):
+        expected = logits(model)
+    torch.testing.assert_close(logits(apply_plan(model, structure, plan)), expected, atol=1e-12, rtol=0)
+
+
 def test_a_removed_branch_returns_what_its_module_returned():
     structure = shared_structure("llama")
     stay = tuple(range(1, len(structure.layer_paths)))

@@ -30,7 +30,7 @@ _SENTINELS: dict[str, tuple[tuple[str, int], ...]] = {
 Shapes = dict[str, tuple[int, ...]]
 
 
-def make_loud(values: Mapping[str, Any]) -> dict[str, Any]:
+def make_loud(values: Mapping[str, Any], cls: type | None = None) -> dict[str, Any]:
     """Add what a pruned config needs to parse in stock transformers, and not to load wrongly there.
 
     - `allow_global_per_layer_attribute_access`, if the config class or the model reads the model-wide value of an
@@ -40,6 +40,7 @@ def make_loud(values: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         values: config.json of the pruned model, with `model_type` (and `per_layer_config`, `pruning_config`).
+        cls: model class, by default the one `AutoModelForCausalLM` chooses.
 
     Returns:
         A copy of `values` with these additions, and without the flag where it is not needed.
@@ -52,17 +53,17 @@ def make_loud(values: Mapping[str, Any]) -> dict[str, Any]:
     per_layer.install()
     result = copy.deepcopy(dict(values))
     result.pop(FLAG, None)
-    shapes = _shapes_or_none(result)
+    shapes = _shapes_or_none(result, cls)
     if shapes is None:
         result[FLAG] = True
-        shapes = _shapes_or_none(result)
+        shapes = _shapes_or_none(result, cls)
     if shapes is None:
         raise CheckpointError(f"{values['model_type']}: {FLAG} does not suffice to build the pruned model.")
-    if _is_loud(result, shapes):
+    if _is_loud(result, cls, shapes):
         return result
     for candidate in _with_sentinels(result):
         with suppress(CheckpointError):  # a value that the family does not take
-            if _shapes_or_none(candidate) == shapes and _is_loud(candidate, shapes):
+            if _shapes_or_none(candidate, cls) == shapes and _is_loud(candidate, cls, shapes):
                 return candidate
     raise CheckpointError(
         f"{values['model_type']}: without hf_prune this checkpoint would load with random weights in the skipped "
@@ -71,14 +72,14 @@ def make_loud(values: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def _build(values: Mapping[str, Any], stock: bool = False) -> Shapes:
+def _build(values: Mapping[str, Any], cls: type | None, stock: bool = False) -> Shapes:
     """Shapes of the state dict of the model, built on the meta device; as transformers alone would if `stock`."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     config: PreTrainedConfig = CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(dict(values)))
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class = cls or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if stock:
         # Reading a per-layer attribute still raises, but our wrappers take the config for an ordinary one.
         config.__class__ = type(type(config).__name__, (type(config),), {"is_heterogeneous": False})
@@ -88,12 +89,12 @@ def _build(values: Mapping[str, Any], stock: bool = False) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _shapes_or_none(values: Mapping[str, Any]) -> Shapes | None:
+def _shapes_or_none(values: Mapping[str, Any], cls: type | None) -> Shapes | None:
     """Shapes of the pruned model; `None` if something read an attribute that differs between layers."""
     from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
     try:
-        return _build(values)
+        return _build(values, cls)
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:  # validators of config classes raise it from within
@@ -105,10 +106,10 @@ def _shapes_or_none(values: Mapping[str, Any]) -> Shapes | None:
         ) from error
 
 
-def _is_loud(values: Mapping[str, Any], shapes: Shapes) -> bool:
+def _is_loud(values: Mapping[str, Any], cls: type | None, shapes: Shapes) -> bool:
     """Whether stock transformers refuses the checkpoint: it cannot build the model, or finds other shapes."""
     try:
-        stock = _build(values, stock=True)
+        stock = _build(values, cls, stock=True)
     except Exception:
         return True
     if stock == shapes and not (values.get("pruning_config") or {}).get("surgery"):

@@ -79,7 +79,7 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
     if not result.pruning_config["surgery"]:
         del result.pruning_config["surgery"]
     try:
-        values = make_loud({**result.to_dict(), "model_type": config.model_type})
+        values = make_loud({**result.to_dict(), "model_type": config.model_type}, cls)
     except CheckpointError as error:
         raise CheckpointError(f"{error} {reason}.") if reason else error from None
     result = type(config).from_dict(values)

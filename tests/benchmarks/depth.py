@@ -123,7 +123,7 @@ def check(model_type: str) -> dict[str, Any]:
 
 def removed(model: Any, structure: Structure, layer: int) -> dict[str, Any]:
     """Remove one layer and compare."""
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     ids = torch.randint(2, 90, (2, 9), generator=torch.Generator().manual_seed(1))
     plan = plan_of(structure, {"layers": tuple(i for i in range(len(structure.layer_paths)) if i != layer)})
@@ -135,9 +135,12 @@ def removed(model: Any, structure: Structure, layer: int) -> dict[str, Any]:
     how = "as built" if "layers" in surgery else "plain config"
     with tempfile.TemporaryDirectory() as directory:
         small.save_pretrained(directory)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            directory, attn_implementation="eager", experts_implementation="batched_mm"
-        ).eval()
+        chosen = type(small.config) in MODEL_FOR_CAUSAL_LM_MAPPING  # by the auto class: not text parts of larger models
+        loaded = (
+            (AutoModelForCausalLM if chosen else type(small))
+            .from_pretrained(directory, attn_implementation="eager", experts_implementation="batched_mm")
+            .eval()
+        )
     of_small, of_loaded = logits(small, ids), logits(loaded, ids)
     reload = ((of_small - of_loaded).abs().max() / of_small.abs().max()).item()
     dense, double = logits(model, ids), model.double()

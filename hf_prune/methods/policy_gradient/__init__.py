@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from hf_prune.config import CONFIGS, PolicyGradientConfig, PruningConfig
 from hf_prune.errors import ConfigError
-from hf_prune.layers.processes import of_main_process
+from hf_prune.layers.processes import of_main_process, reserved_for_all
 from hf_prune.methods.learned import LearnedScores
 from hf_prune.methods.policy_gradient.policy import as_scores
 from hf_prune.methods.policy_gradient.training import LearnedPolicy, all_windows, learn_policy
@@ -33,8 +35,10 @@ def policy_gradient_scores(
     """
     assert isinstance(config, PolicyGradientConfig)
     all_windows(walk, config)
-    scores = initial_scores(walk, structure, config)
-    learned = learn_policy(walk, structure, config, scores, generator)
+    state = nullcontext() if config.state_dir is None else reserved_for_all(Path(config.state_dir).absolute())
+    with state:  # no other run learns into it
+        scores = initial_scores(walk, structure, config)
+        learned = learn_policy(walk, structure, config, scores, generator)
     return LearnedScores(as_scores(learned.units, learned.keep_probs), learned.history)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_prune.config import PruneNetConfig, PruningConfig, selected_axes
 from hf_prune.errors import ConfigError, ScoreError
+from hf_prune.layers.processes import main_writes
 from hf_prune.layers.statistics import solving
 from hf_prune.layers.weights import read_weight
 from hf_prune.methods.prunenet.policy import Policy, sample
@@ -47,7 +48,9 @@ def prunenet_scores(
     job = _Job(walk, structure, config, generator)
     policy = _loaded(config) if config.policy is not None else job.train()
     if config.save_policy is not None:
-        policy.save(config.save_policy)
+        with main_writes(f"policy {config.save_policy}") as mine:
+            if mine:
+                policy.save(config.save_policy)
     scores = {}
     for axis in job.axes:
         with solving(axis.name):
