@@ -1,4 +1,4 @@
-"""The command line, `hf-prune`: parse, call, print. Flags are the fields of `PruningConfig` in kebab-case."""
+"""The command line, `hf-prune`: parse, call, print. Settings are the fields of the methods' configurations."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hf_prune.config_flags import config_flags, read_config, read_sweep
+from hf_prune.config_flags import METHOD, RUN, TEXT, UNITS, config_flags, read_config, read_sweep
 from hf_prune.errors import ConfigError, HFPruneError
 
 if TYPE_CHECKING:
@@ -37,20 +37,18 @@ class _Commands(TyperGroup):
     """
 
     def invoke(self, ctx: Any) -> Any:
-        from hf_prune.printing import print_error
-
         words, before = list(ctx.args), signal.getsignal(signal.SIGTERM)
         if threading.current_thread() is threading.main_thread() and before == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
         except HFPruneError as error:
-            print_error(str(error))
+            _print_error(str(error))
             raise typer.Exit(2) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            print_error(f"no space is left: {error}. Free disk space, or choose another directory.")
+            _print_error(f"no space is left: {error}. Free disk space, or choose another directory.")
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stop:
             number = int(stop.args[0]) if stop.args else signal.SIGINT
@@ -60,6 +58,12 @@ class _Commands(TyperGroup):
         finally:
             if signal.getsignal(signal.SIGTERM) is _terminate:
                 signal.signal(signal.SIGTERM, before)
+
+
+def _print_error(message: str) -> None:
+    from hf_prune.printing import print_error
+
+    print_error(message)
 
 
 def _terminate(number: int, frame: object) -> None:
@@ -77,34 +81,50 @@ def _how_to_go_on(command: str, words: list[str]) -> str:
 app = typer.Typer(
     cls=_Commands,
     no_args_is_help=True,
-    add_completion=False,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Structural pruning of Hugging Face causal LMs: smaller ordinary models.",
 )
 
-Model = Annotated[str, typer.Argument(help="Directory or Hub id of a causal LM.")]
-Device = Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, ... Default: cpu.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: the checkpoint's own.")]
-Fit = Annotated[
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Structural pruning of Hugging Face causal LMs: smaller ordinary models."""
+    if version:
+        from hf_prune import __version__
+
+        typer.echo(f"hf-prune {__version__}")
+        raise typer.Exit
+
+
+Model = Annotated[str, typer.Argument(help="Directory or Hub id of a causal LM.", metavar="MODEL")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu (the default), cuda, cuda:1, ...", metavar="NAME", rich_help_panel=RUN)
+]
+Dtype = Annotated[
     str | None,
-    typer.Option(help="Memory for weights and key-value cache (see --context, --batch, --bits).", metavar="8GB"),
+    typer.Option(help="float32, ...; else the checkpoint's.", metavar="NAME", rich_help_panel=RUN),
 ]
 Calibration = Annotated[
     list[str] | None,
     typer.Option(
-        help="Text, for methods that need it: a .txt, .jsonl, .json or .parquet file, a Hub dataset "
-        "(name:config:split), 'general' (bundled, the default), or 'self' (what the model says); of several, each with "
-        "its weight, a mixture.",
-        metavar="FILE|DATASET[:WEIGHT]",
+        help="File, Hub dataset, general, self; or several.",
+        metavar="TEXT[:WEIGHT]",
+        rich_help_panel=TEXT,
     ),
 ]
 Table = Annotated[
-    Path | None, typer.Option(help="JSON of measured latencies, for --budget latency. Default: measured.")
+    Path | None, typer.Option(help="Measured latencies, for that budget.", metavar="FILE", rich_help_panel=RUN)
 ]
-BatchSize = Annotated[int, typer.Option(help="Windows per forward pass.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint that is in the output directory.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+BatchSize = Annotated[
+    int, typer.Option(help="Windows in a forward pass.", metavar="N", rich_help_panel=RUN, show_default=False)
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the checkpoint in the output.", rich_help_panel=RUN)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=RUN)]
 
 
 @app.command()
@@ -114,7 +134,9 @@ def inspect(
     verify: Annotated[bool, typer.Option("--verify", help="Load the weights; prove that slicing = masking.")] = False,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="For --verify: float32 or float64.")] = "float32",
-    fit: Fit = None,
+    fit: Annotated[
+        str | None, typer.Option(help="What fits into this memory, weights and key-value cache.", metavar="8GB")
+    ] = None,
     context: Annotated[int, typer.Option(help="For --fit: tokens in the cache of each sequence.")] = 4096,
     batch: Annotated[int, typer.Option(help="For --fit: sequences at a time.")] = 1,
     bits: Annotated[int, typer.Option(help="For --fit: 4, 8, 16 or 32 bits of each weight.")] = 16,
@@ -157,37 +179,47 @@ def _with_config_flags(command: Callable[..., None], without: tuple[str, ...] = 
 @_with_config_flags
 def prune(
     model: Model,
-    output: Annotated[Path | None, typer.Argument(help="New directory for the pruned checkpoint.")] = None,
+    output: Annotated[
+        Path | None, typer.Argument(help="New directory for the pruned checkpoint.", metavar="[OUTPUT]")
+    ] = None,
     *,
-    calibration: Calibration = None,
-    config: Annotated[Path | None, typer.Option(help="JSON file of a PruningConfig; flags override it.")] = None,
-    latency_table: Table = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(help="Instead: what must fit, with the cache.", metavar="8GB", rich_help_panel=UNITS),
+    ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(
-            help="Setting of llm_pruner by name: recommended, paper_block, paper_channel, paper_vector or "
-            "paper_second_order; a config file and flags override it."
-        ),
+        typer.Option(help="recommended, paper_block, ... of llm_pruner.", metavar="NAME", rich_help_panel=METHOD),
     ] = None,
-    fit: Fit = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON of settings; flags override it.", metavar="FILE", rich_help_panel=METHOD)
+    ] = None,
+    calibration: Calibration = None,
+    latency_table: Table = None,
     batch_size: BatchSize = 8,
     device: Device = None,
     dtype: Dtype = None,
     layers_on: Annotated[
         str,
         typer.Option(
-            help="Where decoder layers are: memory; disk: one at a time in memory; auto: memory if the model fits."
+            help="Where layers are: memory, disk, auto.", metavar="NAME", rich_help_panel=RUN, show_default=False
         ),
     ] = "auto",
     work_dir: Annotated[
         Path | None,
-        typer.Option(help="Directory for intermediate results: the same command resumes an interrupted run."),
+        typer.Option(help="Keeps results: a killed run goes on.", metavar="DIRECTORY", rich_help_panel=RUN),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do everything but save: print the plan.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, save nothing.", rich_help_panel=RUN)
+    ] = False,
     overwrite: Overwrite = False,
+    as_json: AsJson = False,
     **fields: Any,
 ) -> None:
-    """Prune a model and save it: weights, widths in config.json, plan, tokenizer and model card."""
+    """Prune a model and save it: weights, widths in config.json, plan, tokenizer, card.
+
+    `hf-prune prune my-model smaller --method obs --pruning-ratio 0.3`
+    """
     if fit is not None:
         if fields["pruning_ratio"] is not None or fields["budget"] is not None:
             raise ConfigError("--fit says how much goes: leave out --pruning-ratio and --budget.")
@@ -237,6 +269,16 @@ def prune(
             return
         if target is not None:
             save_pruned(result.model, target, plan=result.plan, tokenizer=tokenizer)
+    if as_json:
+        quality = {"perplexity_before": result.perplexity_before, "perplexity_after": result.perplexity_after}
+        sizes = {
+            "num_parameters_before": result.structure.num_parameters(),
+            "num_parameters_after": result.plan.num_parameters(result.structure),
+        }
+        widths = {"num_units": result.plan.num_units, "widths": result.plan.widths}
+        asked = {"model": model, "output": None if target is None else str(target), "config": chosen.to_dict()}
+        _print_json({**asked, "achieved": result.plan.achieved, **sizes, **widths, **quality})
+        return
     printing.print_plan(result.plan, result.structure)
     printing.print_outcome(
         output=target,
@@ -245,6 +287,19 @@ def prune(
         prune_s=prune_s,
         save_s=time.perf_counter() - start - prune_s,
     )
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show all settings of this one.", metavar="[NAME]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the methods, or the settings of one: meaning, default, what is allowed."""
+    from hf_prune import printing
+    from hf_prune.config_flags import describe_methods, describe_settings
+
+    rows = describe_methods() if name is None else describe_settings(name)
+    _print_json({"rows": rows}) if as_json else printing.print_texts(rows)
 
 
 @app.command()

@@ -11,55 +11,61 @@ import json
 import textwrap
 from pathlib import Path
 from types import NoneType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from hf_prune.config import CONFIGS, PruningConfig
-from hf_prune.config.checks import alternatives
+from hf_prune.config.checks import alternatives, did_you_mean
 from hf_prune.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-_METHODS = tuple(name for name in CONFIGS if name != "custom")
-_METAVARS = {
-    "method": "|".join(_METHODS),
-    "allocation": "NAME|JSON|FILE.json",
-    "axes": "KIND,KIND",
-    "layers": "4-29,31",
-    "protect": "PATTERN",
-    "targets": "TARGET,TARGET",
+UNITS, METHOD, TEXT, RUN = "How much, of what", "Which units", "Calibration", "How it runs"
+"""Panels of `--help`."""
+_SHOWN = {
+    "pruning_ratio": (UNITS, "Fraction to remove, above 0 and below 1.", "FRACTION"),
+    "budget": (UNITS, "Of: decoder, model, units, latency or memory.", "NAME"),
+    "axes": (UNITS, "mlp, attention, hidden, layer and others.", "KIND,KIND"),
+    "layers": (UNITS, "Only these decoder layers, from 0.", "4-29,31"),
+    "protect": (UNITS, "Axes that stay whole: layers.0.*, ...", "PATTERN"),
+    "round_to": (UNITS, "Widths are multiples of it; auto, none.", "N"),
+    "min_units": (UNITS, "Units that every axis keeps at least.", "N"),
+    "targets": (UNITS, "For gguf, vllm, plain, int4 or tp=N.", "TARGET"),
+    "method": (METHOD, "What scores units: see hf-prune methods.", "NAME"),
+    "allocation": (METHOD, "uniform, global, spectral, search, JSON.", "NAME"),
+    "repair": (METHOD, "none, least_squares or data_free.", "NAME"),
+    "num_steps": (METHOD, "Prune in so many steps, scored anew each.", "N"),
+    "seed": (METHOD, "Seed of everything random.", "N"),
+    "num_samples": (TEXT, "Windows of text.", "N"),
+    "seq_len": (TEXT, "Tokens of each window.", "N"),
 }
+"""Fields with a flag of their own → panel, help, what its value is called; the others are given by `--set`."""
 _FLAGS = {"targets": "--for"}
 """Fields whose flag has another name: theirs would be a word of Python."""
 
 
 def config_flags() -> list[inspect.Parameter]:
-    """One keyword parameter for typer per field of any configuration class; its value is `None` if not given."""
-    owners: dict[str, list[str]] = {}
-    for method, config_class in CONFIGS.items():
-        for field in dataclasses.fields(config_class):
-            owners.setdefault(field.name, []).append(method)
-    return [_flag(name, CONFIGS[methods[0]], methods) for name, methods in owners.items()]
+    """Keyword parameters for typer: one for each field with a flag of its own, `None` if not given, and `--set`."""
+    kinds = _kinds()
+    flags = [_flag(name, list[str] if name == "protect" else kinds[name], *shown) for name, shown in _SHOWN.items()]
+    text = "All others: see hf-prune methods NAME."
+    return [*flags, _flag("settings", list[str], METHOD, text, "NAME=VALUE", flag="--set")]
 
 
-def _flag(name: str, config_class: type[PruningConfig], methods: list[str]) -> inspect.Parameter:
-    hint = get_type_hints(config_class)[name]
-    help_text = field_help(config_class)[name]
-    default = next(field.default for field in dataclasses.fields(config_class) if field.name == name)
-    if name == "method":
-        help_text = "Method that scores the units."
-    elif default is not dataclasses.MISSING and default not in (None, ()):
-        shown = ",".join(default) if isinstance(default, tuple) else default
-        help_text += f" Default: {shown}."
-    if len(methods) < len(CONFIGS):
-        help_text = f"Only {', '.join(methods)}: {help_text}"
-    kind: Any = list[str] if name == "protect" else _kind(hint)
-    flags = [_FLAGS[name]] if name in _FLAGS else []
-    metavar = _METAVARS.get(name) or _choices(hint)
-    annotation = Annotated[kind | None, typer.Option(*flags, help=help_text, metavar=metavar)]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+def _flag(name: str, kind: Any, panel: str, text: str, metavar: str, flag: str | None = None) -> inspect.Parameter:
+    names = [flag or _FLAGS[name]] if flag or name in _FLAGS else []
+    option = typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _kinds() -> dict[str, Any]:
+    """Every field of any configuration class → the type that the command line reads it as."""
+    classes = reversed(CONFIGS.values())
+    return {name: _kind(hint) for known in classes for name, hint in get_type_hints(known).items() if name != "_"}
 
 
 def read_config(path: Path | None, flags: Mapping[str, Any], preset: PruningConfig | None = None) -> PruningConfig:
@@ -70,10 +76,46 @@ def read_config(path: Path | None, flags: Mapping[str, Any], preset: PruningConf
     """
     values = preset.to_dict() if preset is not None else {}
     values |= _read_fields(path) if path is not None else {}
-    values |= {name: _value(name, value) for name, value in flags.items() if value not in (None, [])}
+    values |= read_flags(flags)
     if "method" not in values:
-        raise ConfigError(f"no method was given: pass --method, one of {_METHODS}, or a --config that names one.")
+        methods = tuple(name for name in CONFIGS if name != "custom")
+        raise ConfigError(f"no method was given: pass --method, one of {methods}, or a --config that names one.")
     return PruningConfig.from_dict(values)
+
+
+def read_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that were given: by their own flags, or as `name=value` in `flags["settings"]`.
+
+    Raises:
+        ConfigError: a setting without `=`, of an unknown name, or given twice; or a value that cannot be read.
+    """
+    values = {
+        name: _value(name, value) for name, value in flags.items() if name != "settings" and value not in (None, [])
+    }
+    kinds = _kinds()
+    for text in flags.get("settings") or ():
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in kinds:
+            raise ConfigError(
+                f"--set: found {text!r}, expected a setting and its value, as search_samples=32."
+                f"{did_you_mean(name, kinds)} `hf-prune methods NAME` lists all."
+            )
+        if name in values:
+            raise ConfigError(f"{name} is given twice: by its flag and by --set, or by --set twice.")
+        values[name] = _value(name, _read_number(name, value.strip(), kinds[name]))
+    return values
+
+
+def _read_number(name: str, text: str, kind: type) -> Any:
+    """`text` as the number or switch that the field takes; other texts as they are."""
+    if kind not in (int, float, bool):
+        return None if text == "none" and name != "round_to" and "None" in str(kind) else text
+    try:
+        return json.loads(text.lower())
+    except ValueError as error:
+        expected = "true or false" if kind is bool else "a number"
+        raise ConfigError(f"{name}: found {text!r}, expected {expected}.") from error
 
 
 def read_sweep(
@@ -94,7 +136,7 @@ def read_sweep(
         "ratios": numbers,
         "allocations": [parse_allocation(name.strip()) for name in names],
         "repairs": [name.strip() for name in repairs.split(",") if name.strip()],
-        "settings": {name: _value(name, value) for name, value in flags.items() if value not in (None, [])},
+        "settings": read_flags(flags),
     }
 
 
@@ -102,8 +144,6 @@ def _value(name: str, value: Any) -> Any:
     """What a field takes, from what its flag gives."""
     if name == "allocation":
         return parse_allocation(value)
-    if name == "layers":
-        return parse_layers(value)
     if name in ("axes", "targets"):
         return tuple(kind.strip() for kind in value.split(","))
     if name == "round_to" and value != "auto":
@@ -129,17 +169,6 @@ def _kind(hint: Any) -> type:
     return kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, bool) else str
 
 
-def _choices(hint: Any) -> str | None:
-    """`a|b|c` for fields with fixed choices."""
-    shown = {int: "N", NoneType: "none"}
-    parts = [
-        part
-        for kind in alternatives(hint)
-        for part in (get_args(kind) if get_origin(kind) is Literal else (shown.get(kind, ""),))
-    ]
-    return "|".join(parts) if len(parts) > 1 and all(parts) else None
-
-
 def parse_allocation(text: str) -> Any:
     """Read an allocation: a name, a JSON object of weights, or the name of a `.json` file that holds one.
 
@@ -156,20 +185,43 @@ def parse_allocation(text: str) -> Any:
         ) from error
 
 
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Read layer numbers from ranges, both ends included: `"4-6,9"` → `(4, 5, 6, 9)`.
+def describe_methods() -> list[dict[str, str]]:
+    """A row for each method: what it does, what it costs, and the defaults in which it differs from others."""
+    return [
+        {
+            "method": name,
+            "what": str(inspect.getdoc(known)).split("\n\n", 1)[0].replace("\n", " "),
+            "cost": known.cost,
+            "allocation": str(known.__dataclass_fields__["allocation"].default),
+            "repair": str(known.__dataclass_fields__["repair"].default),
+        }
+        for name, known in CONFIGS.items()
+        if name != "custom"
+    ]
+
+
+def describe_settings(method: str) -> list[dict[str, str]]:
+    """A row for each setting of `method`: its flag, its default for this method, and what it means.
 
     Raises:
-        ConfigError: something else than numbers and rising ranges, separated by commas.
+        ConfigError: no such method.
     """
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        ends = [first.strip(), last.strip() if dash else first.strip()]
-        if not all(end.isascii() and end.isdigit() for end in ends) or int(ends[0]) > int(ends[1]):
-            raise ConfigError(f'layers: found {part!r} in {text!r}, expected numbers and ranges such as "4-29,31".')
-        layers.update(range(int(ends[0]), int(ends[1]) + 1))
-    return tuple(sorted(layers))
+    if method not in CONFIGS:
+        raise ConfigError(f"no method {method!r}, expected one of {list(CONFIGS)}.{did_you_mean(method, CONFIGS)}")
+    meanings, rows = field_help(CONFIGS[method]), []
+    for field in dataclasses.fields(CONFIGS[method]):
+        if field.name == "method":
+            continue
+        flag = _FLAGS.get(field.name, "--" + field.name.replace("_", "-"))
+        default = "" if field.default is dataclasses.MISSING else field.default
+        rows.append(
+            {
+                "setting": flag if field.name in _SHOWN else f"--set {field.name}=",
+                "default": ",".join(default) if isinstance(default, tuple) else str(default),
+                "meaning": meanings[field.name],
+            }
+        )
+    return rows
 
 
 def field_help(config_class: type) -> dict[str, str]:

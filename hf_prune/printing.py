@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hf_prune.memory import memory_of
-
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
@@ -96,6 +94,8 @@ def print_verification(checks: Sequence[Verification]) -> None:
 
 def print_plan(plan: PruningPlan, structure: Structure) -> None:
     """Asked and achieved ratios, parameters, and the widths of the layers."""
+    from hf_prune.memory import memory_of  # imports torch, which an error or a help need not wait for
+
     config = plan.config
     before, after = structure.num_parameters(), plan.num_parameters(structure)
     achieved = ", ".join(f"{100 * value:.2f} % of {name}" for name, value in plan.achieved.items())
@@ -140,6 +140,14 @@ def print_rows(rows: Sequence[Row], output: Path | None = None) -> None:
         names = [str(row[name]) for name in ("method", "allocation", "axes") if name in row]
         _print(f"{', '.join(names)}: {row['note']}" if row.get("note") else "")
     _print(f"written to {output}" if output is not None else "")
+
+
+def print_texts(rows: Sequence[Mapping[str, str]]) -> None:
+    """A table of texts, which wrap where the terminal is narrow."""
+    table = _table(*rows[0], numbers=())
+    for row in rows:
+        table.add_row(*(Text(value) for value in row.values()))
+    _print(table)
 
 
 def widths_table(plan: PruningPlan, num_layers: int) -> Table:

@@ -1,15 +1,19 @@
-"""The command line: it prints what happened, its flags are the config fields, bad input is one line and exit code 2."""
+"""The command line: it prints what happened, its settings are the config fields, bad input is one line, code 2."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import tiny
 import torch
 from typer.testing import CliRunner
 
+import hf_prune
 from hf_prune import inspection, printing
 from hf_prune.cli import app
 from hf_prune.config import CONFIGS, MagnitudeConfig, PruningConfig
@@ -31,9 +35,11 @@ def text(tmp_path_factory):
     return str(tiny.write_text(tmp_path_factory.mktemp("text") / "text.txt", 600, seed=0))
 
 
-def run(*arguments):
+def run(*arguments, columns=200):
     """Run `hf-prune` in this process; a wide terminal, so that no cell is folded."""
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(argument) for argument in arguments])
+    return CliRunner(env={"COLUMNS": str(columns), "TERMINAL_WIDTH": str(columns)}).invoke(
+        app, [str(argument) for argument in arguments]
+    )
 
 
 def config_only(path, **values):
@@ -71,7 +77,7 @@ def test_prune_writes_what_it_prints(model, text, tmp_path):
 def test_uniform_result_is_said_to_be_a_plain_checkpoint(model, tmp_path):
     output = tmp_path / "pruned"
     result = run(
-        "prune", model, output, "--method", "magnitude", "--pruning-ratio", 0.25, "--axes", "mlp", "--norm", "l1"
+        "prune", model, output, "--method", "magnitude", "--pruning-ratio", 0.25, "--axes", "mlp", "--set", "norm=l1"
     )
     assert result.exit_code == 0, result.output
     assert "plain checkpoint" in result.stdout
@@ -84,8 +90,17 @@ def test_uniform_result_is_said_to_be_a_plain_checkpoint(model, tmp_path):
 def test_learned_masks_leave_their_learning_curve(model, text, tmp_path):
     pytest.importorskip("matplotlib")
     output, state = tmp_path / "pruned", tmp_path / "state"
-    flags = ("--method", "policy_gradient", "--pruning-ratio", 0.3, "--init", "magnitude", "--policy-steps", 3)
-    flags += ("--calibration", text, "--num-samples", 4, "--seq-len", 8, "--state-dir", state)
+    flags = (
+        "--method",
+        "policy_gradient",
+        "--pruning-ratio",
+        0.3,
+        "--set",
+        "init=magnitude",
+        "--set",
+        "policy_steps=3",
+    )
+    flags += ("--calibration", text, "--num-samples", 4, "--seq-len", 8, "--set", f"state_dir={state}")
     for _ in range(2):  # the second time nothing is left to learn: the curve comes from the state
         result = run("prune", model, output, *flags, "--overwrite")
         assert result.exit_code == 0, result.output
@@ -144,19 +159,66 @@ def test_a_preset_is_a_start_that_flags_override(tmp_path, text):
     assert "--pruning-ratio" in refused.output
 
 
-def test_every_field_of_every_method_is_a_flag_and_comes_back():
-    flags = {parameter.name for parameter in config_flags()}
-    assert flags == {field.name for known in CONFIGS.values() for field in dataclasses.fields(known)}
+def test_every_field_of_every_method_can_be_given_and_comes_back():
+    flags = {parameter.name for parameter in config_flags()} - {"settings"}
+    for config_class in CONFIGS.values():
+        config = config_class(0.25, round_to=16, layers=(0, 1), targets=("tp=2",), protect=("layers.0.*",))
+        texts = {name: _as_text(value) for name, value in config.to_dict().items() if value is not None}
+        own = {name: getattr(config, name) if name == "pruning_ratio" else texts[name] for name in flags}
+        others = [f"{name}={text}" for name, text in texts.items() if name not in flags]
+        numbers = {name: int(own[name]) for name in ("num_samples", "seq_len", "num_steps", "min_units", "seed")}
+        given = own | numbers | {"protect": list(config.protect), "settings": others}
+        assert read_config(None, given) == config
+
+
+def _as_text(value):
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["norm"], "--set: found 'norm', expected a setting and its value"),
+        (["nrom=l1"], "Did you mean 'norm'?"),
+        (["search_samples=many"], "search_samples: found 'many', expected a number"),
+        (["seed=1"], "seed is given twice"),
+        (["norm=l1", "norm=l2"], "norm is given twice"),
+        (["norm=l3"], "norm: found 'l3'"),
+    ],
+)
+def test_settings_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        read_config(None, {"method": "magnitude", "pruning_ratio": 0.3, "seed": 2, "settings": settings})
+
+
+def test_help_is_short_and_methods_show_true_defaults():
+    shown = run("prune", "--help", columns=80).stdout
+    assert len(shown.splitlines()) <= 60
     for method, config_class in CONFIGS.items():
-        config = config_class(0.25)
-        given = {name: _as_flag(name, value) for name, value in config.to_dict().items()}
-        assert read_config(None, given | {"method": method}) == config
+        rows = json.loads(run("methods", method, "--json").stdout)["rows"]
+        assert len(rows) == len(dataclasses.fields(config_class)) - 1
+        defaults = config_class(0.25)
+        for row in rows:
+            name = row["setting"].removeprefix("--set ").removesuffix("=").lstrip("-").replace("-", "_")
+            value = getattr(defaults, "targets" if name == "for" else name)
+            expected = ",".join(value) if isinstance(value, tuple) else str(value)
+            assert row["default"] == ("" if name == "pruning_ratio" else expected)
+    assert {row["method"] for row in json.loads(run("methods", "--json").stdout)["rows"]} == set(CONFIGS) - {"custom"}
+    assert "Did you mean 'wanda'?" in run("methods", "wnada").output
 
 
-def _as_flag(name, value):
-    if name == "axes":
-        return ",".join(value)
-    return "none" if name == "round_to" and value is None else value
+def test_the_module_is_the_command():
+    version = subprocess.run([sys.executable, "-m", "hf_prune", "--version"], capture_output=True, text=True)
+    assert version.stdout == f"hf-prune {hf_prune.__version__}\n"
+
+
+def test_prune_prints_json(model, tmp_path):
+    result = run("prune", model, tmp_path / "out", "--method", "random", "--pruning-ratio", 0.3, "--json")
+    values = json.loads(result.stdout)
+    plan = PruningPlan.load(tmp_path / "out" / "pruning_plan.json")
+    assert (values["widths"], values["achieved"]) == (plan.widths, plan.achieved)
+    assert (values["model"], values["output"]) == (str(model), str(tmp_path / "out"))
+    assert values["num_parameters_after"] < values["num_parameters_before"]
 
 
 @pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("none", None), ("64", 64)])
@@ -330,7 +392,7 @@ def test_demo_without_its_model_says_so(tmp_path):
         (("--method", "random"), "pruning_ratio is missing"),
         (("--pruning-ratio", 0.3), "no method was given"),
         (("--method", "best", "--pruning-ratio", 0.3), "method: found 'best'"),
-        (("--method", "random", "--pruning-ratio", 0.3, "--norm", "l1"), "unknown keys ['norm']"),
+        (("--method", "random", "--pruning-ratio", 0.3, "--set", "norm=l1"), "unknown keys ['norm']"),
         (("--method", "random", "--pruning-ratio", 0.3, "--axes", "heads"), "axes: found ('heads',)"),
         (("--method", "random", "--pruning-ratio", 0.3, "--layers", "7-3"), "layers: found '7-3'"),
         (("--method", "random", "--pruning-ratio", 0.3, "--layers", "0-9"), "expected 0 to 1"),

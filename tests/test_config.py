@@ -1,5 +1,7 @@
+import copy
 import dataclasses
 import json
+import pickle
 import string
 
 import pytest
@@ -17,7 +19,8 @@ from hf_prune.config import (
     WandaConfig,
     selected_axes,
 )
-from hf_prune.config_flags import field_help, parse_layers
+from hf_prune.config.checks import parse_layers
+from hf_prune.config_flags import field_help
 from hf_prune.errors import ConfigError, StructureError
 
 KINDS = ("mlp", "attention", "hidden", "layer", "layer_attention", "layer_mlp")
@@ -62,7 +65,7 @@ def test_json_round_trip_is_equal_and_keeps_the_class(config):
         *(("allocation", value) for value in ("Uniform", 1)),
         *(("round_to", value) for value in (0, -8, 64.0, "64", True)),
         *(("min_units", value) for value in (0, 1.0, None, True)),
-        *(("layers", value) for value in ((), (-1,), (1, 1), (True,), 3, "4-29")),
+        *(("layers", value) for value in ((), (-1,), (1, 1), (True,), 3, "4-", "all")),
         *(("protect", value) for value in ("layers.0.*", (1,), ("",))),
         *(("seed", value) for value in (-1, 0.5, None)),
         ("num_samples", 0),
@@ -106,6 +109,31 @@ def test_every_field_has_help():
         for field in dataclasses.fields(config_class):
             assert len(help_of[field.name]) > 10
             assert "\n" not in help_of[field.name]
+
+
+@pytest.mark.parametrize("method", list(CONFIGS))
+def test_the_base_class_makes_the_configuration_of_any_method(method):
+    made = PruningConfig(0.4, method=method, layers="1-3,7")
+    assert type(made) is CONFIGS[method]
+    assert made == CONFIGS[method](0.4, layers=(1, 2, 3, 7))
+    for again in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made), dataclasses.replace(made, seed=0)):
+        assert again == made
+        assert type(again) is type(made)
+
+
+@pytest.mark.parametrize(
+    ("values", "meant"),
+    [
+        ({"method": "llmpruner"}, "llm_pruner"),
+        ({"method": "random", "allocation": "globle"}, "global"),
+        ({"method": "random", "axes": ["mlp", "layer_atention"]}, "layer_attention"),
+        ({"method": "random", "budget": "latncy"}, "latency"),
+        ({"method": "random", "num_sample": 3}, "num_samples"),
+    ],
+)
+def test_what_was_meant_is_said(values, meant):
+    with pytest.raises(ConfigError, match=f"Did you mean '{meant}'"):
+        PruningConfig.from_dict({"pruning_ratio": 0.3, **values})
 
 
 def test_parse_layers():

@@ -23,9 +23,12 @@ KILLS = int(os.environ.get("HF_PRUNE_KILLS", "3"))
 TEXT = ["--calibration", "../text.txt", "--num-samples", 6, "--seq-len", 16]
 WORK = ["--work-dir", "work"]
 PRUNE = ["prune", "../dense", "out", "--pruning-ratio", 0.3]
-SELECTED = ["--method", "llm_pruner", "--selection", "obs", "--repair", "least_squares", "--layers-on", "disk"]
-SEARCH = ["--method", "wanda", "--allocation", "search", "--search-evaluations", 8, "--search-samples", 4]
-LEARN = ["--method", "policy_gradient", "--policy-steps", 4, "--num-masks", 2, "--init-samples", 3, "--state-steps", 1]
+SELECTED = ["--method", "llm_pruner", "--set", "selection=obs", "--repair", "least_squares", "--layers-on", "disk"]
+SEARCH = ["--method", "wanda", "--allocation", "search", "--set", "search_evaluations=8", "--set", "search_samples=4"]
+LEARN = ["--method", "policy_gradient"]
+LEARN += [
+    word for text in ("policy_steps=4", "num_masks=2", "init_samples=3", "state_steps=1") for word in ("--set", text)
+]
 ROWS = ["--methods", "magnitude,wanda", "--ratios", 0.3, "--text", "../text.txt", "--window", 32]
 TRAIN = ["--train", "../text.txt", "--full", "--steps", 6, "--save-steps", 2, "--per-device-train-batch-size", 4]
 COMMANDS = {

@@ -66,7 +66,7 @@ ROWS = ["--methods", "magnitude", "--ratios", 0.3, "--text", "text.txt"]
         (["prune", "dense", "out", *PRUNE, "--work-dir", "out/work"], "work_dir"),
         (["prune", "dense", "pruned", *PRUNE, "--calibration", "pruned/config.json"], "calibration"),
         (["prune", "pruned", "dense", *PRUNE, "--calibration", "link/merges.txt"], "calibration"),
-        (["prune", "dense", "out", "--method", "prunenet", "--pruning-ratio", 0.3, "--save-policy", "out"], "save"),
+        (["prune", "dense", "out", "--method", "prunenet", "--pruning-ratio", 0.3, "--set", "save_policy=out"], "save"),
         (["recover", "pruned", "pruned", *TRAIN], "model"),
         (["recover", "pruned", "dense", *TRAIN, "--teacher", "link"], "teacher"),
         (["recover", "pruned-training/checkpoint-1", "pruned", *TRAIN, "--resume"], "model"),

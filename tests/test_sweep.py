@@ -252,7 +252,7 @@ def run(*arguments):
 
 def test_the_command_writes_table_and_picture_and_goes_on(material, tmp_path):
     flags = ["--text", material / "text.txt", "--calibration", material / "calibration.txt", "--window", 32]
-    flags += ["--num-samples", 4, "--seq-len", 16, "--norm", "l1"]
+    flags += ["--num-samples", 4, "--seq-len", 16, "--set", "norm=l1"]
     command = ["sweep", material / "dense", tmp_path / "out", "--methods", "magnitude, random", *flags]
     result = run(*command, "--ratios", "0.2,0.4", "--allocations", "uniform,global", "--allocations", '{"mlp": 1}')
     assert result.exit_code == 0, result.output

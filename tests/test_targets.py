@@ -304,7 +304,7 @@ def test_inspect_answers_from_the_config_alone(tmp_path):
 
 def test_prune_to_fit_for_targets(tmp_path):
     tiny.write_checkpoint(tmp_path / "dense")
-    asked = ["--fit", "40KB", "--context", 100, "--for", "plain,tp=2", "--method", "magnitude", "--axes", "mlp"]
+    asked = ["--fit", "40KB", "--set", "context=100", "--for", "plain,tp=2", "--method", "magnitude", "--axes", "mlp"]
     code, output = run("prune", tmp_path / "dense", tmp_path / "pruned", *asked)
     assert code == 0, output
     assert "plain, tp=2: heads and MLP channels divisible by 2; equal widths" in output

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-from hf_prune.config.checks import Range, check_fields
+from hf_prune.config.checks import Range, check_fields, did_you_mean, parse_layers
 from hf_prune.config.targets import SPELLING, Target, together
 from hf_prune.errors import ConfigError
 
@@ -26,11 +26,15 @@ AxisKind = Literal["mlp", "attention", "hidden", "layer", "layer_attention", "la
 class PruningConfig:
     """What to remove, and how much. Frozen; every value is checked when it is made.
 
-    This class is for scores that the caller brings; each method has its own subclass.
+    Each method has its own subclass, which `method` chooses: `PruningConfig(0.3, method="wanda")` is a `WandaConfig`.
+    Without it the configuration is for scores that the caller brings.
 
     Raises:
         ConfigError: a value has a wrong type or is out of range.
     """
+
+    cost: ClassVar[str] = "none"
+    """What scoring takes, in words."""
 
     pruning_ratio: Annotated[float, Range(0, 1, "()")]
     """Fraction to remove, above 0 and below 1, of what `budget` names."""
@@ -65,7 +69,8 @@ class PruningConfig:
     min_units: Annotated[int, Range(1)] = 1
     """Units that every axis keeps at least (rounded up to `round_to`), 1 or more."""
     layers: tuple[int, ...] | None = None
-    """Decoder layers that may lose units, counted from 0 (default: all). Does not restrict the `hidden` axis."""
+    """Decoder layers that may lose units, counted from 0, or a text such as "4-29,31" (default: all). Does not
+    restrict the `hidden` axis."""
     targets: tuple[str, ...] = ()
     """Engines and formats that must be able to serve the result: `gguf`, `vllm`, `plain` (an ordinary checkpoint),
     `int4`, `tp=N` (tensor parallel on N devices); what one of them cannot serve is not done."""
@@ -98,23 +103,34 @@ class PruningConfig:
     repair_ridge: Annotated[float, Range(0)] = 1e-2
     """Pull towards the weights before repair, 0 or more: a fraction of the mean squared norm of their inputs."""
 
+    def __new__(cls, *args: Any, method: object = None, **fields: Any) -> Self:
+        """An instance of the class that `method` names, where this one names none."""
+        from hf_prune.config import CONFIGS
+
+        chosen = CONFIGS.get(method) if cls is PruningConfig and isinstance(method, str) else None
+        return object.__new__(chosen or cls)  # type: ignore[return-value]  # a subclass
+
     def __post_init__(self) -> None:
+        if isinstance(self.layers, str):
+            object.__setattr__(self, "layers", parse_layers(self.layers))
         for name in ("axes", "layers", "protect", "targets"):  # lists, as JSON gives them, become tuples
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if isinstance(self.allocation, (Mapping, list)):
             object.__setattr__(self, "allocation", _pairs(self.allocation))
-        own_method = type(self).__dataclass_fields__["method"].default
-        self._check(self.method == own_method, "method", f"{own_method!r} (the method of {type(self).__name__})")
+        if self.method != type(self).__dataclass_fields__["method"].default:
+            raise _wrong_method(self.method, type(self))
         if isinstance(self.allocation, tuple):
             self._check(_are_weights(self.allocation), "allocation", "patterns of axes, each with a weight from 0")
         else:
             choices = get_args(AllocationName)
-            self._check(self.allocation in choices, "allocation", f"one of {choices}")
+            self._check(self.allocation in choices, "allocation", f"one of {choices}", choices)
         check_fields(self)
         kinds = get_args(AxisKind)
         known = _is_tuple_of(self.axes, str) and len(self.axes) > 0 and all(kind in kinds for kind in self.axes)
-        self._check(known and len(set(self.axes)) == len(self.axes), "axes", f"one or more different kinds of {kinds}")
+        self._check(
+            known and len(set(self.axes)) == len(self.axes), "axes", f"one or more different kinds of {kinds}", kinds
+        )
         self._check(_is_tuple_of(self.targets, str) and together(self.targets) is not None, "targets", SPELLING)
         for kind in sorted(self.target.keeps & set(self.axes)):
             raise ConfigError(f"axes: found {kind!r}, which {self.target.name} cannot serve: ask for other axes.")
@@ -130,9 +146,12 @@ class PruningConfig:
             self._check(valid and len(set(self.layers)) == len(self.layers), "layers", "different layer numbers from 0")
         self._check(_is_tuple_of(self.protect, str) and all(self.protect), "protect", "a tuple of non-empty patterns")
 
-    def _check(self, valid: bool, name: str, expected: str) -> None:
+    def _check(self, valid: bool, name: str, expected: str, choices: Sequence[str] = ()) -> None:
         if not valid:
-            raise ConfigError(f"{name}: found {getattr(self, name)!r}, expected {expected}.")
+            value = getattr(self, name)
+            wrong = [part for part in (value if isinstance(value, tuple) else (value,)) if part not in choices]
+            hint = did_you_mean(wrong[0], choices) if wrong else ""
+            raise ConfigError(f"{name}: found {value!r}, expected {expected}.{hint}")
 
     @property
     def target(self) -> Target:
@@ -171,12 +190,12 @@ class PruningConfig:
         method = values.get("method", cls.__dataclass_fields__["method"].default)
         config_class = CONFIGS.get(method) if isinstance(method, str) else None
         if config_class is None or not issubclass(config_class, cls):
-            allowed = [name for name, known in CONFIGS.items() if issubclass(known, cls)]
-            raise ConfigError(f"method: found {method!r}, expected one of {allowed}.")
+            raise _wrong_method(method, cls)
         known_keys = [field.name for field in dataclasses.fields(config_class)]
         unknown = [key for key in values if key not in known_keys]
         if unknown:
-            raise ConfigError(f"unknown keys {unknown} for method {method!r}; expected keys are {known_keys}.")
+            hint = did_you_mean(unknown[0], known_keys)
+            raise ConfigError(f"unknown keys {unknown} for method {method!r}; expected keys are {known_keys}.{hint}")
         if "pruning_ratio" not in values:
             raise ConfigError("pruning_ratio is missing: give the fraction to remove, above 0 and below 1.")
         return config_class(**values)
@@ -189,6 +208,13 @@ class PruningConfig:
         except json.JSONDecodeError as error:
             raise ConfigError(f"a pruning configuration must be JSON: {error}.") from error
         return cls.from_dict(values)
+
+
+def _wrong_method(method: object, config_class: type[PruningConfig]) -> ConfigError:
+    from hf_prune.config import CONFIGS
+
+    allowed = [name for name, known in CONFIGS.items() if issubclass(known, config_class)]
+    return ConfigError(f"method: found {method!r}, expected one of {allowed}.{did_you_mean(method, allowed)}")
 
 
 def _is_tuple_of(value: object, kind: type) -> bool:

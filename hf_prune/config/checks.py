@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hf_prune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,30 @@ def check_fields(config: Any) -> None:
         value, kinds = getattr(config, field.name), alternatives(hints[field.name])
         if all(_is_checked(kind) for kind in kinds) and not any(_is_of(value, kind) for kind in kinds):
             expected = " or ".join(_in_words(kind) for kind in kinds)
-            raise ConfigError(f"{field.name}: found {value!r}, expected {expected}.")
+            choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+            raise ConfigError(f"{field.name}: found {value!r}, expected {expected}.{did_you_mean(value, choices)}")
+
+
+def did_you_mean(found: object, choices: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the one of `choices` that `found` is like, or nothing."""
+    like = difflib.get_close_matches(str(found), list(choices), n=1)
+    return f" Did you mean {like[0]!r}?" if like else ""
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Read layer numbers from ranges, both ends included: `"4-6,9"` → `(4, 5, 6, 9)`.
+
+    Raises:
+        ConfigError: something else than numbers and rising ranges, separated by commas.
+    """
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = [first.strip(), last.strip() if dash else first.strip()]
+        if not all(end.isascii() and end.isdigit() for end in ends) or int(ends[0]) > int(ends[1]):
+            raise ConfigError(f'layers: found {part!r} in {text!r}, expected numbers and ranges such as "4-29,31".')
+        layers.update(range(int(ends[0]), int(ends[1]) + 1))
+    return tuple(sorted(layers))
 
 
 def alternatives(hint: Any) -> list[Any]:

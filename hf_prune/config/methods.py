@@ -14,6 +14,7 @@ from hf_prune.errors import ConfigError
 class RandomConfig(PruningConfig):
     """Random scores, drawn from `seed`: the baseline that every method has to beat."""
 
+    cost = "nothing"
     method: str = "random"
     standardise: Standardise = "sum"
     """As in every configuration; this method's scores compare only inside an axis, hence `sum`."""
@@ -23,6 +24,7 @@ class RandomConfig(PruningConfig):
 class MagnitudeConfig(PruningConfig):
     """Norm of all weights of a group."""
 
+    cost = "the weights once"
     method: str = "magnitude"
     standardise: Standardise = "sum"
     """As in every configuration; this method's scores compare only inside an axis, hence `sum`."""
@@ -34,6 +36,7 @@ class MagnitudeConfig(PruningConfig):
 class WandaConfig(PruningConfig):
     """Weight times input norm, summed over each unit (Wanda, arXiv 2306.11695, eq. 1, by structures). Calibrated."""
 
+    cost = "a forward pass over the text"
     method: str = "wanda"
     standardise: Standardise = "sum"
     """As in every configuration; this method's scores compare only inside an axis, hence `sum`."""
@@ -46,6 +49,7 @@ class OBSConfig(PruningConfig):
     Made to be repaired: a unit whose output the others can give costs nothing here, but much if nothing is repaired.
     """
 
+    cost = "forward passes over the text; a solve in each layer"
     method: str = "obs"
     allocation: Allocation = "global"
     """As in every configuration; this method's scores are in loss units, so that all units compare."""
@@ -68,6 +72,7 @@ class LLMPrunerConfig(PruningConfig):
     The defaults are our criterion in one step; `preset` gives the paper's settings and our best one.
     """
 
+    cost = "a forward and backward pass over the text"
     method: str = "llm_pruner"
     allocation: Allocation = "global"
     """As in every configuration; this method's scores are in loss units, so that all units compare."""

@@ -23,6 +23,7 @@ class PolicyGradientConfig(PruningConfig):
     The defaults are our recommended preset; `preset` gives the paper's.
     """
 
+    cost = "thousands of forward passes, of 4 windows each"
     method: str = "policy_gradient"
     allocation: Allocation = "global"
     """As everywhere; `global` keeps the units with the highest keep-probabilities, as they were learned."""

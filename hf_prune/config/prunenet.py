@@ -16,6 +16,7 @@ class PruneNetConfig(PruningConfig):
     The defaults are ours; `paper` gives the paper's setting.
     """
 
+    cost = "spectra of the weights, a few hundred times; no text"
     method: str = "prunenet"
     axes: tuple[AxisKind, ...] = ("mlp",)
     """Kinds of axes to prune: `mlp` channels, `attention` KV groups."""

@@ -1,0 +1,5 @@
+"""`python -m hf_prune`: the command line."""
+
+from hf_prune.cli import app
+
+app(prog_name="hf-prune")
