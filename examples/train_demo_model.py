@@ -175,8 +175,8 @@ def main(
     """Train, save, evaluate and sample the demo model."""
     torch.set_num_threads(threads)
     set_seed(seed)
-    paths = ("data", "output", "work_dir", "more_data", "tokenizer_of")
-    settings = {name: value for name, value in locals().items() if name not in paths}
+    settings = {name: value for name, value in locals().items() if not isinstance(value, Path | list)}
+    settings.pop("tokenizer_of", None)
     books = data.read_text(encoding="utf-8").strip().split("\n\n")
     held_out = {"calibration": calibration_books, "evaluation": evaluation_books}
     training = [book for i, book in enumerate(books) if i not in calibration_books + evaluation_books]

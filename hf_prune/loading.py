@@ -21,9 +21,8 @@ LayersOn = Literal["auto", "memory", "disk"]
 MEMORY_SHARE = 0.4
 """`auto` keeps a model in memory if it takes at most this share of what is free: the pruned one comes beside it."""
 
-# They warn of what is done here on purpose: access to values of single layers, and layers left on disk.
+# It warns of what is done here on purpose: layers left on disk.
 logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").setLevel(logging.ERROR)
 
 
 def load_config(name: str, **where: Any) -> PreTrainedConfig:

@@ -439,7 +439,7 @@ def test_model_that_is_not_there(command, text, tmp_path):
     arguments = [text if argument == "TEXT" else argument for argument in command[1:]]
     result = run(command[0], tmp_path / "gone", *arguments, *ratio)
     assert result.exit_code == 2, result.output
-    assert "could be loaded from" in result.stderr
+    assert "no directory at" in result.stderr
 
 
 def test_verify_needs_weights_and_precision(model, tmp_path):

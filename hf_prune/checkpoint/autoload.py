@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.util import find_spec
@@ -29,6 +30,8 @@ def _install_config_check() -> None:
     from hf_prune.checkpoint import per_layer
 
     per_layer.install_config_check()
+    # It warns three times a load of what our loader does on purpose: it reads values that differ between layers.
+    logging.getLogger("transformers.integrations.heterogeneity.configuration_utils").setLevel(logging.ERROR)
 
 
 def _install() -> None:

@@ -74,6 +74,8 @@ def load_verified(source: str, **arguments: Any) -> PreTrainedModel | tuple[PreT
 
 def not_loaded(name: str, what: str, error: Exception) -> CheckpointError:
     """The error that says that `what` could not be loaded from `name`."""
+    if name.startswith((".", "/", "~")) and not Path(name).exists():
+        return CheckpointError(f"no directory at {name!r} to load the {what} from: check the path.")
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return CheckpointError(
         f"no {what} could be loaded from {name!r}: {first} "
