@@ -40,7 +40,7 @@ def replaced_file(path: Path) -> Iterator[Path]:
     Raises:
         CheckpointError: it cannot be written.
     """
-    with _refusing(path), _beside(path) as own:
+    with _refusing(path), beside(path) as own:
         yield own / path.name
         (own / path.name).replace(path)
 
@@ -67,7 +67,7 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
             f"{directory} is a mount point or holds the working directory, so it cannot be replaced in one step. "
             "Save into a new directory inside it."
         )
-    with _refusing(directory), reserved(directory), _beside(directory) as own:
+    with _refusing(directory), reserved(directory), beside(directory) as own:
         new = own / directory.name
         new.mkdir()
         yield new
@@ -121,10 +121,20 @@ def reserved(directory: Path) -> Iterator[None]:
                 parent.rmdir()
 
 
+def check_free(path: Path, num_bytes: int) -> None:
+    """Raise `CheckpointError` unless so many bytes can be written beside `path`, which need not exist."""
+    free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
+    if num_bytes > free:
+        raise CheckpointError(
+            f"saving needs {num_bytes:,} bytes beside {path}, {free:,} are free there. Free disk space or choose "
+            "another directory."
+        )
+
+
 @contextmanager
 def temporary_directory() -> Iterator[Path]:
     """A directory for temporary files, private to the user; those of dead processes are removed."""
-    with _beside(Path(tempfile.gettempdir(), "hf_prune"), 0o700) as own:
+    with beside(Path(tempfile.gettempdir(), "hf_prune"), 0o700) as own:
         yield own
 
 
@@ -137,7 +147,7 @@ def held_by(owner: object, context: AbstractContextManager[T]) -> T:
 
 
 @contextmanager
-def _beside(path: Path, mode: int = 0o777) -> Iterator[Path]:
+def beside(path: Path, mode: int = 0o777) -> Iterator[Path]:
     """A locked, empty directory beside `path`, removed when the block ends."""
     _remove_abandoned(path.parent.glob(f".{glob.escape(path.name)}{_ENDING}"))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -527,13 +527,14 @@ def export(
             help="gguf: MLP widths become a multiple of this by zeros; 256 for K-quants. Default: as dtype needs."
         ),
     ] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a pruned or dense checkpoint in a format that other engines read."""
     from hf_prune import printing
     from hf_prune.exporting import export as run
 
-    written = run(checkpoint, output, format=format, dtype=dtype, round_to=round_to)
+    written = run(checkpoint, output, format=format, dtype=dtype, round_to=round_to, overwrite=overwrite)
     values = {name: value for name, value in vars(written).items() if name != "notes"} | {"path": str(written.path)}
     if as_json:
         _print_json({**values, "notes": written.notes})

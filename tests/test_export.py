@@ -12,10 +12,11 @@ import pytest
 import torch
 from served import byte_tokenizer, save, tiny_served_model
 from test_cli import run
+from test_output import contents
 from tiny import write_text
 
 import hf_prune
-from hf_prune.errors import ConfigError
+from hf_prune.errors import CheckpointError, ConfigError
 
 PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
 
@@ -51,9 +52,41 @@ def test_the_command_prints_what_it_wrote(folder, tmp_path):
     assert values["architecture"] == "llama"
     assert values["num_bytes"] == (tmp_path / "m.gguf").stat().st_size
     assert values["num_exported"] == values["num_parameters"]
-    again = run("export", folder / "my-model", tmp_path / "m.gguf", "--format", "plain")
-    assert again.exit_code == 2
-    assert "exists already" in again.output
+
+
+def test_only_an_earlier_export_is_replaced_and_only_if_asked(folder, tmp_path, monkeypatch):
+    (tmp_path / "thesis.tex").write_text("mine")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    model = folder / "my-model"
+    for output, format, said, said_with_overwrite in (
+        (model, "plain", "would replace what is read: model", "would replace what is read: model"),
+        (folder, "plain", "would replace what is read: model", "would replace what is read: model"),
+        (tmp_path / "thesis.tex", "gguf", "no GGUF file", "no GGUF file"),
+        (tmp_path / "full", "plain", "holds more than a checkpoint", "holds more than a checkpoint"),
+        (tmp_path / "full", "gguf", "no GGUF file", "no GGUF file"),
+        (tmp_path / "thesis.tex", "onnx", "is a file", "is a file"),
+        (tmp_path / "m.gguf", "gguf", "exists already", ""),
+        (tmp_path / "plain", "plain", "holds a checkpoint already", ""),
+    ):
+        if not said_with_overwrite:
+            hf_prune.export(model, output, format=format, dtype="bf16" if format == "gguf" else "bfloat16")
+        before = contents(tmp_path)
+        for overwrite, words in ((False, said), (True, said_with_overwrite)):
+            if words:
+                with pytest.raises(CheckpointError, match=words):
+                    hf_prune.export(model, output, format=format, overwrite=overwrite)
+                assert contents(tmp_path) == before
+        if not said_with_overwrite:
+            written = hf_prune.export(model, output, format=format, overwrite=True)
+            sizes = [path.stat().st_size for path in (output.iterdir() if output.is_dir() else [output])]
+            assert written.num_bytes == sum(sizes) > sum(len(before[name]) for name in before if output.name in name)
+    with monkeypatch.context() as patched:
+        patched.setattr("hf_prune.atomic.shutil.disk_usage", lambda path: type("Usage", (), {"free": 9}))
+        for format in ("plain", "gguf", "onnx"):
+            with pytest.raises(CheckpointError, match=r"saving needs .* 9 are free"):
+                hf_prune.export(model, tmp_path / "new" / "out", format=format)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

@@ -178,7 +178,7 @@ def test_quantised_checkpoints_are_refused(format, tmp_path):
 
 def test_bad_arguments_are_refused_before_anything_is_read(tmp_path):
     (tmp_path / "there").write_text("mine")
-    with pytest.raises(CheckpointError, match="exists already"):
+    with pytest.raises(CheckpointError, match="is a file, expected a directory"):
         hf_prune.export("no-model", tmp_path / "there", format="plain")
     with pytest.raises(ConfigError, match="format: found 'coreml'"):
         hf_prune.export("no-model", tmp_path / "new", format="coreml")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
-from hf_prune.atomic import replaced_directory
+from hf_prune.atomic import check_free, replaced_directory
 from hf_prune.checkpoint.files import (
     CARD_NAME,
     CODE_NAME,
@@ -31,7 +31,7 @@ from hf_prune.layers.processes import main_writes
 from hf_prune.layers.weights import is_on_disk, to_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -224,8 +224,12 @@ def _are_same(one: Path, other: Path) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
-def check_directory(directory: Path, model: PreTrainedModel | None = None, *, overwrite: bool = True) -> None:
+def check_directory(
+    directory: Path, model: PreTrainedModel | None = None, *, overwrite: bool = True, known: Sequence[str] = ()
+) -> None:
     """Refuse what must not be replaced, and a disk too full for `model` if it is known, before anything is done.
+
+    `known` are names of files that it may hold besides those of a checkpoint.
 
     Raises:
         CheckpointError: `directory` is a file, holds more than a checkpoint, or (without `overwrite`) anything, or the
@@ -233,7 +237,7 @@ def check_directory(directory: Path, model: PreTrainedModel | None = None, *, ov
     """
     if directory.exists() and not directory.is_dir():
         raise CheckpointError(f"{directory} is a file, expected a directory. Choose another save directory.")
-    known = [*_MODEL_FILES, *_TOKENIZER_FILES, *_OTHER_FILES]
+    known = [*known, *_MODEL_FILES, *_TOKENIZER_FILES, *_OTHER_FILES]
     if directory.is_dir():
         if (directory / "config.json").exists():
             known.append("*.py")  # models with code of their own
@@ -249,16 +253,8 @@ def check_directory(directory: Path, model: PreTrainedModel | None = None, *, ov
                 f"{directory} holds a checkpoint already. Choose a new directory, or replace it (overwrite=True, "
                 "--overwrite)."
             )
-    if model is None:
-        return
-    parent = next(p for p in directory.parents if p.exists())
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise CheckpointError(
-            f"saving needs {needed:,} bytes beside {directory}, {free:,} are free there. Free disk space or choose "
-            "another directory."
-        )
+    if model is not None:
+        check_free(directory, sum(p.numel() * p.element_size() for p in model.parameters()))
 
 
 @contextmanager

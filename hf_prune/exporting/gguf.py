@@ -8,17 +8,15 @@ they are; those that neither can hold are made equal by zeros first.
 from __future__ import annotations
 
 import math
-import tempfile
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hf_prune.atomic import replaced_file
+from hf_prune.atomic import beside, check_free, replaced_file
 from hf_prune.errors import ConfigError, StructureError
 from hf_prune.exporting import Exported
 from hf_prune.exporting.plain import ordinary, write_plain
@@ -29,6 +27,7 @@ from hf_prune.surgery.expressing import shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from transformers import PreTrainedModel
 
@@ -138,16 +137,16 @@ def write_gguf(checkpoint: str, output: Path, dtype: str | None, round_to: int |
     assert tokenizer is not None
     values = {**_values(base, sizes, dtype), **rope, **tokenizer_values(tokenizer, base, sizes.vocabulary)}
     entries = list(_entries(found, base, sizes, factors))
-    output.parent.mkdir(parents=True, exist_ok=True)
     if sizes.architecture == "openelm" and not base.tie_word_embeddings:
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-            plain = write_plain(checkpoint, Path(folder) / "plain", None)
+        with beside(output) as folder:
+            plain = write_plain(checkpoint, folder / "plain", None)
             written = write_gguf(str(plain.path), output, dtype, round_to)
         note = "llama.cpp has no architecture for a qwen3 with layers that differ and a head of its own"
         return replace(written, num_parameters=plain.num_parameters, notes=(note, *plain.notes, *written.notes))
     uneven = sum(_type(entry, dtype).name == "F16" for entry in entries) if dtype.startswith("q") else 0
     if uneven:
         sizes.notes.append(f"{uneven} tensors are f16: their rows are no multiple of {_BLOCK}")
+    check_free(output, sum(_num_bytes(entry, dtype) for entry in entries))
     source = open_model(checkpoint, layers_on="disk")
     with replaced_file(output) as new:
         _write(new, sizes.architecture, values, entries, source, dtype)
@@ -330,6 +329,13 @@ def _type(entry: _Entry, dtype: str) -> Any:
     if dtype.startswith("q") and entry.shape[-1] % _BLOCK:
         dtype = "f16"
     return GGMLQuantizationType[dtype.upper()]
+
+
+def _num_bytes(entry: _Entry, dtype: str) -> int:
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[_type(entry, dtype)]
+    return int(math.prod(entry.shape) // block * size)
 
 
 def _values(base: Any, sizes: _Sizes, dtype: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.atomic import replaced_directory
+from hf_prune.atomic import check_free, replaced_directory
 from hf_prune.errors import ConfigError, StructureError
 from hf_prune.exporting import Exported
 from hf_prune.loading import load_model, load_tokenizer
@@ -38,6 +38,7 @@ def write_onnx(checkpoint: str, output: Path, dtype: str | None) -> Exported:
     except ImportError as error:
         raise ConfigError("ONNX graphs need the packages onnx and onnxscript: pip install 'hf_prune[onnx]'.") from error
     model: Any = load_model(checkpoint, dtype=dtype or "float32")
+    check_free(output, model.num_parameters() * model.dtype.itemsize)
     model.set_attn_implementation("eager")
     tokenizer = load_tokenizer(checkpoint, required=False)
     ids = torch.arange(2 * 7).reshape(2, 7) % model.get_input_embeddings().weight.shape[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
-from hf_prune.atomic import replaced_directory
+from hf_prune.atomic import check_free, replaced_directory
 from hf_prune.checkpoint.loud import FLAG
 from hf_prune.checkpoint.per_layer import DIGESTS
 from hf_prune.checkpoint.saving import DISK_SHARD
@@ -48,6 +48,7 @@ def write_plain(checkpoint: str, output: Path, dtype: str | None) -> Exported:
     target, structure, plan = plain_config(config)
     source = open_model(checkpoint, layers_on="disk", dtype=dtype)
     model: Any = build_empty(target).to(source.dtype)
+    check_free(output, sum(p.numel() * p.element_size() for p in model.parameters()))
     model.generation_config = source.generation_config
     # What transformers takes for weights left on disk it reads one file's worth at a time.
     model.hf_device_map = {"": "disk"}
