@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hf_prune.config import PruneNetConfig as PruneNetConfig
     from hf_prune.config import PruningConfig as PruningConfig
     from hf_prune.config import RandomConfig as RandomConfig
+    from hf_prune.config import REAPConfig as REAPConfig
     from hf_prune.config import WandaConfig as WandaConfig
     from hf_prune.errors import HFPruneError as HFPruneError
     from hf_prune.evaluation.latency import measure_latency as measure_latency
@@ -63,6 +64,7 @@ _WHERE = {
     "PruningConfig": "hf_prune.config",
     "PruningPlan": "hf_prune.plan",
     "PruningResult": "hf_prune.pipeline",
+    "REAPConfig": "hf_prune.config",
     "RandomConfig": "hf_prune.config",
     "Structure": "hf_prune.structure.structure",
     "WandaConfig": "hf_prune.config",

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from hf_prune.config import LAYER_AXES
 from hf_prune.errors import PlanError
 from hf_prune.reading import load_text_file, parse_json, save_text_file
+from hf_prune.structure.structure import BRANCH_OF
 
 if TYPE_CHECKING:
     import os
@@ -94,7 +95,7 @@ class LatencyTable:
             for branch in ("attention", "mlp"):
                 part = np.zeros(2)
                 for suffix, (at, values) in self._curves[family].items():
-                    if suffix.partition(".")[0] == branch:
+                    if BRANCH_OF[suffix.partition(".")[0]] == branch:
                         width = widths.get(f"layers.{layer}.{suffix}", at[-1])
                         part += [np.interp(width, at, column) for column in values]
                 if (layer, branch) in without:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
-from hf_prune.allocation.planning import allocate
+from hf_prune.allocation.planning import allocate, check_ratio
 from hf_prune.allocation.spectral import hill_exponents
 from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
 from hf_prune.calibration import GENERAL, Sources, asks_model, calibration_batches, is_text, parts_of
@@ -197,6 +197,7 @@ def prune(
         latency = of_main_process(measure_latency(model, structure))
     if is_on_disk(model) or work is not None:
         announce(price)
+    check_ratio(structure, config, latency)
     plan, found = decide(
         model, structure, config, batches, latency=latency, scores=scores, work=work, protocol=protocol
     )

@@ -10,22 +10,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hf_prune.config import LAYER_AXES, PruningConfig, selected_axes
 from hf_prune.errors import ConfigError, PlanError
 from hf_prune.reading import load_text_file, parse_json, save_text_file
+from hf_prune.structure.structure import BRANCH_OF
 
 if TYPE_CHECKING:
     import os
 
     from hf_prune.structure.layouts import Widths
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.structure import Counted, Structure
 
 FORMAT = 1
 _KEYS = ("model_type", "base_model_name_or_path", "num_units", "kept_indices", "config", "achieved")
 _MEANINGS = ("decoder", "model", "units")
-_PER_LAYER = re.compile(r"layers\.(\d{1,4})\.(attention|mlp)(\..+)?")
+_PER_LAYER = re.compile(r"layers\.(\d{1,4})\.(attention|mlp|experts)(\..+)?")
 _MOST_UNITS = {"layer": 10_000, "other": 2**24}
 """More units than any model has; layers are counted one by one, the units of other axes are only listed."""
 
@@ -50,7 +51,7 @@ class PruningPlan:
     """What was asked."""
     achieved: dict[str, float]
     """Fraction removed, 0 to 1: of `decoder` parameters, of all `model` parameters, of the selected axes' `units`; of
-    the predicted `latency` where that is known, of `memory` where that is the budget."""
+    the predicted `latency` where that is known, of `memory` or `active` parameters where that is the budget."""
 
     def __post_init__(self) -> None:
         for name, num_units in self.num_units.items():
@@ -65,7 +66,7 @@ class PruningPlan:
             raise PlanError(f"{name}: the plan keeps units of it and also removes the layer or branch that holds it.")
         if self.widths.get(LAYER_AXES["layer_attention"]) == 0:
             raise PlanError("the plan removes the attention of all layers, expected one that keeps it. Remove less.")
-        known = set(self.achieved) - {"latency", "memory"} == set(_MEANINGS)
+        known = set(self.achieved) - {"latency", "memory", "active"} == set(_MEANINGS)
         if not known or not all(_is_fraction(value) for value in self.achieved.values()):
             raise PlanError(f"achieved: found {self.achieved!r}, expected fractions from 0 to 1 for {_MEANINGS}.")
 
@@ -115,17 +116,23 @@ class PruningPlan:
         if structure.model_type != self.model_type:
             raise PlanError(f"the plan is for model type {self.model_type!r}, found {structure.model_type!r}. {remedy}")
         found = prunable_units(structure)
-        for name in sorted(found.keys() ^ self.num_units.keys()):
+        experts = {axis.name for axis in structure.axes_of("expert")}  # earlier plans do not know them: they stay
+        for name in sorted((found.keys() - experts) ^ (self.num_units.keys() - (experts & found.keys()))):
             where = "the plan" if name in found else "this model"
             raise PlanError(f"{name}: {where} has no such prunable axis. {remedy}")
         for name, num_units in self.num_units.items():
+            kept, least = len(self.kept_indices.get(name, range(num_units))), structure.axes[name].least
+            if kept < least:
+                raise PlanError(
+                    f"{name}: the plan keeps {kept} experts, expected {least} or more: each token is sent to so many. "
+                    "Remove fewer."
+                )
             if found[name] != num_units:
-                kept = len(self.kept_indices.get(name, range(num_units)))
                 raise PlanError(
                     f"{name}: the plan keeps {kept} of {num_units} units but this model has {found[name]}. {remedy}"
                 )
 
-    def num_parameters(self, structure: Structure, budget: Literal["decoder", "model"] = "model") -> int:
+    def num_parameters(self, structure: Structure, budget: Counted = "model") -> int:
         """Exact parameter count after pruning, removed layers and branches included; tied parameters count once."""
         return count_parameters(structure, self.widths, self.removed_layers, self.removed_branches, budget)
 
@@ -218,8 +225,9 @@ def make_plan(
         config=config,
         achieved=dict.fromkeys(_MEANINGS, 0.0),
     )
-    achieved = {}
-    for budget in ("decoder", "model"):
+    achieved: dict[str, float] = {}
+    budgets: tuple[Counted, ...] = ("decoder", "model", "active")
+    for budget in budgets if config.budget == "active" else budgets[:2]:
         dense = structure.num_parameters(budget=budget)
         achieved[budget] = (dense - plan.num_parameters(structure, budget)) / dense if dense else 0.0
     names = [axis.name for axis in selected_axes(structure, config)]
@@ -242,7 +250,9 @@ def prunable_units(structure: Structure) -> dict[str, int]:
 def vanishes(axis_name: str, layers: frozenset[int], branches: frozenset[tuple[int, str]]) -> bool:
     """Whether a per-layer axis goes when these layers and `(layer, branch)` pairs go."""
     match = _PER_LAYER.fullmatch(axis_name)
-    return match is not None and (int(match[1]) in layers or (int(match[1]), match[2]) in branches)
+    if match is None:
+        return False
+    return int(match[1]) in layers or (int(match[1]), BRANCH_OF[match[2]]) in branches
 
 
 def count_parameters(
@@ -250,18 +260,19 @@ def count_parameters(
     widths: Widths,
     removed_layers: frozenset[int],
     removed_branches: frozenset[tuple[int, str]],
-    budget: Literal["decoder", "model"],
+    budget: Counted,
 ) -> int:
     """Exact parameter count at `widths` without the removed layers and branches; tied parameters count once."""
     names = remaining_parameters(structure, removed_layers, removed_branches, budget)
-    return sum(structure.numel(name, widths) for name in names)
+    size = structure.size_in(budget)
+    return sum(size(name, widths) for name in names)
 
 
 def remaining_parameters(
     structure: Structure,
     removed_layers: frozenset[int],
     removed_branches: frozenset[tuple[int, str]],
-    budget: Literal["decoder", "model"] = "model",
+    budget: Counted = "model",
 ) -> list[str]:
     """Names (in the dense model) of the parameters that `budget` counts and that do not go with a layer or branch."""
 

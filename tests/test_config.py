@@ -16,6 +16,7 @@ from hf_prune.config import (
     PruneNetConfig,
     PruningConfig,
     RandomConfig,
+    REAPConfig,
     WandaConfig,
     selected_axes,
 )
@@ -23,7 +24,7 @@ from hf_prune.config.checks import parse_layers
 from hf_prune.config_flags import field_help
 from hf_prune.errors import ConfigError, StructureError
 
-KINDS = ("mlp", "attention", "hidden", "layer", "layer_attention", "layer_mlp")
+KINDS = ("mlp", "attention", "expert", "hidden", "layer", "layer_attention", "layer_mlp")
 
 
 @st.composite
@@ -31,6 +32,7 @@ def configs(draw):
     config_class = draw(st.sampled_from(list(CONFIGS.values())))
     own = {"norm": draw(st.sampled_from(["l1", "l2"]))} if config_class is MagnitudeConfig else {}
     kinds = ("mlp", "attention") if config_class in (OBSConfig, PruneNetConfig) else KINDS
+    kinds = ("expert",) if config_class is REAPConfig else kinds
     layers = st.lists(st.integers(0, 90), min_size=1, unique=True).map(tuple)
     return config_class(
         draw(st.floats(0, 1, exclude_min=True, exclude_max=True)),

@@ -122,9 +122,9 @@ GOLDEN: dict[str, tuple[int, int, int, dict[str, tuple[str, ...]]]] = {
         48,
         {
             **_grouped(2, 10),
-            "mlp.gate": ("4", "D"),
-            "experts.gate_up_proj": ("4", "[M + M]", "D"),
-            "experts.down_proj": ("4", "D", "M"),
+            "mlp.gate": ("E", "D"),
+            "experts.gate_up_proj": ("E", "[M + M]", "D"),
+            "experts.down_proj": ("E", "D", "M"),
         },
     ),
 }
@@ -143,6 +143,7 @@ def test_axes_and_layouts(family):
     units = {"hidden": hidden, "layers": num_layers, "layers.attention": num_layers, "layers.mlp": num_layers}
     for layer in range(num_layers):
         units |= {f"layers.{layer}.attention": attention, f"layers.{layer}.mlp": mlp}
+        units |= {f"layers.{layer}.experts": 4} if family == "mixtral" else {}
     assert structure.widths == units
     assert {name: axis.blocker for name, axis in structure.axes.items() if axis.blocker} == (
         {"layers.mlp": "mlp of layer 0 is not one module with a tensor result"} if family == "opt" else {}
@@ -155,6 +156,7 @@ def test_axes_and_layouts(family):
         (name,) = [name for name in here if f".{part}." in f".{name}." and not name.endswith("bias")]
         texts = " | ".join(map(str, here[name]))
         short = texts.replace("layers.1.attention", "A").replace("layers.1.mlp", "M").replace("hidden", "D")
+        short = short.replace("layers.1.experts", "E")
         assert tuple(short.split(" | ")) == expected, name
 
 
@@ -234,7 +236,7 @@ KNOBS = {
     "falcon": {"mlp": "ffn_hidden_size"},
     "falcon_mqa": {"mlp": "ffn_hidden_size"},
     "glm4": {"attention": _HEADS, "mlp": "intermediate_size"},
-    "mixtral": {"attention": _HEADS, "mlp": "intermediate_size"},
+    "mixtral": {"attention": _HEADS, "mlp": "intermediate_size", "experts": "num_local_experts"},
 }
 
 

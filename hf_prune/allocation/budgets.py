@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
     from hf_prune.structure.layouts import Widths
-    from hf_prune.structure.structure import Axis, Structure
+    from hf_prune.structure.structure import Axis, Counted, Structure
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def unit_costs(
         weights = _parameters(structure, axes, "model", lambda name, widths: bytes_of(structure, name, config, widths))
         return {axis.name: weights[axis.name] + _cache(structure, axis, config) for axis in axes}
     if config.budget != "latency":
-        return _parameters(structure, axes, "decoder" if config.budget == "decoder" else "model", structure.numel)
+        counted: Counted = "model" if config.budget == "units" else config.budget
+        return _parameters(structure, axes, counted, structure.size_in(counted))
     if latency is None:
         raise ConfigError("budget 'latency' needs a table of measured latencies: pass one from `measure_latency`.")
     if any(axis.kind == "hidden" for axis in axes):
@@ -101,7 +102,7 @@ def _cache(structure: Structure, axis: Axis, config: PruningConfig) -> Floats:
 def _parameters(
     structure: Structure,
     axes: list[Axis],
-    budget: Literal["decoder", "model"],
+    budget: Counted,
     size: Callable[[str, Widths], int],
 ) -> dict[str, Floats]:
     carriers: dict[str, list[str]] = {axis.name: [] for axis in axes}

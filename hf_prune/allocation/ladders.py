@@ -118,18 +118,18 @@ def make_ladders(
             must_stay |= set(range(axis.num_units)) - set(ladder.removed(len(ladder.ends)).tolist())
         found[axis.name] = ladder
     ladders = [found[axis.name] for axis in axes]
-    return _tied(ladders, structure, config) if config.target.uniform else ladders
+    return _tied(ladders, structure, config)
 
 
 def _tied(ladders: list[Ladder], structure: Structure, config: PruningConfig) -> list[Ladder]:
-    """The ladders, those of one family tied: each step scored and priced as the mean of its family's.
+    """The ladders, those of one family tied where the target asks for it: steps count as the mean of the family's.
 
     Raises:
         ConfigError: a layer has no such axis that may lose units, or another number of them.
     """
     families: dict[str, list[Ladder]] = {}
     for ladder in ladders:
-        if ladder.axis.layer is not None:
+        if ladder.axis.layer is not None and ladder.axis.kind in config.target.uniform:
             families.setdefault(ladder.axis.name.split(".", 2)[2], []).append(ladder)
     tied = {}
     for family, members in families.items():
@@ -172,7 +172,7 @@ def _ladder(
     before: Bools,
     multiple: int,
 ) -> Ladder:
-    floor = math.ceil(config.min_units / multiple) * multiple
+    floor = math.ceil(max(config.min_units, axis.least) / multiple) * multiple
     most = min(int(movable.sum()), axis.num_units - floor)
     first = axis.num_units % multiple or multiple
     order = np.lexsort((scores, ~before))

@@ -6,6 +6,8 @@ import dataclasses
 import logging
 from typing import TYPE_CHECKING
 
+import torch
+
 from hf_prune.allocation.budgets import nothing_goes, spending_of, unit_costs
 from hf_prune.allocation.ladders import make_ladders, state_after
 from hf_prune.allocation.search import Start, search
@@ -13,12 +15,13 @@ from hf_prune.allocation.sequences import (
     Share,
     by_fraction,
     by_score,
+    check_reach,
     nearest_prefix,
     shares_of_mapping,
     units_of_axis,
 )
 from hf_prune.allocation.spectral import hill_exponents, spectral_weights
-from hf_prune.config import PruningConfig, axes_of_kind
+from hf_prune.config import PruningConfig, axes_of_kind, selected_axes
 from hf_prune.errors import BudgetError, CalibrationError, ConfigError
 from hf_prune.memory import count_memory, memory_of
 from hf_prune.methods import check_scores
@@ -132,6 +135,15 @@ def allocate(
     return dataclasses.replace(plan, achieved=plan.achieved | {"latency": (dense - pruned) / dense if dense else 0.0})
 
 
+def check_ratio(structure: Structure, config: PruningConfig, latency: LatencyTable | None = None) -> None:
+    """Raise `BudgetError` if no scores let `allocate` reach the ratio: before anything is scored."""
+    axes = selected_axes(structure, config)
+    scores = {axis.name: torch.ones(axis.num_units) for axis in axes}
+    ladders = make_ladders(scores, unit_costs(structure, axes, config, latency), structure, config)
+    if isinstance(config.allocation, str) and config.budget != "units":  # these have limits for each axis
+        check_reach(ladders, spending_of(ladders, structure, config, latency), config)
+
+
 def _start(
     ladders: list[Ladder],
     structure: Structure,
@@ -171,7 +183,8 @@ def _starts(
 ) -> list[Start]:
     """Plans that a search starts from: those of the other allocations that meet the budget."""
     starts, errors = [], []
-    for name in ("uniform", "global") if config.target.uniform else ("uniform", "global", "spectral"):
+    equal = config.target.uniform & set(config.axes)
+    for name in ("uniform", "global") if equal else ("uniform", "global", "spectral"):
         try:
             own = dataclasses.replace(config, allocation=name)
             starts.append(_start(ladders, structure, own, latency, exponents))

@@ -171,15 +171,21 @@ def nearest_prefix(
     def removed(cut: int) -> float:
         return spending.removed(taken(cut))
 
+    check_reach(ladders, spending, config)
     target = config.pruning_ratio * spending.base
-    most = removed(len(cuts) - 1)
     at_least = config.budget == "memory"  # a little too large does not fit
-    if target - most > (0.5 if at_least else spending.one_step_each / 2):
-        raise out_of_reach(config, f"at most {most / spending.base:.4f} of {config.budget}")
     best = _nearest(removed, len(cuts), target, at_least)
     if best < 0 and not any(already):
         raise nothing_goes(config, f"the smallest step removes {removed(0) / spending.base:.4f} of {config.budget}")
     return taken(best)
+
+
+def check_reach(ladders: list[Ladder], spending: Spending, config: PruningConfig) -> None:
+    """Raise `BudgetError` if all steps together do not reach the asked ratio, whatever the scores."""
+    most = spending.removed([len(ladder.ends) for ladder in ladders])
+    margin = 0.5 if config.budget == "memory" else spending.one_step_each / 2
+    if config.pruning_ratio * spending.base - most > margin:
+        raise out_of_reach(config, f"at most {most / spending.base:.4f} of {config.budget}")
 
 
 def _nearest(removed: Callable[[int], float], num_cuts: int, target: float, at_least: bool) -> int:

@@ -24,11 +24,13 @@ _METHODS = {
     "prunenet": "PruneNet ([arXiv 2501.15296](https://arxiv.org/abs/2501.15296))",
     "policy_gradient": "policy-gradient masks ([arXiv 2406.10576](https://arxiv.org/abs/2406.10576))",
     "obs": "optimal brain surgeon by structures (after [arXiv 2302.04089](https://arxiv.org/abs/2302.04089))",
+    "reap": "REAP ([arXiv 2510.13999](https://arxiv.org/abs/2510.13999))",
     "wanda": "Wanda scores summed over whole units ([arXiv 2306.11695](https://arxiv.org/abs/2306.11695))",
 }
 _BUDGETS = {
     "decoder": "attention and MLP parameters of the decoder layers",
     "model": "all parameters",
+    "active": "attention and MLP parameters that each token meets",
     "units": "units of the pruned axes",
     "memory": "bytes of weights and cache",
 }
@@ -146,7 +148,7 @@ def _summary(config: PreTrainedConfig, base: str | None) -> str:
     if base is not None:
         of = f" of [{base}](https://huggingface.co/{base})" if _is_repo_id(base) else f" of `{Path(base).name}`"
     return (
-        f"A structurally pruned version{of}: whole attention heads, MLP channels or layers were removed with "
+        f"A structurally pruned version{of}: whole attention heads, MLP channels, experts or layers were removed with "
         f"`hf_prune`, the rest is an ordinary `{config.model_type}` model."
     )
 

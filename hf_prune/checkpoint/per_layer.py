@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def install() -> None:
         if _builds_layers(model):
             _check_attention_left(model.config)
             _patch_layer_classes(model)
+            _patch_auxiliary_loss(model)
 
     def before_post_init(model: Any, original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         # Before the original, so that weights are initialised and tied at their final shapes.
@@ -172,8 +174,7 @@ def _layer_classes(model: Any) -> Iterator[Any]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     names = set(model._no_split_modules or ())
-    modules = {cls.__module__ for cls in type(model).__mro__ if hasattr(cls, "_no_split_modules")} & set(sys.modules)
-    for module in modules:
+    for module in _modules_of(model):
         for name, value in vars(sys.modules[module]).copy().items():
             if not isinstance(value, type) or not issubclass(value, nn.Module):
                 continue
@@ -181,6 +182,32 @@ def _layer_classes(model: Any) -> Iterator[Any]:
                 parameters = inspect.signature(value.__init__).parameters
                 if "config" in parameters and any(index in parameters for index in _INDEX_NAMES):
                     yield value
+
+
+def _modules_of(model: Any) -> set[str]:
+    """Names of the modules that define the classes of `model`."""
+    return {cls.__module__ for cls in type(model).__mro__ if hasattr(cls, "_no_split_modules")} & set(sys.modules)
+
+
+def _patch_auxiliary_loss(model: Any) -> None:
+    """Let the loss that balances experts take layers with fewer: those that a layer lacks have logits of -inf."""
+    for module in (sys.modules[name] for name in _modules_of(model)):
+        original = getattr(module, "load_balancing_loss_func", None)
+        if original is None or hasattr(original, _MARK):
+            continue
+
+        @functools.wraps(original)
+        def loss(
+            gate_logits: Any, num_experts: int | None = None, *args: Any, _own: Any = original, **kwargs: Any
+        ) -> Any:
+            if isinstance(gate_logits, tuple) and num_experts is not None:
+                lacks = [num_experts - logits.shape[-1] for logits in gate_logits]
+                pairs = zip(gate_logits, lacks, strict=True)
+                gate_logits = tuple(F.pad(logits, (0, n), value=-torch.inf) if n > 0 else logits for logits, n in pairs)
+            return _own(gate_logits, num_experts, *args, **kwargs)
+
+        setattr(loss, _MARK, True)
+        module.load_balancing_loss_func = loss  # type: ignore[attr-defined]
 
 
 def _patch_layer_class(cls: Any) -> None:

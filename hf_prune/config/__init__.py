@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hf_prune.config.base import Allocation, AxisKind, Budget, PruningConfig
-from hf_prune.config.methods import LLMPrunerConfig, MagnitudeConfig, OBSConfig, RandomConfig, WandaConfig
+from hf_prune.config.methods import LLMPrunerConfig, MagnitudeConfig, OBSConfig, RandomConfig, REAPConfig, WandaConfig
 from hf_prune.config.policy_gradient import PolicyGradientConfig
 from hf_prune.config.prunenet import PruneNetConfig
 from hf_prune.config.selection import LAYER_AXES, axes_of_kind, is_protected, may_go, selected_axes
@@ -16,6 +16,7 @@ CONFIGS: dict[str, type[PruningConfig]] = {
     "wanda": WandaConfig,
     "llm_pruner": LLMPrunerConfig,
     "obs": OBSConfig,
+    "reap": REAPConfig,
     "policy_gradient": PolicyGradientConfig,
     "prunenet": PruneNetConfig,
 }
@@ -33,6 +34,7 @@ __all__ = [
     "PolicyGradientConfig",
     "PruneNetConfig",
     "PruningConfig",
+    "REAPConfig",
     "RandomConfig",
     "WandaConfig",
     "axes_of_kind",

@@ -12,14 +12,14 @@ from hf_prune.config.checks import Range, check_fields, did_you_mean, parse_laye
 from hf_prune.config.targets import SPELLING, Target, together
 from hf_prune.errors import ConfigError
 
-Budget = Literal["decoder", "model", "units", "latency", "memory"]
+Budget = Literal["decoder", "model", "active", "units", "latency", "memory"]
 AllocationName = Literal["uniform", "global", "spectral", "search"]
 Allocation = AllocationName | Mapping[str, float] | tuple[tuple[str, float], ...]
 Standardise = Literal["none", "sum", "mean", "zscore"]
 Repair = Literal["none", "least_squares", "data_free"]
 Selection = Literal["scores", "obs"]
 RepairTarget = Literal["own", "asymmetric", "residual"]
-AxisKind = Literal["mlp", "attention", "hidden", "layer", "layer_attention", "layer_mlp"]
+AxisKind = Literal["mlp", "attention", "expert", "hidden", "layer", "layer_attention", "layer_mlp"]
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,12 @@ class PruningConfig:
     """Name of the method that scores the units; fixed by the class."""
     budget: Budget = "decoder"
     """What the ratio is a fraction of: `decoder` (attention and MLP parameters of all decoder layers), `model` (all
-    parameters), `units` (units of each touched axis), `latency` (predicted seconds of a request: prompt and new
-    tokens) or `memory` (bytes of weights and key-value cache at `bits`, `context` and `batch`)."""
+    parameters), `active` (those of the decoder that each token meets: of experts, as many as it is sent to), `units`
+    (units of each touched axis), `latency` (predicted seconds of a request: prompt and new tokens) or `memory` (bytes
+    of weights and key-value cache at `bits`, `context` and `batch`)."""
     axes: tuple[AxisKind, ...] = ("mlp", "attention")
-    """Kinds of axes to prune: `mlp` channels, `attention` KV groups, `hidden` channels, whole decoder layers
-    (`layer`), or only their attention or MLP (`layer_attention`, `layer_mlp`)."""
+    """Kinds of axes to prune: `mlp` channels, `attention` KV groups, whole experts (`expert`), `hidden` channels, whole
+    decoder layers (`layer`), or only their attention or MLP (`layer_attention`, `layer_mlp`)."""
     allocation: Allocation = "uniform"
     """`uniform`: the same fraction from every axis; `global`: scores per parameter removed compete across axes;
     `spectral`: layers with heavier eigenvalue tails keep more; `search`: widths that change the output least; or a
@@ -134,7 +135,7 @@ class PruningConfig:
         self._check(_is_tuple_of(self.targets, str) and together(self.targets) is not None, "targets", SPELLING)
         for kind in sorted(self.target.keeps & set(self.axes)):
             raise ConfigError(f"axes: found {kind!r}, which {self.target.name} cannot serve: ask for other axes.")
-        if self.target.uniform:
+        if self.target.uniform & set(self.axes):
             self._check(self.allocation != "spectral", "allocation", f"one that {self.target.name} leaves equal widths")
         self._check(type(self.bits) is int and self.bits in (4, 8, 16, 32), "bits", "4, 8, 16 or 32")
         if self.repair == "data_free":

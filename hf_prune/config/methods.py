@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from hf_prune.config.base import Allocation, PruningConfig, Repair, Standardise
+from hf_prune.config.base import Allocation, AxisKind, PruningConfig, Repair, Standardise
 from hf_prune.config.checks import Range
 from hf_prune.errors import ConfigError
 
@@ -40,6 +40,24 @@ class WandaConfig(PruningConfig):
     method: str = "wanda"
     standardise: Standardise = "sum"
     """As in every configuration; this method's scores compare only inside an axis, hence `sum`."""
+
+
+@dataclass(frozen=True)
+class REAPConfig(PruningConfig):
+    """What experts add to the tokens that are sent to them (REAP, arXiv 2510.13999). Whole experts only. Calibrated."""
+
+    method: str = "reap"
+    axes: tuple[AxisKind, ...] = ("expert",)
+    """As in every configuration; this method scores experts only."""
+    standardise: Standardise = "sum"
+    """As in every configuration; this method's scores compare only inside an axis, hence `sum`."""
+    criterion: Literal["mean", "sum", "frequency", "max"] = "mean"
+    """Gate times norm of the output over the tokens that an expert gets: their `mean` (REAP), `sum` or `max`; or only
+    their number (`frequency`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check(self.axes == ("expert",), "axes", "('expert',), all that 'reap' scores")
 
 
 @dataclass(frozen=True)

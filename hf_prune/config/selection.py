@@ -55,12 +55,12 @@ def is_protected(config: PruningConfig, *names: str) -> bool:
 
 def layer_unit_names(structure: Structure, axis_name: str, layer: int) -> list[str]:
     """What one unit of a layer axis goes by in `protect`: the layer, its branches, and the axes that go with it."""
-    inside = [axis.name for axis in structure.axes.values() if axis.layer == layer]
+    inside = [axis for axis in structure.axes.values() if axis.layer == layer]
     branches = [f"layers.{layer}.attention", f"layers.{layer}.mlp"]
     if axis_name == "layers":
-        return [f"layers.{layer}", *branches, *inside]
-    branch = f"layers.{layer}.{axis_name.partition('.')[2]}"
-    return [branch, *(name for name in inside if name == branch or name.startswith(branch + "."))]
+        return [f"layers.{layer}", *branches, *(axis.name for axis in inside)]
+    branch = axis_name.partition(".")[2]
+    return [f"layers.{layer}.{branch}", *(axis.name for axis in inside if axis.branch == branch)]
 
 
 def may_go(structure: Structure, config: PruningConfig, axis_name: str, layer: int) -> bool:

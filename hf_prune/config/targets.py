@@ -24,8 +24,8 @@ class Target:
     """Input channels of every pruned matrix are multiples of this: numbers are quantised, or stored, in such blocks."""
     shards: int = 1
     """KV groups, query heads and MLP channels are multiples of this: so many devices share them."""
-    uniform: bool = False
-    """All layers lose equally many units, so that one number per config attribute holds the widths."""
+    uniform: frozenset[str] = frozenset()
+    """Kinds of axes of which all layers lose equally many units, so that one number in the config holds the width."""
     keeps: frozenset[str] = frozenset()
     """Kinds of axes of which no unit may go."""
 
@@ -35,7 +35,7 @@ class Target:
         parts = [
             f"pruned inputs of matrices in multiples of {self.block}" if self.block > 1 else "",
             f"heads and MLP channels divisible by {self.shards}" if self.shards > 1 else "",
-            "equal widths in all layers" if self.uniform else "",
+            f"equal widths in all layers ({', '.join(sorted(self.uniform))})" if self.uniform else "",
             f"nothing removed of {', '.join(sorted(self.keeps))}" if self.keeps else "",
         ]
         return f"{self.name}: {'; '.join(part for part in parts if part)}"
@@ -43,8 +43,11 @@ class Target:
 
 TARGETS = (
     Target("gguf", block=32),  # Q8_0, Q4_0, Q5_0; rows that do not divide stay f16: larger than the dense model
-    Target("vllm", keeps=frozenset({"layer_attention"})),  # its attention objects are made for every layer
-    Target("plain", uniform=True, keeps=frozenset({"layer_attention", "layer_mlp"})),
+    # vLLM's attention objects are made for every layer, its fused experts from one number
+    Target("vllm", uniform=frozenset({"expert"}), keeps=frozenset({"layer_attention"})),
+    Target(
+        "plain", uniform=frozenset({"mlp", "attention", "expert"}), keeps=frozenset({"layer_attention", "layer_mlp"})
+    ),
     Target("int4", block=64),  # groups of 32 (torchao) and 64 (bitsandbytes)
 )
 
@@ -64,7 +67,7 @@ def together(names: Sequence[str]) -> Target | None:
         ", ".join(names),
         block=math.lcm(*(target.block for target in found)),
         shards=math.lcm(*(target.shards for target in found)),
-        uniform=any(target.uniform for target in found),
+        uniform=frozenset().union(*(target.uniform for target in found)),
         keeps=frozenset().union(*(target.keeps for target in found)),
     )
 

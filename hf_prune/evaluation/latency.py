@@ -180,7 +180,7 @@ def _prunable(structure: Structure, axis_name: str) -> bool:
 def _widths(axis: Axis, number: int) -> list[int]:
     """Widths below the dense one, evenly spaced, multiples of what the axis needs."""
     steps = (round(axis.num_units * i / number / axis.multiple_of) * axis.multiple_of for i in range(1, number))
-    return sorted({width for width in steps if 0 < width < axis.num_units})
+    return sorted({width for width in steps if axis.least <= width < axis.num_units})
 
 
 def compare_requests(

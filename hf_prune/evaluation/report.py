@@ -25,9 +25,9 @@ COLORS = ("#3b6fb6", "#d9803a", "#4c9f70", "#a8508f", "#8a6d3b", "#5b5fc7", "#c4
 SUFFIXES = (".png", ".svg", ".pdf")
 CURVES = (("loss", "loss (nats per token)"), ("entropy", "entropy (bits per unit)"))
 
-_PER_LAYER = re.compile(r"layers\.(\d+)\.((?:attention|mlp)(?:\..+)?)")
+_PER_LAYER = re.compile(r"layers\.(\d+)\.((?:attention|mlp|experts)(?:\..+)?)")
 _HEADINGS = {"achieved_ratio": "removed", "pruning_ratio": "asked"}
-_LABELS = {"attention": "Attention groups", "mlp": "MLP channels"}
+_LABELS = {"attention": "Attention groups", "mlp": "MLP channels", "experts": "Experts"}
 _WHOLE_MODEL = {
     "hidden": "hidden channels",
     "layers": "layers",

@@ -202,6 +202,11 @@ def _check_zeros(config: Any, target: Any, structure: Structure, plan: PruningPl
     """Raise `StructureError` unless units of zeros, and the class of `target`, leave the logits as they are."""
     for name in plan.kept_indices:
         axis = structure.axes[name]
+        if axis.kind == "expert":
+            raise StructureError(
+                f"{name}: found {plan.widths[name]} experts, expected {axis.num_units} as in other layers: a router "
+                "would choose experts of zeros. Prune with the target 'plain', which leaves equally many."
+            )
         if axis.kind != "layer" and not axis.exact:
             raise StructureError(
                 f"{name}: found {plan.widths[name]} units, expected {axis.num_units} as the config of this class gives "

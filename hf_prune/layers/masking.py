@@ -2,7 +2,7 @@
 
 A unit is masked where it is consumed: the input of `o_proj` or `down_proj` is multiplied by zero at its entries.
 Between producer and consumer an axis passes only element-wise operations and attention, so nothing else sees the
-difference.
+difference. Experts are masked where they are chosen: their logits of the router are −∞ (`layers/routing.py`).
 
 `masked_rows` does the same with another mask for each row of a batch: many sampled masks in one forward pass.
 """
@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import PlanError, StructureError
+from hf_prune.layers.routing import never_chosen
 from hf_prune.structure.consumers import Consumer, consumers_of
 
 if TYPE_CHECKING:
@@ -67,8 +69,10 @@ def keep_mask(num_units: int, kept: tuple[int, ...]) -> Tensor:
 
 @contextlib.contextmanager
 def mask_axis(model: nn.Module, structure: Structure, axis: str, mask: Tensor) -> Iterator[None]:
-    """Multiply what the consumers of `axis` receive by `mask` (`[num_units]`, bool or float)."""
+    """Multiply what the consumers of `axis` receive by `mask` (`[num_units]`, bool or float; of experts, bool)."""
     with contextlib.ExitStack() as stack:
+        if structure.axes[axis].kind == "expert":
+            stack.enter_context(never_chosen(model, structure, axis, lambda: mask[None]))
         for consumer in consumers_of(model, structure, axis):
             ids = consumer.units(structure)
             entries = torch.where(ids >= 0, mask[ids.clamp_min(0)].to(torch.float64), 1.0)
@@ -80,8 +84,8 @@ def mask_axis(model: nn.Module, structure: Structure, axis: str, mask: Tensor) -
 def masked_rows(model: nn.Module, structure: Structure, axes: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Let the rows of a batch carry different masks. Hooks are set once; masks may change between forward passes.
 
-    Units of attention and MLP axes are masked at the input of their consumers, units of layer axes by leaving out the
-    output of the layer or branch. Afterwards the model is as before.
+    Units of attention and MLP axes are masked at the input of their consumers, experts at their router, units of layer
+    axes by leaving out the output of the layer or branch. Afterwards the model is as before.
 
     Args:
         model: the dense model, called with whole rows (`input_ids` `[rows · n, T]`, `use_cache=False`).
@@ -101,6 +105,8 @@ def masked_rows(model: nn.Module, structure: Structure, axes: Sequence[str]) -> 
         for name in axes:
             if structure.axes[name].kind == "layer":
                 _hook_layers(stack, model, structure, name, masks)
+            elif structure.axes[name].kind == "expert":
+                stack.enter_context(never_chosen(model, structure, name, partial(masks.get, name)))
             else:
                 _hook_consumers(stack, model, structure, name, masks)
         yield masks

@@ -118,7 +118,7 @@ def count_price(
     repaired = config.repair != "none"
 
     scored = counts.scoring(config)
-    walked = config.method in ("wanda", "llm_pruner", "obs", "policy_gradient")
+    walked = config.method in ("wanda", "reap", "llm_pruner", "obs", "policy_gradient")
     walked = walked or (isinstance(config, PruneNetConfig) and config.layer_weight == "update")
     probed = dense if walked else 0
     read = dense + scored + counts.allocating() + dense * (config.selection == "obs")  # a probe, and passes
@@ -207,6 +207,8 @@ class _Counts:
         axes = selected_axes(self.structure, config)
         if config.method == "magnitude":
             return self.sum({name for axis in axes for name in self.structure.group(axis)})
+        if config.method == "reap":
+            return self.layers
         if config.method == "wanda":
             return self.layers + self.sum(self.consuming(config))
         if config.method in ("llm_pruner", "obs"):
@@ -262,7 +264,7 @@ class _Counts:
             start = round(share * self.computing(first)[0])
             return start + (per_token + 2 * self.head) * rows * length, 0, 0
         by_weight = isinstance(config, LLMPrunerConfig) and config.criterion != "fisher"
-        passes = {"wanda": 1, "llm_pruner": 4 if by_weight else 3, "obs": 3}.get(config.method, 0)
+        passes = {"wanda": 1, "reap": 2, "llm_pruner": 4 if by_weight else 3, "obs": 3}.get(config.method, 0)
         operations = per_token * self.tokens * passes
         if config.method in ("llm_pruner", "obs"):
             operations += 4 * self.head * self.tokens

@@ -25,6 +25,7 @@ from hf_prune.methods.llm_pruner import llm_pruner_scores
 from hf_prune.methods.obs import obs_scores
 from hf_prune.methods.policy_gradient import policy_gradient_scores
 from hf_prune.methods.prunenet import prunenet_scores
+from hf_prune.methods.reap import reap_scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -59,6 +60,7 @@ METHODS: dict[str, Method] = {
     "wanda": Method(wanda_scores, needs_calibration=True),
     "llm_pruner": Method(llm_pruner_scores, needs_calibration=True),
     "obs": Method(obs_scores, needs_calibration=True),
+    "reap": Method(reap_scores, needs_calibration=True),
     "policy_gradient": Method(policy_gradient_scores, needs_calibration=True, uses_ratio=True),
     "prunenet": Method(prunenet_scores, needs_calibration=False, uses_ratio=True),
 }

@@ -3,7 +3,8 @@
 Put a mask `m_u = 1` on unit u where it is consumed (the input x of `down_proj`, of `o_proj`). Its derivative on sample
 n is `v_n = Σ_tokens Σ_{i in u} x_i · ∂L_n/∂x_i`, and the empirical Fisher information of the mask is the mean of `v_n²`
 (as in Michel et al., arXiv 1905.10650, and Kwon et al., arXiv 2204.09656). Scores of attention and MLP units are in the
-same unit, loss squared, so they compare directly. One backward pass, no weight gradients.
+same unit, loss squared, so they compare directly. One backward pass, no weight gradients. The mask of an expert is on
+its gate: v_n = Σ_tokens g · ∂L_n/∂g over the tokens that are sent to it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from hf_prune.config import PruningConfig, selected_axes
 from hf_prune.errors import StructureError
 from hf_prune.layers.processes import sum_over_processes
+from hf_prune.layers.routing import watching_choices
 from hf_prune.layers.walk import hidden_of, with_hidden
 from hf_prune.layers.watch import watching
 from hf_prune.structure import layouts as lay
@@ -26,6 +28,7 @@ from hf_prune.structure.consumers import Consumer, consumers_of
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from hf_prune.layers.routing import Choice
     from hf_prune.layers.walk import Found, Part, Walk
     from hf_prune.structure.structure import Axis, Structure
 
@@ -47,7 +50,8 @@ def fisher_scores(walk: Walk, structure: Structure, config: PruningConfig) -> di
     for axis in axes:
         if axis.kind == "layer":
             outputs += _branch_outputs(structure, axis)
-        for consumer in consumers_of(walk.model, structure, axis.name) if axis.kind != "layer" else ():
+        at_consumers = axis.kind not in ("layer", "expert")
+        for consumer in consumers_of(walk.model, structure, axis.name) if at_consumers else ():
             if consumer.kind == "linear":
                 inputs.append(consumer)
             else:
@@ -94,6 +98,7 @@ class _MaskGradients:
         self.walk, self.structure = walk, structure
         self.inputs, self.weights, self.outputs = inputs, weights, outputs
         self.num_units = {axis.name: axis.num_units for axis in axes}
+        self.experts = [axis for axis in axes if axis.kind == "expert"]
         self.spread = {axis.name for axis in axes if axis.kind == "hidden"}
         self.units = {consumer: consumer.units(structure) for consumer in inputs}
         self.samples = 0
@@ -113,6 +118,11 @@ class _MaskGradients:
                     names.add(axis)
                     hook = partial(self._watch_output, axis, layer)
                     stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
+            for expert_axis in self.experts:
+                if expert_axis.layer is not None and part.has_layer(expert_axis.layer):
+                    names.add(expert_axis.name)
+                    see = partial(self._add_gates, expert_axis.name)
+                    stack.enter_context(watching_choices(model, self.structure, expert_axis.name, gradient=see))
             found.update({name: torch.zeros(self.num_units[name]) for name in names - self.spread})
             part.run(partial(self._batch, found))
         return found
@@ -138,6 +148,12 @@ class _MaskGradients:
         v = product.new_zeros(self.samples, self.num_units[consumer.axis])
         v[rows] = v[rows].index_add(1, ids[ids >= 0], product[:, ids >= 0])
         self._add(consumer.axis, consumer.parameter, v)
+
+    def _add_gates(self, axis: str, choice: Choice, gradient: Tensor) -> None:
+        _, chosen, gates = choice
+        product = (gates.float() * gradient.float()).reshape(self.samples, -1) / self.walk.scale
+        v = product.new_zeros(self.samples, self.num_units[axis])
+        self._add(axis, "", v.scatter_add_(1, chosen.reshape(self.samples, -1), product))
 
     def _watch_output(self, axis: str, layer: int, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = hidden_of(output)

@@ -47,6 +47,10 @@ def check_maskable(structure: Structure, config: PruningConfig) -> None:
             "axes: found 'hidden', which cannot be masked while training (norms see every channel); "
             "use mode 'start' for it."
         )
+    if "expert" in config.axes:
+        raise ConfigError(
+            "axes: found 'expert', which no weight of zero keeps a router from choosing; use mode 'start' for it."
+        )
     if config.allocation == "search":
         raise ConfigError(
             "allocation: found 'search', which compares plans with the dense model, and that changes while training; "

@@ -117,7 +117,7 @@ def repair_(
         other = Walk(pruned, paths, walk.all_ids, layered=True, protocol=LayerProtocol(outputs, True, ""))
         other.ids = walk.ids
         other.start()
-        fit = LayerRepair(walk, other, first_change(structure, plan), plan.kept_indices.get("hidden"), target, ridge)
+        fit = LayerRepair(walk, other, first_change(structure, plan), structure, plan.kept_indices, target, ridge)
         done = _resume(work, walk, other, generator, result)
         if layers is not None:
             for layer in range(done):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
 from hf_prune.layers.processes import copy_of_main_process_
@@ -30,6 +31,8 @@ class Refit:
     """int64 `[K]`: which of the dense inputs the pruned weight has."""
     kept_outputs: Tensor
     """int64 `[D]`: which of the dense outputs it has."""
+    kept_experts: Tensor
+    """int64: which of the dense experts; of a linear layer just one."""
     dense: nn.Module
     """The module that holds the weight in the dense model."""
     pruned: nn.Module | None
@@ -112,8 +115,8 @@ def first_change(structure: Structure, plan: PruningPlan) -> tuple[int, int]:
     changes += [(layer, BRANCHES.index(branch)) for layer, branch in plan.removed_branches]  # type: ignore[arg-type]
     for name in plan.kept_indices:
         axis = structure.axes[name]
-        if axis.layer is not None and axis.kind in BRANCHES:
-            changes.append((axis.layer, BRANCHES.index(axis.kind)))
+        if axis.layer is not None and axis.branch is not None:
+            changes.append((axis.layer, BRANCHES.index(axis.branch)))
     return min(changes, default=(len(structure.layer_paths), 0))
 
 
@@ -122,7 +125,7 @@ def _consumers(
 ) -> list[Refit]:
     found: dict[str, Refit] = {}
     for axis in structure.axes.values():
-        if axis.layer != layer or axis.kind != branch:
+        if axis.layer != layer or axis.branch != branch:
             continue
         for consumer in consumers_of(dense, structure, axis.name):
             if consumer.kind == "other" or consumer.parameter in found:
@@ -133,6 +136,7 @@ def _consumers(
                 consumer=consumer,
                 kept_inputs=lay.indices(layouts[consumer.dim], plan.kept_indices),
                 kept_outputs=lay.indices(layouts[consumer.output_dim], plan.kept_indices),
+                kept_experts=lay.indices(layouts[0], plan.kept_indices) if len(layouts) > 2 else torch.zeros(1).long(),
                 dense=dense.get_submodule(consumer.module_path),
                 pruned=None if new is None else pruned.get_submodule(new.rpartition(".")[0]),
             )

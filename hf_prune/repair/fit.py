@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.layers.masking import keep_mask, mask_axis
 from hf_prune.layers.processes import of_main_process
 from hf_prune.layers.statistics import Solution, Statistics, solve_, solving
 from hf_prune.layers.walk import StopForward, Walk, hidden_of, replaced_forward, with_hidden
@@ -23,11 +24,11 @@ from hf_prune.layers.watch import watching
 from hf_prune.repair.consumers import BRANCHES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping
 
     from hf_prune.repair.consumers import Branches, Refit
     from hf_prune.structure.consumers import Consumer
-    from hf_prune.structure.structure import Branch
+    from hf_prune.structure.structure import Branch, Structure
 
 logger = logging.getLogger(__name__)
 
@@ -70,13 +71,16 @@ class LayerRepair:
         dense: Walk,
         pruned: Walk,
         change: tuple[int, int],
-        kept_hidden: Sequence[int] | None,
+        structure: Structure,
+        kept: Mapping[str, tuple[int, ...]],
         target: str,
         ridge: float,
     ) -> None:
         self.dense, self.pruned = dense, pruned
         self.change, self.target, self.ridge = change, target, ridge
-        self.kept_hidden = None if kept_hidden is None else torch.as_tensor(kept_hidden)
+        self.kept_hidden = torch.as_tensor(kept["hidden"]) if "hidden" in kept else None
+        self.structure = structure
+        self.experts = {n: units for n, units in kept.items() if structure.axes[n].kind == "expert"}
 
     def skip(self, layer: int) -> None:
         """A layer that the pruned model does not have."""
@@ -267,18 +271,29 @@ class LayerRepair:
             logger.warning("%s cannot be given the pruned model's hidden states; it stays as it is.", consumer.name)
             return {}
         weight = consumer.dense.get_parameter(consumer.name.rpartition(".")[2])
+        if len(consumer.kept_inputs) == weight.shape[consumer.consumer.dim]:
+            return {}  # nothing was pruned before it: it is its own solution
         statistics = [
-            Statistics(len(consumer.kept_inputs), len(consumer.kept_outputs), consumer.weight.device) for _ in weight
+            Statistics(len(consumer.kept_inputs), len(consumer.kept_outputs), consumer.weight.device)
+            for _ in consumer.weight
         ]
+        position = {expert: new for new, expert in enumerate(consumer.kept_experts.tolist())}
 
         def see(_: Consumer, start: int, x: Tensor) -> None:
             for expert, own in enumerate(x, start):
-                if len(own):
+                if len(own) and expert in position:
                     target = own @ consumer.consumer.matrix(weight[expert]).T
-                    statistics[expert].add(own.index_select(1, consumer.kept_inputs.to(own.device)), target)
+                    kept_inputs = consumer.kept_inputs.to(own.device)
+                    statistics[position[expert]].add(own.index_select(1, kept_inputs), target)
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            with watching(self.dense.model, [consumer.consumer], given=see):
+            with contextlib.ExitStack() as stack:
+                for name, units in self.experts.items():
+                    axis = self.structure.axes[name]
+                    if axis.layer == found.layer:
+                        mask = keep_mask(axis.num_units, units)
+                        stack.enter_context(mask_axis(self.dense.model, self.structure, name, mask))
+                stack.enter_context(watching(self.dense.model, [consumer.consumer], given=see))
                 found.dense[branch](*args, **kwargs)
             raise StopForward
 

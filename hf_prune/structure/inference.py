@@ -22,6 +22,7 @@ from hf_prune.structure.structure import (
     Axis,
     Branch,
     BranchModule,
+    Kind,
     Member,
     Owner,
     Role,
@@ -135,9 +136,14 @@ class _Naming:
         found: dict[str, tuple[_Found, Axis]] = {}
         for layer in range(len(self.layers)):
             here = [f for f in layer_atoms if f.layer == layer]
-            for branch, chosen in (("attention", self._attention(here)), ("mlp", self._mlp(here))):
-                for name, axis_found in self._names(layer, branch, chosen):  # type: ignore[arg-type]
-                    axis = self._axis(name, branch, axis_found)  # type: ignore[arg-type]
+            kinds: tuple[tuple[Kind, list[_Found]], ...] = (
+                ("attention", self._attention(here)),
+                ("mlp", self._mlp(here)),
+                ("expert", self._experts(here)),
+            )
+            for kind, chosen in kinds:
+                for name, axis_found in self._names(layer, "experts" if kind == "expert" else kind, chosen):
+                    axis = self._axis(name, kind, axis_found)
                     found[name] = (axis_found, axis)
                     named[id(axis_found.atom)] = axis
         hidden = self._hidden(named)
@@ -224,7 +230,7 @@ class _Naming:
         """
         chosen = []
         for entry in here:
-            if entry.atom.heads or not entry.consumers or not entry.producers:
+            if entry.atom.heads or entry.atom.chosen or not entry.consumers or not entry.producers:
                 continue
             dims = [(n, d, term) for n, _ in entry.places for d, term in enumerate(self.terms[n])]
             if any(atom.heads for n, d, term in dims if (n, d) in entry.places for atom in leaves(term)):
@@ -237,6 +243,20 @@ class _Naming:
                 chosen.append(entry)
         return chosen
 
+    def _experts(self, here: list[_Found]) -> list[_Found]:
+        """Axes of which a router's top-k chooses entries, and by which weights `[experts, ...]` are looked up.
+
+        Of groups of experts, the place inside of a group.
+        """
+        found = []
+        for entry in here:
+            stacked = [
+                factors(self.terms[name][0]) for name, dim in entry.places if len(self.terms[name]) > 2 and not dim
+            ]
+            if entry.atom.chosen and stacked and all(own[-1] is entry.atom for own in stacked):
+                found.append(entry)
+        return found
+
     def _leaves_layer(self, name: str, entry: _Found) -> bool:
         """Whether a parameter of `entry` also has a dimension that the layer shares with the rest of the model."""
         return any(id(atom) not in self.local for term in self.terms[name] for atom in leaves(term) if atom.size > 1)
@@ -246,8 +266,8 @@ class _Naming:
         inside = (atom for atom in leaves(self.terms[name][dim]) if id(atom) in self.local and not atom.fixed)
         return next(inside, entry.atom) is entry.atom
 
-    def _names(self, layer: int, branch: Branch, chosen: list[_Found]) -> Iterable[tuple[str, _Found]]:
-        base = f"layers.{layer}.{branch}"
+    def _names(self, layer: int, kind: str, chosen: list[_Found]) -> Iterable[tuple[str, _Found]]:
+        base = f"layers.{layer}.{kind}"
         if len(chosen) == 1:
             return [(base, chosen[0])]
         taken: dict[str, _Found] = {}
@@ -266,16 +286,20 @@ class _Naming:
         shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*modules, strict=False))
         return ".".join(parts[0] for parts in shared)
 
-    def _axis(self, name: str, branch: Branch, entry: _Found) -> Axis:
+    def _axis(self, name: str, kind: Kind, entry: _Found) -> Axis:
         atom = entry.atom
         blocker = atom.fixed
         if not blocker and atom.origins and not self._selected_inputs(name, entry):
             blocker = "a constant of the model differs along it, and is not handed to the layer as an argument"
         if not blocker and atom.size < 2:
             blocker = "it has one unit"
+        if kind == "expert":
+            if not blocker and any(len(factors(self.terms[n][d])) > 1 for n, d in entry.places):
+                blocker = "its experts are chosen in groups, each of which must keep equally many"
+            return Axis(name, kind, entry.layer, atom.size, True, blocker, least=atom.chosen)
         stacked = any(len(self.terms[parameter]) == 3 and dim > 0 for parameter, dim in entry.consumers)
         multiple_of = math.gcd(atom.size, EXPERT_ALIGNMENT) if stacked else 1
-        return Axis(name, branch, entry.layer, atom.size, not atom.mixed, blocker, multiple_of)
+        return Axis(name, kind, entry.layer, atom.size, not atom.mixed, blocker, multiple_of)
 
     def _hidden(self, named: dict[int, Axis]) -> Axis | None:
         """The residual stream: the second dimension of the input embedding."""
@@ -312,8 +336,9 @@ class _Naming:
         roots: dict[tuple[int, Branch], list[str]] = {}
         leaf_modules: dict[str, Branch] = {}
         for entry, axis in found.values():
-            root = self._root(entry)
-            branch: Branch = "attention" if axis.kind == "attention" else "mlp"
+            root, branch = self._root(entry), axis.branch
+            if axis.kind == "expert" or branch is None:
+                continue  # a router may be outside of the module that holds the experts
             if root != self.layers[entry.layer]:
                 roots.setdefault((entry.layer, branch), []).append(_child(root, self.layers[entry.layer]))
             for name, _ in entry.places:
@@ -334,7 +359,7 @@ class _Naming:
         """Branches that are one module, whose output a stand-in can give."""
         result = {}
         for (layer, branch), paths in roots.items():
-            entries = [entry for entry, axis in found.values() if axis.layer == layer and axis.kind == branch]
+            entries = [entry for entry, axis in found.values() if axis.layer == layer and axis.branch == branch]
             other = [p for (i, b), found_paths in roots.items() if i == layer and b != branch for p in found_paths]
             whole = all(name.startswith(paths[0] + ".") for entry in entries for name, _ in entry.places)
             outputs = self.tracer.outputs.get(paths[0], "other")

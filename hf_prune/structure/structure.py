@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from hf_prune.structure.layouts import Layout, Widths
 
-Kind = Literal["attention", "mlp", "hidden", "layer"]
+Kind = Literal["attention", "mlp", "expert", "hidden", "layer"]
 Branch = Literal["attention", "mlp"]
 Role = Literal["producer", "consumer", "other"]
+Counted = Literal["decoder", "model", "active"]
+"""Whose parameters: of attention and MLP in the decoder layers, of the whole model, or of those in the decoder layers
+the ones that each token meets: of experts as many as it is sent to."""
+BRANCH_OF: dict[str, Branch] = {"attention": "attention", "mlp": "mlp", "experts": "mlp"}
+"""First word of an axis's name after `layers.{i}.` → the branch whose removal takes the axis with it."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,8 @@ class Axis:
     """Units that several parameter dimensions share.
 
     Per-layer axes are named `layers.{i}.attention` (units: KV groups; query heads where there is one KV head) and
-    `layers.{i}.mlp` (`layers.{i}.mlp.{name}` where a layer has several). The others are `hidden`, `layers` (units:
+    `layers.{i}.mlp` (`layers.{i}.mlp.{name}` where a layer has several), and `layers.{i}.experts` (units: whole experts
+    with their rows of the router; masked: the router never chooses them). The others are `hidden`, `layers` (units:
     whole decoder layers), `layers.attention` and `layers.mlp` (units: the attention, or the MLP, of each layer).
     """
 
@@ -38,11 +46,18 @@ class Axis:
     multiple_of: int = 1
     """Widths must be multiples of this to run: 8 where experts are multiplied as one grouped product, whose rows must
     be aligned to 16 bytes."""
+    least: int = 1
+    """Units that must stay: as many experts as each token is sent to."""
+
+    @property
+    def branch(self) -> Branch | None:
+        """The branch of its layer that goes with all of its units; `None` for axes of the whole model."""
+        return None if self.layer is None else "attention" if self.kind == "attention" else "mlp"
 
     @property
     def prunable(self) -> bool:
         """Whether units of this axis can be removed."""
-        return not self.blocker and self.num_units > 1
+        return not self.blocker and self.num_units > self.least
 
 
 @dataclass(frozen=True)
@@ -159,16 +174,20 @@ class Structure:
         names = {self.aliases.get(m.parameter, m.parameter): None for m in self.members[axis.name]}
         return [name for name in names if name not in self.buffers]
 
-    def num_parameters(self, widths: Widths | None = None, budget: Literal["decoder", "model"] = "model") -> int:
+    def num_parameters(self, widths: Widths | None = None, budget: Counted = "model") -> int:
         """Exact parameter count at `widths` (default: dense); tied parameters count once.
 
         Widths of the kind `layer` are not counted here: removed layers depend on which layers go, see
         `PruningPlan.num_parameters`.
         """
         widths = widths or {}
-        return sum(self.numel(name, widths) for name in self.counted(budget))
+        return sum(self.size_in(budget)(name, widths) for name in self.counted(budget))
 
-    def counted(self, budget: Literal["decoder", "model"]) -> list[str]:
+    def size_in(self, budget: Counted) -> Callable[[str, Widths | None], int]:
+        """How `budget` counts one parameter at given widths."""
+        return self.num_active if budget == "active" else self.numel
+
+    def counted(self, budget: Counted) -> list[str]:
         """Names of the parameters that `budget` counts: all, or attention and MLP parameters of the decoder layers."""
         names = [name for name in self.layouts if name not in self.aliases and name not in self.buffers]
         if budget == "model":
@@ -178,6 +197,20 @@ class Structure:
     def numel(self, name: str, widths: Widths | None = None) -> int:
         """Number of elements of one tensor at `widths`."""
         return math.prod(self.shape(name, widths))
+
+    def num_active(self, name: str, widths: Widths | None = None) -> int:
+        """`numel`, but of experts only as many as each token is sent to; routers count whole."""
+        least = {
+            axis: self.axes[axis].least
+            for layout in self.layouts[name]
+            for axis in lay.axes(layout)
+            if self.axes[axis].kind == "expert" and self._is_looked_up(name, axis)
+        }
+        return self.numel(name, {**(widths or {}), **least})
+
+    def _is_looked_up(self, name: str, axis: str) -> bool:
+        router = any(member.parameter == name and member.role == "producer" for member in self.members[axis])
+        return len(self.layouts[name]) > (2 if router else 1)
 
     def shape(self, name: str, widths: Widths | None = None) -> tuple[int, ...]:
         """Shape of one tensor at `widths`."""

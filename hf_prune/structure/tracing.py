@@ -38,6 +38,8 @@ class Traced:
     terms: list[Term]
     origin: Origin
     parameter: str | None = None
+    chooses: Term | None = None
+    """The dimension whose entries its integers name (top-k indices)."""
 
 
 @dataclass(frozen=True)

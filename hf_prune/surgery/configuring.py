@@ -96,7 +96,7 @@ def predicted_shapes(structure: Structure, plan: PruningPlan) -> Shapes:
 
 
 def _touched(structure: Structure, plan: PruningPlan) -> bool:
-    return any(structure.axes[name].kind in ("attention", "mlp") for name in plan.kept_indices)
+    return any(structure.axes[name].layer is not None for name in plan.kept_indices)
 
 
 def _record(plan: PruningPlan) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from hf_prune.errors import StructureError
 from hf_prune.structure.building import build_empty, fresh_config
+from hf_prune.structure.structure import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -64,10 +65,10 @@ def find_knobs(config: Any, structure: Structure, cls: type | None) -> dict[str,
         Family (`mlp`, `attention`, `mlp.experts`, ...) → knob; families whose width no attribute holds are absent.
     """
     knobs = {}
-    for kind in ("attention", "mlp"):
+    for kind in get_args(Kind):
         first: dict[str, Axis] = {}
         for axis in structure.axes_of(kind):
-            if axis.prunable:
+            if axis.prunable and axis.layer is not None:
                 first.setdefault(family(axis), axis)
         for name, axis in first.items():
             if (knob := _probe(config, structure, cls, axis)) is not None:
@@ -76,7 +77,7 @@ def find_knobs(config: Any, structure: Structure, cls: type | None) -> dict[str,
 
 
 def _probe(config: Any, structure: Structure, cls: type | None, axis: Axis) -> Knob | None:
-    width = max(1, axis.num_units // 2)
+    width = max(axis.least, axis.num_units // 2)
     wanted = {name: structure.shape(name, {axis.name: width}) for name in structure.layouts}
     for knob in itertools.islice(_candidates(config, axis), _MOST_PROBES):
         probe = with_layer_values(config, {None: dict(knob.pins), axis.layer: knob.values(width)})
@@ -128,7 +129,7 @@ def _candidates(config: Any, axis: Axis) -> Iterator[Knob]:
                 if pins:
                     yield Knob(factors, pins)
     else:
-        likely = ("intermediate", "ffn", "inner", "ff", "mlp")
+        likely = ("expert",) if axis.kind == "expert" else ("intermediate", "ffn", "inner", "ff", "mlp")
         exact = [name for name, factor in whole.items() if factor in (1, 2)]
         unset = [k for k, v in everything.items() if v is None and any(word in k for word in likely)]
         exact.sort(key=lambda name: (not any(word in name for word in likely), whole[name]))

@@ -136,7 +136,7 @@ def find_units(structure: Structure, config: PolicyGradientConfig, device: torch
             must_stay[[i for i in range(num_layers) if not may_go(structure, config, axis.name, i)]] = True
         else:
             cost = _parameters_of_unit(structure, axis, counted)
-            block = -1 if axis.layer is None else axis.layer * len(BRANCHES) + BRANCHES.index(axis.kind)  # type: ignore[arg-type]
+            block = -1 if axis.layer is None else axis.layer * len(BRANCHES) + BRANCHES.index(axis.branch)
             rests[block] -= cost * axis.num_units
             parameters.append(torch.full((axis.num_units,), float(cost)))
             blocks.append(torch.full((axis.num_units,), block))
@@ -180,9 +180,10 @@ def initial_widths(units: Units, scores: Mapping[str, Tensor], config: PolicyGra
 
 
 def lowest_widths(units: Units, config: PolicyGradientConfig) -> Tensor:
-    """Fraction of each axis that has to stay `[A]`: `min_units`, or the layers that may not go."""
+    """Fraction of each axis that has to stay `[A]`: `min_units`, what it needs, or the layers that may not go."""
     stay = torch.stack([part.sum() for part in units.split(units.must_stay).values()])
-    return stay.clamp_min(config.min_units).float() / units.sizes
+    least = torch.tensor([max(config.min_units, axis.least) for axis in units.axes], device=stay.device)
+    return torch.maximum(stay, least).float() / units.sizes
 
 
 def project_widths(units: Units, widths: Tensor, low: Tensor, ranks: Tensor) -> Tensor:

@@ -73,13 +73,13 @@ def learn_policy(
 
     Raises:
         BudgetError: the ratio is out of reach.
-        ConfigError: a budget of latency or memory.
+        ConfigError: a budget of latency, memory or active parameters.
         CalibrationError: no batches, windows of different lengths, or fewer windows than a step takes.
         ScoreError: a loss is not finite.
         StructureError: units of an axis cannot be masked row by row.
         CheckpointError: `state_dir` holds a damaged state, or that of another run.
     """
-    if config.budget in ("latency", "memory"):
+    if config.budget in ("latency", "memory", "active"):
         raise ConfigError(
             f"budget: found {config.budget!r}, expected decoder, model or units: learning counts parameters."
         )

@@ -53,7 +53,8 @@ class Call:
         if id(tensor) in self.view and self.name.endswith("_"):
             return  # in place: the tensor keeps its layouts
         origin = like.origin if like is not None else self.origin
-        self.tracer.declare(tensor, Traced(terms, origin, like.parameter if like is not None else None))
+        same = (None, None) if like is None else (like.parameter, like.chooses)
+        self.tracer.declare(tensor, Traced(terms, origin, *same))
 
     def unify(self, a: Term, b: Term) -> None:
         """Equate two dimensions."""

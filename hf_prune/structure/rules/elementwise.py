@@ -96,7 +96,8 @@ def identity(call: Call) -> None:
     """Same layouts."""
     traced = call[call.inputs[0]]
     shares = call.name in ("detach", "alias", "lift_fresh", "lift", "contiguous")
-    call.give(list(traced.terms), like=traced if shares else Traced([], call.origin, traced.parameter))
+    copied = Traced([], call.origin, traced.parameter, traced.chooses)
+    call.give(list(traced.terms), like=traced if shares else copied)
 
 
 @rule("cumsum", "cumprod", "logcumsumexp")

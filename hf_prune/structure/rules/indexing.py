@@ -11,10 +11,19 @@ from hf_prune.structure.unify import (
     Atom,
     Term,
     fix,
+    leaves,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LOOK_UPS = frozenset(
+    (
+        *("index_select", "index", "_unsafe_index", "gather", "scatter", "scatter_add", "index_add", "index_copy"),
+        *("scatter_reduce", "index_put", "_index_put_impl", "index_fill"),
+    )
+)
+"""Operations whose integers name entries of a dimension."""
 
 
 @rule("embedding")
@@ -37,7 +46,7 @@ def nonzero(call: Call) -> None:
 
 @rule("index_select", "index", "_unsafe_index")
 def index(call: Call) -> None:
-    """Entries by index: the indexed dimensions are fixed, the others stay."""
+    """Entries by index: the indexed dimensions are what the index chooses from, or fixed; the others stay."""
     source = call.args[0]
     traced = call[source]
     if call.name.startswith("index_select"):
@@ -54,8 +63,8 @@ def index(call: Call) -> None:
             [run(call, t, start % t.size, (end - 1) % t.size + 1) if i == d else t for i, t in enumerate(traced.terms)]
         )
         return
-    for d in indexed:
-        call.fix(traced.terms[d])
+    for d, ids in indexed.items():
+        _look_up(call, traced.terms[d], ids)
     rank = max(i.dim() for i in indexed.values())
     found: list[Term] = []
     for back in range(rank, 0, -1):
@@ -72,6 +81,14 @@ def index(call: Call) -> None:
         if d not in indexed:
             kept.append(traced.terms[d])
     call.give(kept, like=Traced([], call.origin, traced.parameter))
+
+
+def _look_up(call: Call, term: Term, ids: Tensor) -> None:
+    """Entries are looked up: the dimension is the one that top-k chose `ids` from; by other ids it is fixed."""
+    if (chooses := call[ids].chooses) is None:
+        call.fix(term)
+    else:
+        call.unify(term, chooses)
 
 
 def _constant_run(known: Tensor | None) -> tuple[int, int] | None:
@@ -104,7 +121,7 @@ def scatter(call: Call) -> None:
     else:
         dims, values = [call.args[1] % source.dim()], call.inputs[-1]
     for d in dims:
-        call.fix(traced.terms[d])
+        _look_up(call, traced.terms[d], call.args[1][d] if "index_put" in call.name else call.args[2])
     tensors = [values] if "index_put" in call.name else call.inputs[1:]
     for other in tensors:
         for back in range(1, min(source.dim(), other.dim()) + 1):
@@ -119,13 +136,19 @@ def scatter(call: Call) -> None:
 
 @rule("topk", "sort", "argsort", "msort")
 def order(call: Call) -> None:
-    """Order the entries of one dimension: it is fixed."""
+    """Order the entries of one dimension: it is fixed, unless some are chosen by values that depend on weights."""
     source = call.inputs[0]
     traced = call[source]
     dim = call.kwargs.get("dim", call.arg(2 if call.name.startswith("topk") else 1, -1))
-    call.fix(traced.terms[dim])
+    chosen = call.name == "topk" and not traced.origin.constant
+    if chosen:
+        for atom in leaves(traced.terms[dim]):
+            atom.chosen = max(atom.chosen, call.args[1])
+    else:
+        call.fix(traced.terms[dim])
     for position, output in enumerate(call.outputs):
         terms = list(traced.terms)
-        if output.shape[dim] != source.shape[dim]:
-            terms[dim] = call.fixed(output.shape[dim])
-        call.give(terms, position)
+        if chosen or output.shape[dim] != source.shape[dim]:
+            terms[dim] = call.fixed(output.shape[dim]) if output.shape[dim] > 1 else ONE
+        chooses = traced.terms[dim] if chosen and position == 1 else None
+        call.give(terms, position, like=Traced([], call.origin, chooses=chooses))
