@@ -6,11 +6,14 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from hf_prune.config.checks import Range, check_fields, did_you_mean, parse_layers
 from hf_prune.config.targets import SPELLING, Target, together
 from hf_prune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing import Self  # of Python 3.11
 
 Budget = Literal["decoder", "model", "active", "units", "latency", "memory"]
 AllocationName = Literal["uniform", "global", "spectral", "search"]
