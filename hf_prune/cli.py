@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hf_prune.config import PruningConfig
+    from hf_prune.pipeline import PruningResult
 
 
 _GOES_ON = {"prune": "--work-dir", "sweep": "", "recover": "--resume"}
@@ -268,7 +269,7 @@ def prune(
         if int(os.environ.get("RANK", "0")):  # one of several processes: the first one saves and prints
             return
         if target is not None:
-            save_pruned(result.model, target, plan=result.plan, tokenizer=tokenizer)
+            save_pruned(result.model, target, plan=result.plan, tokenizer=tokenizer, report=_quality(result))
     if as_json:
         quality = {"perplexity_before": result.perplexity_before, "perplexity_after": result.perplexity_after}
         sizes = {
@@ -553,6 +554,14 @@ def demo(
     from hf_prune.demo import run_demo
 
     run_demo(output)
+
+
+def _quality(result: PruningResult) -> dict[str, Any] | None:
+    """What the card says of it."""
+    if result.perplexity_before is None:
+        return None
+    values = {"dense": result.perplexity_before, "pruned": result.perplexity_after}
+    return {"perplexity on windows that it was not calibrated with": values}
 
 
 def _preset(name: str | None, model: str, fields: dict[str, Any]) -> PruningConfig | None:

@@ -20,6 +20,8 @@ from tqdm.auto import tqdm
 
 from hf_prune.atomic import held_by, replaced_file
 from hf_prune.calibration import is_text
+from hf_prune.checkpoint.files import REPORT_NAME
+from hf_prune.checkpoint.html import html_page
 from hf_prune.config import CONFIGS, PruningConfig, selected_axes
 from hf_prune.data import load_text
 from hf_prune.errors import BudgetError, CheckpointError, ConfigError, ScoreError
@@ -297,6 +299,11 @@ class _Results:
                 rows = [{**row, "method": _label(key)} for key, row in self.rows.items()]
                 with replaced_file(folder / "tradeoff.png") as new:
                     tradeoff_picture(rows, new)
+            if mine:
+                page = (folder / "results.md").read_text(encoding="utf-8")
+                if (folder / "tradeoff.png").exists():
+                    page += "\n![What pruning costs and gains](tradeoff.png)\n"
+                save_text_file(folder / REPORT_NAME, html_page(page, f"Sweep: {folder.name}", folder))
         return [self.rows[key] for key in keys]
 
 

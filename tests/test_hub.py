@@ -140,7 +140,7 @@ def test_repository_holds_the_checkpoint_and_nothing_of_earlier_pushes(pushed):
     assert repo.private
     assert set(repo.files()) == {
         "README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_hf_prune.py",
-        "pruning_plan.json", "tokenizer.json", "tokenizer_config.json", "widths.png",
+        "pruning_plan.json", "report.html", "tokenizer.json", "tokenizer_config.json", "widths.png",
     }  # fmt: skip
     first = next(tree for tree in repo.commits.values() if tree)
     assert any(name.startswith("model-00001-of-") for name in first)

@@ -6,21 +6,28 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import resource
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from huggingface_hub import ModelCard
 from pruned import logits, pruned_llama, pruned_plan, tiny_tokenizer
 
 from hf_prune import atomic
 from hf_prune.checkpoint import saving
 from hf_prune.checkpoint.files import CODE_NAME, PICTURE_NAME, PLAN_NAME
+from hf_prune.checkpoint.html import html_page
 from hf_prune.checkpoint.model_card import model_card
 from hf_prune.checkpoint.saving import install_save_hook, load_plan, save_pruned, verify_checkpoint
+from hf_prune.cli import app
+from hf_prune.config import MagnitudeConfig
+from hf_prune.config_flags import read_config
 from hf_prune.errors import CheckpointError
 
 COMPLETE = {
@@ -29,6 +36,7 @@ COMPLETE = {
     "generation_config.json",
     "model.safetensors",
     "pruning_plan.json",
+    "report.html",
     "tokenizer.json",
     "tokenizer_config.json",
     "widths.png",
@@ -95,6 +103,34 @@ def test_saved_checkpoint_is_complete_and_gives_the_same_logits(tmp_path, unifor
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w3 w4")["input_ids"] == [6, 7]
     verify_checkpoint(tmp_path / "out")
+
+
+def test_report_is_one_file_with_its_pictures(saved):
+    page = (saved / "report.html").read_text(encoding="utf-8")
+    assert "<h1>checkpoint</h1>" in page
+    assert "data:image/png;base64,cG5n" in page
+    assert not re.findall(r"""(?:src|href)=["'](?!data:|https://arxiv|https://huggingface)""", page)
+    assert "<!--" not in page
+    assert "base_model:" not in page
+
+
+def test_html_in_a_page_is_shown_and_not_run(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"png")
+    page = html_page("# <script>x</script>\n\n![a](a.png) ![b](../a.png) ![c](missing.png)", "<b>", tmp_path)
+    assert "<script>" not in page
+    assert "<title>&lt;b&gt;</title>" in page
+    assert page.count("data:image/png") == 1
+
+
+def test_card_has_the_command_that_makes_the_plan(tmp_path):
+    config = MagnitudeConfig(0.3, norm="l1", layers="1", protect=("layers.0.*", "hidden"), axes=("mlp", "attention"))
+    config = dataclasses.replace(config, allocation={"mlp": 2, "attention": 1})
+    model, plan = pruned_llama()
+    save_pruned(model, tmp_path / "out", plan=dataclasses.replace(plan, config=config))
+    (line,) = re.findall("^hf-prune prune .*$", (tmp_path / "out/README.md").read_text(), flags=re.MULTILINE)
+    context = typer.main.get_command(app).commands["prune"].make_context("prune", shlex.split(line)[2:])
+    flags = {name: context.params[name] for name in ("method", "pruning_ratio", "settings")}
+    assert read_config(None, flags) == config
 
 
 def test_sharded(tmp_path):

@@ -259,7 +259,7 @@ def test_the_command_writes_table_and_picture_and_goes_on(material, tmp_path):
     assert result.stdout.count("magnitude") == 6
     assert "written to" in result.stdout
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"results.json", "results.md", "tradeoff.png", "scores"}
+    assert files == {"results.json", "results.md", "report.html", "tradeoff.png", "scores"}
     again = run(*command, "--ratios", "0.2", "--allocations", "global", "--json")
     assert again.exit_code == 0, again.output
     rows = json.loads(again.stdout)["rows"]

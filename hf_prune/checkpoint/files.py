@@ -19,6 +19,7 @@ CODE_NAME = "modeling_hf_prune.py"
 PICTURE_NAME = "widths.png"
 CURVE_NAME = "learning_curve.png"
 CARD_NAME = "README.md"
+REPORT_NAME = "report.html"
 
 
 def needs_plugin(config: PreTrainedConfig) -> bool:

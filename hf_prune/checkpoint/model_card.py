@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -205,8 +207,26 @@ def _settings(pruning: Mapping[str, Any], plan: PruningPlan | None) -> str:
     lines.append(f"Written by hf_prune {pruning.get('hf_prune_version', '')}.".replace(" .", "."))
     if plan is not None:
         lines.append("The indices of all kept units are in `pruning_plan.json`.")
+        if plan.config.method != "custom":
+            lines.append(f"To do it again:\n\n```bash\n{_command(plan)}\n```\n\nAll settings:")
     settings = json.dumps(pruning.get("settings", {}), indent=2)
     return " ".join(lines) + f"\n\n```json\n{settings}\n```"
+
+
+def _command(plan: PruningPlan) -> str:
+    """The command that makes this plan of the base model, on the same text."""
+    words = ["hf-prune", "prune", plan.base_model_name_or_path or "MODEL", "OUTPUT"]
+    words += ["--method", plan.config.method, "--pruning-ratio", str(plan.config.pruning_ratio)]
+    for field in dataclasses.fields(plan.config):
+        value = getattr(plan.config, field.name)
+        if field.name in ("method", "pruning_ratio") or value == field.default:
+            continue
+        if isinstance(value, tuple):
+            text = json.dumps(dict(value)) if field.name == "allocation" else ",".join(map(str, value))
+        else:
+            text = "none" if value is None else str(value)
+        words += ["--set", f"{field.name}={text}"]
+    return shlex.join(words)
 
 
 def _evaluation(report: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from hf_prune.checkpoint.files import (
     CURVE_NAME,
     PICTURE_NAME,
     PLAN_NAME,
+    REPORT_NAME,
     agrees,
     load_plan,
     read_plan,
@@ -55,6 +56,7 @@ _MODEL_FILES = (
     CODE_NAME,
     PICTURE_NAME,
     CURVE_NAME,
+    REPORT_NAME,
 )
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -151,10 +153,11 @@ def write_card(
     existing: str | None = None,
     base_card: str | None = None,
 ) -> None:
-    """Write README.md and the pictures of a pruned model into `directory`; arguments as for `model_card`.
+    """Write README.md, the pictures and report.html of a pruned model into `directory`; arguments as for `model_card`.
 
     `existing` is the card to merge into, by default the README.md in `directory`.
     """
+    from hf_prune.checkpoint.html import html_page
     from hf_prune.checkpoint.model_card import model_card
 
     plan, path = plan_of(model), directory / CARD_NAME
@@ -174,6 +177,7 @@ def write_card(
         curve=CURVE_NAME if curve else None,
     )
     path.write_text(str(card), encoding="utf-8")
+    (directory / REPORT_NAME).write_text(html_page(str(card), model_id, directory), encoding="utf-8")
 
 
 def _check_model(model: PreTrainedModel, plan: PruningPlan | None) -> None:
