@@ -152,8 +152,9 @@ def inspect(
         found = inspection.inspect_fit(load_config(model), fit, context=context, batch=batch, bits=bits)
         _print_json({"rows": found}) if as_json else printing.print_rows(found)
         return
-    report = inspection.inspect_config(load_config(model))
-    checks = inspection.verify(load_model(model, device=device, dtype=dtype)) if verify else []
+    config = load_config(model)
+    report = inspection.inspect_config(config)
+    checks = inspection.verify(load_model(model, device=device, dtype=dtype, config=config)) if verify else []
     if as_json:
         verified = [{"kind": c.kind, "difference": c.difference, "effect": c.effect, "equal": c.equal} for c in checks]
         _print_json(report.to_dict() | ({"verification": verified} if verify else {}))
@@ -345,11 +346,12 @@ def sweep(
     table = LatencyTable.load(latency_table) if latency_table is not None else None
     tokenizer = load_tokenizer(model, required=True)
     assert tokenizer is not None
-    check_config(load_config(model))
+    described = load_config(model)
+    check_config(described)
     check_source(text)
     if calibration:
         parts_of(calibration)
-    dense = load_model(model, device=device, dtype=dtype)
+    dense = load_model(model, device=device, dtype=dtype, config=described)
     rows = run_sweep(
         dense,
         tokenizer,

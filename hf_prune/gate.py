@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, StructureError
 from hf_prune.layers.walk import Walk, checked_ids
 from hf_prune.layers.weights import is_offloaded, is_on_disk
-from hf_prune.structure.building import build_empty, fresh_config
+from hf_prune.structure.building import build_empty
+from hf_prune.structure.forward import Forward, TraceError
+from hf_prune.structure.inference import traceable_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_POSITIONS = ("max_position", "max_target_position", "n_position", "max_seq", "n_ctx", "context_len", "model_max_len")
+"""How names of config attributes begin that hold the number of positions."""
+_OFFSET = 4
+"""A table may have so many rows that are no positions (RoBERTa's begin behind that of padding)."""
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -98,35 +104,72 @@ def check_windows(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Non
 
     Raises:
         CalibrationError: no token ids, padding, or ids that the model does not embed.
-        ConfigError: windows longer than the model's table of positions. Of others (rotary, ALiBi) a warning says it.
+        ConfigError: windows longer than the model has positions. Of others (rotary, most ALiBi) a warning says it.
     """
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
-    rows, longest = len(embedding.weight), 0
-    for ids in map(checked_ids, batches):
-        longest = max(longest, ids.shape[1])
+    rows, found = len(embedding.weight), [checked_ids(batch) for batch in batches]
+    longest = max((ids.shape[1] for ids in found), default=0)
+    for ids in found:
         for token in map(int, ids.aminmax()):
             if not 0 <= token < rows:
                 raise CalibrationError(
                     f"the text has token {token}, but the model embeds {rows} tokens: pass this model's own tokenizer."
                 )
-    config: Any = model.config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or longest <= positions:
-        return
-    if _sizes(model, positions) != _sizes(model, positions + 1):
+    positions = positions_of(model.config)
+    if longest > min(positions.values(), default=longest) - _OFFSET:
+        _check_positions(model, next(ids for ids in found if ids.shape[1] == longest)[:1], positions)
+    for name, number in positions.items():
+        if number < longest:
+            text = "windows are %d tokens long; the model was made for %d (%s): expect worse numbers"
+            logger.warning(text, longest, number, name)
+
+
+def positions_of(config: Any) -> dict[str, int]:
+    """The numbers of positions that a config names; some models can take more."""
+    values: dict[str, Any] = config.get_text_config().to_dict()
+    return {
+        name: value
+        for name, value in values.items()
+        if name.startswith(_POSITIONS) and type(value) is int and value > 0
+    }
+
+
+def _check_positions(model: nn.Module, ids: Tensor, positions: Mapping[str, int]) -> None:
+    """Run the model without memory on a window `[1, T]`: of one that is too long, rows are missing in a table."""
+
+    def failure(ids: Tensor) -> TraceError | None:
+        try:
+            _Lookups().run(build_empty(traceable_config(model.config), type(model)), ids=ids.cpu())
+        except TraceError as error:
+            return None if error.needs_values else error
+        return None
+
+    if (error := failure(ids)) is not None and failure(ids[:, :2]) is None:
+        name, number = min(positions.items(), key=lambda found: found[1])
         raise ConfigError(
-            f"a window is {longest} tokens long, but the model has {positions} positions; take windows (seq_len) of "
-            "that, or shorter ones."
-        )
-    logger.warning("windows are %d tokens long; the model was made for %d: expect worse numbers", longest, positions)
+            f"a window is {ids.shape[1]} tokens long, but the model has {number} positions ({name}): {error}; take "
+            "shorter windows (seq_len)."
+        ) from error
 
 
-def _sizes(model: nn.Module, positions: int) -> list[torch.Size]:
-    """Of all tensors of the model if it had so many positions: those of tables of positions depend on them."""
-    config: Any = fresh_config(model.config)
-    config.get_text_config().max_position_embeddings = positions
-    empty = build_empty(config, type(model))
-    return [tensor.shape for own in (empty.parameters(), empty.buffers()) for tensor in own]
+class _Lookups(Forward):  # type: ignore[no-untyped-call]
+    """Fails where a row is looked up that a table does not have, as operations with values do."""
+
+    def saw(
+        self, func: Any, name: str, args: Any, kwargs: dict[str, Any], inputs: list[Tensor], outputs: list[Tensor]
+    ) -> None:
+        """Compare indices of known values with the sizes of tables."""
+        places: list[tuple[int, Any]] = []
+        if name == "embedding":
+            places = [(0, args[1])]
+        elif name in ("index_select", "gather"):
+            places = [args[1:3]]
+        elif name == "index":
+            places = list(enumerate(args[1]))
+        for dim, index in places:
+            known = None if index is None or index.dtype == torch.bool else self.values.get(index)
+            if known is not None and known.numel() and int(known.max()) >= args[0].shape[dim]:
+                raise IndexError(f"row {int(known.max())} of a table of {args[0].shape[dim]}")
 
 
 def check_model(

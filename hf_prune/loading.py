@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_prune.atomic import temporary_directory
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from hf_prune.structure.structure import Structure
 
 LayersOn = Literal["auto", "memory", "disk"]
 
@@ -47,6 +50,7 @@ def load_model(
     dtype: str | None = None,
     on_disk: Sequence[str] = (),
     folder: Path | None = None,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """The causal LM of a directory or Hub id, in evaluation mode.
 
@@ -56,6 +60,7 @@ def load_model(
         dtype: of the weights; default: the checkpoint's own.
         on_disk: module paths whose weights stay on disk until they are needed.
         folder: where weights go that the files of the checkpoint hold under another shape.
+        config: what `load_config` gave, if it has been read.
 
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor is missing.
@@ -66,10 +71,10 @@ def load_model(
     from hf_prune.structure.building import build_empty
 
     _check_target(device, dtype)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {} if config is None else {"config": config}
     if on_disk:
-        shell = build_empty(load_config(name))
-        options = {"device_map": device_map_of(shell, on_disk, device or "cpu"), "offload_folder": str(folder)}
+        shell = build_empty(config or load_config(name))
+        options |= {"device_map": device_map_of(shell, on_disk, device or "cpu"), "offload_folder": str(folder)}
     model = load_verified(name, dtype=dtype or "auto", **options)
     assert not isinstance(model, tuple)
     return model.to(device).eval() if device is not None and not on_disk else model.eval()  # type: ignore[no-any-return]
@@ -82,6 +87,8 @@ def open_model(
     device: str | None = None,
     dtype: str | None = None,
     folder: Path | None = None,
+    structure: Structure | None = None,
+    config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM for pruning, in evaluation mode: as a whole, or with its decoder layers left on disk.
 
@@ -92,6 +99,8 @@ def open_model(
         dtype: of the weights in memory, such as `bfloat16`; default: the checkpoint's own.
         folder: for tensors that the files hold under another shape (fused experts); default: a temporary one, which
             goes with the model.
+        structure: of the model, if it is known.
+        config: what `load_config` gave, if it has been read.
 
     Raises:
         ConfigError: no such choice, device or dtype.
@@ -103,17 +112,17 @@ def open_model(
     if layers_on not in get_args(LayersOn):
         raise ConfigError(f"layers_on: found {layers_on!r}, expected one of {get_args(LayersOn)}.")
     _check_target(device, dtype)
+    config = config or load_config(str(source))
+    load = partial(load_model, str(source), device=device, dtype=dtype, config=config)
     if layers_on == "memory":
-        return load_model(str(source), device=device, dtype=dtype)
-    config = load_config(str(source))
-    structure = infer_structure(config)
-    if layers_on == "auto":
-        needed = structure.num_parameters() * _itemsize(config, dtype)
-        if needed <= MEMORY_SHARE * free_memory(device):
-            return load_model(str(source), device=device, dtype=dtype)
+        return load()
+    structure = structure or infer_structure(config)
+    needed = structure.num_parameters() * _itemsize(config, dtype)
+    if layers_on == "auto" and needed <= MEMORY_SHARE * free_memory(device):
+        return load()
     with contextlib.ExitStack() as held:
         own = folder or held.enter_context(temporary_directory())
-        model = load_model(str(source), device=device, dtype=dtype, on_disk=structure.layer_paths, folder=own)
+        model = load(on_disk=structure.layer_paths, folder=own)
         weakref.finalize(model, held.pop_all().close)
     return model
 

@@ -170,9 +170,12 @@ def prune(
         if layers_on == "disk" and not is_on_disk(model):
             raise ConfigError("layers_on='disk' found a model in memory; pass the directory or Hub id of the model.")
 
+    structure = infer_structure(model, cache=config.budget == "memory")
+
     def opened() -> PreTrainedModel:
         folder = None if work is None else work.stage("converted").path
-        return unwrapped(open_model(str(source), layers_on=layers_on, device=device, dtype=dtype, folder=folder))
+        where = {"layers_on": layers_on, "device": device, "dtype": dtype, "folder": folder}
+        return unwrapped(open_model(str(source), structure=structure, config=described, **where))  # type: ignore[arg-type]
 
     if writes := is_text(calibration) and asks_model(calibration):  # type: ignore[arg-type]
         model = opened() if opens else model
@@ -180,7 +183,6 @@ def prune(
     check_windows(model, [*(batches or ()), *held_out])
     if opens and not writes:
         model = opened()
-    structure = infer_structure(model, cache=config.budget == "memory")
     measures = config.budget == "latency" and latency is None
     if measures and is_on_disk(model):
         raise ConfigError(

@@ -15,7 +15,15 @@ from models import tiny_model
 from test_price import counted
 from tiny import write_checkpoint, write_text
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    MptConfig,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from typer.testing import CliRunner
 
@@ -180,10 +188,12 @@ def test_quantised_while_loading_and_dequantised(dense):
 
 def test_learned_positions_are_told_from_others(caplog):
     ids = [{"input_ids": torch.full((1, 65), 3)}]
-    for family in ("gpt2", "opt"):
+    sizes = {"d_model": 48, "n_heads": 6, "n_layers": 2, "max_seq_len": 64}  # ALiBi of a fixed length
+    mpt = AutoModelForCausalLM.from_config(MptConfig(vocab_size=96, **sizes))
+    for model in (tiny_model("gpt2"), tiny_model("opt"), mpt):
         with pytest.raises(ConfigError, match="65 tokens long, but the model has 64 positions"):
-            check_windows(tiny_model(family), ids)
-        check_windows(tiny_model(family), [{"input_ids": ids[0]["input_ids"][:, :64]}])
+            check_windows(model, ids)
+        check_windows(model, [{"input_ids": ids[0]["input_ids"][:, :64]}])
     for family in ("llama", "mixtral", "gpt_neox", "bloom"):
         caplog.clear()
         check_windows(tiny_model(family), ids)

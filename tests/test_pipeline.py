@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,25 @@ from models import (
     token_ids,
     write_text,
 )
+from transformers import AutoConfig
 
 import hf_prune
-from hf_prune import MagnitudeConfig, PrunedModelForCausalLM, RandomConfig, WandaConfig, allocate, apply_plan, prune
+from hf_prune import (
+    MagnitudeConfig,
+    PrunedModelForCausalLM,
+    RandomConfig,
+    WandaConfig,
+    allocate,
+    apply_plan,
+    loading,
+    pipeline,
+    prune,
+)
 from hf_prune.checkpoint.files import needs_plugin
 from hf_prune.checkpoint.saving import install_save_hook, load_plan, verify_checkpoint
+from hf_prune.structure import inference
+from hf_prune.surgery import expressing, judging
+from hf_prune.surgery.configuring import pruned_config
 
 
 @dataclass(frozen=True)
@@ -73,6 +88,33 @@ def test_prune_with_text_leaves_the_dense_model_alone(dense, family):
     assert not {t.data_ptr() for t in after.values()} & {t.data_ptr() for t in result.model.state_dict().values()}
     assert model.config.to_dict() == config
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("layers_on", ["memory", "disk"])
+def test_a_path_is_read_once_and_traced_once(dense, monkeypatch, layers_on):
+    """Its config and its structure are handed on; the dense model is not run again for a second plan of it."""
+    counts = Counter()
+
+    def counted(owner, name, key=lambda *_: ""):
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            counts[name + key(*args)] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(pipeline, "load_config")
+    counted(loading, "load_config")
+    counted(inference, "trace")
+    counted(expressing, "_find_knobs")
+    counted(judging.Judge, "_run", lambda _, config, numbers, *bypassed: " of the dense model" if bypassed else "")
+    result = prune(dense.directory, RandomConfig(0.3), layers_on=layers_on, tokenizer=dense.tokenizer)
+    assert counts == {"load_config": 1, "trace": 1, "_find_knobs": 1, "_run of the dense model": 1, "_run": 1}
+    counts.clear()
+    plan = allocate(result.scores, result.structure, RandomConfig(0.5))
+    pruned_config(AutoConfig.from_pretrained(dense.directory), result.structure, plan, type(result.model))
+    assert counts["_run of the dense model"] == 0
 
 
 def test_the_batch_size_of_calibration_does_not_matter(dense):

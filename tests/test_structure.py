@@ -6,18 +6,20 @@ import resource
 
 import pytest
 import torch
-from models import FAMILIES, shared_model, shared_structure, tiny_config
+from models import FAMILIES, logits, make_plan, shared_model, shared_structure, tiny_config
 from torch import nn
-from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_prune.config import MagnitudeConfig, selected_axes
 from hf_prune.errors import StructureError
+from hf_prune.layers.masking import masked
 from hf_prune.structure.consumers import consumers_of
 from hf_prune.structure.inference import _use, infer_structure
 from hf_prune.structure.structure import Owner, SelectedInput
 from hf_prune.structure.tracing import ConstantInput
 from hf_prune.structure.unify import Atom, Prod
 from hf_prune.surgery.expressing import find_knobs
+from hf_prune.surgery.pruning import apply_plan
 
 # Layer 1 of each family, written by hand. A = layers.1.attention, M = layers.1.mlp, D = hidden.
 _DENSE = {"gate_proj": ("M", "D"), "up_proj": ("M", "D"), "down_proj": ("D", "M")}
@@ -356,6 +358,30 @@ def test_an_op_without_a_rule_blocks_what_it_touches_and_is_named():
     assert structure.without_rule[next(iter(structure.without_rule))] == "layers.0"
     axis = structure.axes.get("layers.0.mlp")
     assert axis is None or ("fft" in axis.blocker and not axis.prunable)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
+def test_a_single_head_is_attention(family):
+    """It has no axis of its own; its values are no channels of an MLP, and the branch can go as a whole."""
+    config = tiny_config(family)
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if hasattr(config, name):
+            setattr(config, name, 1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    structure = infer_structure(model)
+    several = infer_structure(tiny_config(family))
+    for name in ("layers.0.attention", "layers.attention", "layers.0.mlp", "layers.mlp"):
+        found, expected = structure.axes[name], several.axes[name]
+        assert found.prunable == (expected.prunable and name != "layers.0.attention")
+        assert name not in structure.branch_modules or structure.branch_modules[name] == several.branch_modules[name]
+    assert structure.axes.keys() == several.axes.keys()
+    assert structure.owners == several.owners
+    assert structure.axes["layers.0.attention"].blocker == "it has one unit"
+    plan = make_plan(structure, {"layers.attention": (0, 2), "layers.0.mlp": (0, 3, 5)})
+    with masked(model, structure, plan):
+        expected = logits(model)
+    torch.testing.assert_close(logits(apply_plan(model, structure, plan)), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_an_axis_shared_by_layers_is_not_an_axis_of_one_layer():

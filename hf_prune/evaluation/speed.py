@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from hf_prune.errors import HFPruneError, check_whole_numbers
+from hf_prune.gate import positions_of
 from hf_prune.layers.weights import inference, input_device
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def measure_speed(
 
 def usual_request(model: nn.Module) -> dict[str, int]:
     """Arguments of `measure_speed`: a prompt of 256 tokens and 32 new ones, or what the model has positions for."""
-    positions = getattr(model.config, "max_position_embeddings", None) or 288
+    positions = min(positions_of(model.config).values(), default=288)
     new_tokens = min(32, positions // 2)
     return {"prompt_len": min(256, positions - new_tokens), "new_tokens": new_tokens}
 

@@ -147,7 +147,7 @@ def write_gguf(checkpoint: str, output: Path, dtype: str | None, round_to: int |
     if uneven:
         sizes.notes.append(f"{uneven} tensors are f16: their rows are no multiple of {_BLOCK}")
     check_free(output, sum(_num_bytes(entry, dtype) for entry in entries))
-    source = open_model(checkpoint, layers_on="disk")
+    source = open_model(checkpoint, layers_on="disk", config=config)
     with replaced_file(output) as new:
         _write(new, sizes.architecture, values, entries, source, dtype)
     num_exported = sum(math.prod(entry.shape) for entry in entries if entry.name != "rope_freqs.weight")

@@ -46,7 +46,7 @@ def write_plain(checkpoint: str, output: Path, dtype: str | None) -> Exported:
     """See `hf_prune.export`."""
     config = load_config(checkpoint)
     target, structure, plan = plain_config(config)
-    source = open_model(checkpoint, layers_on="disk", dtype=dtype)
+    source = open_model(checkpoint, layers_on="disk", dtype=dtype, config=config)
     model: Any = build_empty(target).to(source.dtype)
     check_free(output, sum(p.numel() * p.element_size() for p in model.parameters()))
     model.generation_config = source.generation_config

@@ -21,6 +21,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_prune.errors import CalibrationError, PlanError
+from hf_prune.gate import positions_of
 from hf_prune.layers.processes import my_share
 from hf_prune.layers.walk import LayerProtocol, Walk
 from hf_prune.layers.weights import eager_experts, evaluating
@@ -162,8 +163,8 @@ def _resume(
 def _any_ids(model: nn.Module) -> list[torch.Tensor]:
     """Tokens that only give the shapes of hidden states."""
     num_batches, windows, tokens = NOISE_SHAPE
-    longest = getattr(model.config, "max_position_embeddings", None) or tokens
-    return [torch.zeros(windows, min(tokens, longest), dtype=torch.int64)] * num_batches
+    tokens = min([tokens, *positions_of(model.config).values()])
+    return [torch.zeros(windows, tokens, dtype=torch.int64)] * num_batches
 
 
 def _noise(hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -85,8 +85,13 @@ class Forward(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Called after it."""
         self.module_path.pop()
 
-    def run(self, model: nn.Module, *, use_cache: bool = False) -> Any:
+    def run(self, model: nn.Module, *, use_cache: bool = False, ids: Tensor | None = None) -> Any:
         """What `model`, whose parameters are on the meta device, returns, run once.
+
+        Args:
+            model: built by `build_empty`.
+            use_cache: as for the model.
+            ids: token ids `[B, T]`; default: 2 × 11 of them.
 
         Raises:
             TraceError: the forward pass does not run, or not without values.
@@ -98,7 +103,8 @@ class Forward(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 handles.append(module.register_forward_hook(partial(self.left, path)))
         try:
             with torch.no_grad(), self, Lists(self.values):
-                return model(input_ids=torch.ones((BATCH_SIZE, SEQ_LEN), dtype=torch.int64), use_cache=use_cache)
+                known = torch.ones((BATCH_SIZE, SEQ_LEN), dtype=torch.int64) if ids is None else self.values.note(ids)
+                return model(input_ids=known, use_cache=use_cache)
         except Exception as error:  # whatever a model's own code raises
             raise TraceError(error, self.where) from error
         finally:

@@ -145,7 +145,8 @@ class _Naming:
                 for name, axis_found in self._names(layer, "experts" if kind == "expert" else kind, chosen):
                     axis = self._axis(name, kind, axis_found)
                     found[name] = (axis_found, axis)
-                    named[id(axis_found.atom)] = axis
+                    if axis.num_units == axis_found.atom.size:
+                        named[id(axis_found.atom)] = axis
         hidden = self._hidden(named)
         owners, roots = self._owners(found)
         branch_modules = self._branch_modules(found, roots)
@@ -201,7 +202,8 @@ class _Naming:
             leads = all(self._leads(entry, name, dim) for name, dim in entry.places)
             if leads and all(id(atom) in self.local for atom in consumed):
                 chosen[id(entry.atom)] = entry
-        return list(chosen.values())
+        # a single head has no axis of its own: its values stand for it
+        return list(chosen.values()) or [f for f in here if f.atom.attended and f.consumers and f.producers]
 
     def _shared_attention(self, axes: dict[str, Axis]) -> dict[str, Axis]:
         """Attention axes that cannot be pruned because other layers share their heads (a table of position biases)."""
@@ -230,7 +232,8 @@ class _Naming:
         """
         chosen = []
         for entry in here:
-            if entry.atom.heads or entry.atom.chosen or not entry.consumers or not entry.producers:
+            atom = entry.atom
+            if atom.heads or atom.chosen or atom.attended or not entry.consumers or not entry.producers:
                 continue
             dims = [(n, d, term) for n, _ in entry.places for d, term in enumerate(self.terms[n])]
             if any(atom.heads for n, d, term in dims if (n, d) in entry.places for atom in leaves(term)):
@@ -288,6 +291,8 @@ class _Naming:
 
     def _axis(self, name: str, kind: Kind, entry: _Found) -> Axis:
         atom = entry.atom
+        if kind == "attention" and not atom.heads:
+            return Axis(name, kind, entry.layer, 1, blocker="it has one unit")
         blocker = atom.fixed
         if not blocker and atom.origins and not self._selected_inputs(name, entry):
             blocker = "a constant of the model differs along it, and is not handed to the layer as an argument"

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Hashable
 
     from hf_prune.structure.layouts import Layout, Widths
+
+T = TypeVar("T")
 
 Kind = Literal["attention", "mlp", "expert", "hidden", "layer"]
 Branch = Literal["attention", "mlp"]
@@ -145,6 +147,14 @@ class Structure:
     """What is kept while tokens are generated; `None` if not asked for, or unknown."""
     without_rule: dict[str, str] = field(default_factory=dict)
     """Operations that no tracing rule covers → the module that first ran them. The axes they touch are fixed."""
+
+    _known: dict[Hashable, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    def once(self, what: Hashable, find: Callable[[], T]) -> T:
+        """What `find` finds out of the model, found out once; it is not to be changed."""
+        if what not in self._known:
+            self._known[what] = find()
+        return self._known[what]  # type: ignore[no-any-return]
 
     @cached_property
     def widths(self) -> dict[str, int]:

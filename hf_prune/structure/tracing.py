@@ -22,13 +22,15 @@ if TYPE_CHECKING:
 class Origin:
     """What a storage holds; shared by all views of it."""
 
-    __slots__ = ("constant", "varying")
+    __slots__ = ("constant", "varying", "weighs")
 
-    def __init__(self, constant: bool, varying: bool) -> None:
+    def __init__(self, constant: bool, varying: bool, weighs: Term | None = None) -> None:
         self.constant = constant
         """Depends neither on a parameter nor on the hidden states."""
         self.varying = varying
         """A constant whose entries may differ (false for zeros and ones)."""
+        self.weighs = weighs
+        """The dimension along which it holds weights that a softmax made."""
 
 
 @dataclass(slots=True)
@@ -101,7 +103,9 @@ class Tracer(Forward):  # type: ignore[no-untyped-call]
             known[0].origin.constant = False  # written to: all views of it follow
         view = self._instantiated(inputs) if not constant else {id(t): k for t, k in zip(inputs, known, strict=True)}
         origin = Origin(
-            constant, any(k.origin.varying for k in known) if known else name not in rules.UNIFORM_FACTORIES
+            constant,
+            any(k.origin.varying for k in known) if known else name not in rules.UNIFORM_FACTORIES,
+            next((k.origin.weighs for k in known if k.origin.weighs is not None), None),
         )
         call = rules.Call(self, name, args, kwargs, inputs, outputs, view, origin)
         rules.apply(call, pointwise=torch.Tag.pointwise in func.tags)

@@ -21,7 +21,7 @@ class Conflict(Exception):  # noqa: N818  (a signal between rules, never seen by
 class Atom:
     """An unknown run of entries. `bound` points to what it turned out to be."""
 
-    __slots__ = ("bound", "chosen", "fixed", "heads", "mixed", "origins", "size")
+    __slots__ = ("attended", "bound", "chosen", "fixed", "heads", "mixed", "origins", "size")
 
     def __init__(self, size: int) -> None:
         self.size: int = size
@@ -34,6 +34,8 @@ class Atom:
         """Attention scores are computed independently for each entry."""
         self.chosen = 0
         """So many of its entries are chosen by their values (experts, by a router's top-k); 0: none are."""
+        self.attended = False
+        """Values that attention takes a weighted mean of."""
         self.origins: list[Atom] = []
         """Atoms of constants whose values differ along this one (ALiBi slopes), see `instantiate`."""
 
@@ -129,6 +131,7 @@ def bind(atom: Atom, term: Term) -> None:
         leaf.mixed = leaf.mixed or atom.mixed
         leaf.heads = leaf.heads or atom.heads
         leaf.chosen = max(leaf.chosen, atom.chosen)
+        leaf.attended = leaf.attended or atom.attended
         leaf.origins.extend(atom.origins)
 
 

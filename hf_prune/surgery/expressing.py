@@ -64,6 +64,10 @@ def find_knobs(config: Any, structure: Structure, cls: type | None) -> dict[str,
     Returns:
         Family (`mlp`, `attention`, `mlp.experts`, ...) → knob; families whose width no attribute holds are absent.
     """
+    return structure.once(("knobs", repr(config.to_dict()), cls), lambda: _find_knobs(config, structure, cls))
+
+
+def _find_knobs(config: Any, structure: Structure, cls: type | None) -> dict[str, Knob]:
     knobs = {}
     for kind in get_args(Kind):
         first: dict[str, Axis] = {}

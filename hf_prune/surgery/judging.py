@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,25 +56,26 @@ class Judge:
     ) -> None:
         self._config, self._structure, self._plan, self._cls, self._sizes = config, structure, plan, cls, sizes
         self._stay = [i for i in range(len(structure.layer_paths)) if i not in plan.removed_layers]
-        self._numbers: dict[Any, int] = {}
 
     @functools.cached_property
-    def _dense(self) -> tuple[PreTrainedModel, _Expressions]:
+    def _dense(self) -> _Run:
         layers = {n: kept for n, kept in self._plan.kept_indices.items() if self._structure.axes[n].kind == "layer"}
-        return self._run(self._config, replace(self._plan, kept_indices=layers))
+        bypassed = replace(self._plan, kept_indices=layers)
+        what = ("run", repr(self._config.to_dict()), self._cls, self._sizes, *sorted(layers.items()))
+        return self._structure.once(what, lambda: self._run(self._config, {}, bypassed))
 
     def difference(self, config: Any) -> str:
         """Where the model of `config`, its tensors named as in the pruned model, computes something else; else ""."""
-        dense, expected = self._dense
+        dense = self._dense
         try:
-            model, found = self._run(config)
+            found = self._run(config, dict(dense.numbers))
         except (StructureError, TraceError) as error:
             return str(error)
-        if found.result != expected.result:
-            known = {number for number, *_ in expected.steps}
+        if found.result != dense.result:
+            known = {number for number, *_ in dense.steps}
             new = ((path, text) for number, path, text in found.steps if number not in known)
             path, text = next(new, ("the model", "its inputs"))
-            return self._constants(dense, model, path) or f"{path} computes something else: {text}"
+            return self._constants(dense.model, found.model, path) or f"{path} computes something else: {text}"
         wanted = _cache_layers(self._config) if self._sizes else []
         of_cache = _cache_layers(config) if len(set(wanted)) > 1 else []
         each = len(wanted) // len(self._structure.layer_paths)  # longcat_flash: two attentions in each layer
@@ -83,10 +85,10 @@ class Judge:
             return f"its cache has the layers {of_cache}"
         return ""
 
-    def _run(self, config: Any, bypassed: PruningPlan | None = None) -> tuple[PreTrainedModel, _Expressions]:
+    def _run(self, config: Any, numbers: dict[Any, int], bypassed: PruningPlan | None = None) -> _Run:
         with Forward() as construction, Lists(construction.values):  # what constants it computes
             model = build_empty(traceable_config(config), self._cls)
-        run = _Expressions(self._numbers, construction, self._sizes)
+        run = _Expressions(numbers, construction, self._sizes)
         for name, tensor in model.state_dict(keep_vars=True).items():
             new = name if bypassed is None else renamed(name, self._structure, bypassed)
             run.names.setdefault(id(tensor), new or f"removed {name}")
@@ -95,8 +97,8 @@ class Judge:
                 if isinstance(hook, SelectInput):
                     module._forward_pre_hooks[key] = functools.partial(_select, hook, run)  # type: ignore[assignment]
         with contextlib.nullcontext() if bypassed is None else masked(model, self._structure, bypassed):
-            run.compute(model)
-        return model, run
+            result = run.compute(model)
+        return _Run(model, numbers, run.steps, result)
 
     def _constants(self, dense: nn.Module, model: nn.Module, path: str) -> str:
         """The attributes that differ in the modules around `path`."""
@@ -113,6 +115,19 @@ class Judge:
         return "; ".join(texts[:3])
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What a model computes."""
+
+    model: PreTrainedModel
+    numbers: dict[Any, int]
+    """Expression → its number."""
+    steps: list[tuple[int, str, str]]
+    """Expression, the module that computed it, and the operation with its literals."""
+    result: int
+    """The expression of the logits."""
+
+
 class _Expressions(Forward):  # type: ignore[no-untyped-call]
     """Numbers the expression of every tensor of a forward pass; equal expressions have equal numbers."""
 
@@ -124,15 +139,12 @@ class _Expressions(Forward):  # type: ignore[no-untyped-call]
         self._found: dict[int, int] = {}  # by id of a tensor
         self._written: dict[int, int] = {}  # the last write, by storage
         self.steps: list[tuple[int, str, str]] = []
-        """Expression, the module that computed it, and the operation with its literals."""
-        self.result = -1
-        """The expression of the logits."""
 
-    def compute(self, model: nn.Module) -> None:
-        """Run the model."""
+    def compute(self, model: nn.Module) -> int:
+        """Run the model; the expression of its logits."""
         with _Composites(self):
             output = self.run(model)
-        self.result = self.number(output["logits"] if "logits" in output else next(tensors(output)))
+        return self.number(output["logits"] if "logits" in output else next(tensors(output)))
 
     def number(self, tensor: Tensor) -> int:
         """The number of the expression of a tensor, as it is now."""
@@ -223,7 +235,7 @@ def _value(value: Tensor, sizes: bool) -> Any:
     flat = value.detach().cpu().flatten()
     if not sizes and len(flat) and bool((flat == flat[0]).all()):
         return str(value.dtype), repr(flat[0].item())
-    return str(value.dtype), tuple(value.shape), repr(flat.tolist())
+    return str(value.dtype), tuple(value.shape), hashlib.sha256(repr(flat.tolist()).encode()).digest()
 
 
 def _select(hook: SelectInput, run: _Expressions, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -24,11 +24,15 @@ def contract(
     call: Call, a: Traced, b: Traced, pairs: list[tuple[Term, Term]], kept_a: list[Term], kept_b: list[Term]
 ) -> None:
     """Sum of products over the dimensions `pairs`."""
-    tracer = call.tracer
+    tracer, call.origin.weighs = call.tracer, None
     for left, right in pairs:
         call.unify(left, right)
         if a.parameter is None and b.parameter is None:
             call.mix(left)
+            for weights, kept in ((a.origin.weighs, kept_b), (b.origin.weighs, kept_a)):
+                if weights is not None and set(leaves(weights)) & set(leaves(left)):
+                    for atom in leaves(kept[-1]):
+                        atom.attended = True
     note_role(tracer.consumed, a, [left for left, _ in pairs])
     note_role(tracer.consumed, b, [right for _, right in pairs])
     note_role(tracer.produced, a, kept_a)
@@ -179,6 +183,7 @@ def softmax(call: Call) -> None:
         for d, term in enumerate(traced.terms):
             if d != dim:
                 _mark_heads(term)
+        call.origin.weighs = traced.terms[dim]
     call.give(list(traced.terms))
 
 
