@@ -176,12 +176,13 @@ def prune(
         check_config(described)
         model = build_empty(described)  # tells what text it can read, before weights are loaded
         if tokenizer is None and (calibration is None or is_text(calibration) or vocabulary is not None):
-            needed = vocabulary is not None or calibration is not None
-            tokenizer = load_tokenizer(str(source), required=needed)
+            tokenizer = load_tokenizer(str(source), required=vocabulary is not None or calibration is not None)
     else:
         model = unwrapped(source)
         if layers_on == "disk" and not is_on_disk(model):
             raise ConfigError("layers_on='disk' found a model in memory; pass the directory or Hub id of the model.")
+    if vocabulary is not None and tokenizer is None:
+        raise ConfigError("vocabulary: found no tokenizer, from which tokens are to go; pass the model's own.")
 
     def opened() -> PreTrainedModel:
         folder = None if work is None else work.stage("converted").path
@@ -196,8 +197,7 @@ def prune(
     structure = infer_structure(model, cache=config.budget == "memory")
     smaller, tokens = tokenizer, None
     if vocabulary is not None:
-        if tokenizer is None:
-            raise ConfigError("vocabulary: found no tokenizer, from which tokens are to go; pass the model's own.")
+        assert tokenizer is not None  # checked
         tokens = kept_tokens(model, tokenizer, vocabulary, coverage=vocabulary_coverage)
         with_tokens(bare_plan(structure, {}), structure, tokens)  # a vocabulary that cannot be pruned is refused here
         smaller = prune_tokenizer(tokenizer, tokens)
@@ -227,14 +227,18 @@ def prune(
     if history := history_of(found):
         pruned._learning_history = plan, history  # type: ignore[assignment]  # for the picture in checkpoints
     logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
-    if not held_out:
-        return PruningResult(pruned, plan, structure, found, tokenizer=smaller)
     walk = Walk(model, structure.layer_paths, held_out, protocol=protocol)
     windows = walk.all_ids
     if tokens is not None:
         assert tokenizer is not None
         assert smaller is not None
         windows = [spelled(tokenizer, smaller, row)[None] for ids in windows for row in ids]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.seq_len
+    if any(ids.shape[1] > max(longest, config.seq_len) for ids in windows):
+        logger.warning("perplexity is not measured: in the smaller vocabulary windows do not fit into the model")
+        windows = []
+    if not windows:
+        return PruningResult(pruned, plan, structure, found, tokenizer=smaller)
     return PruningResult(pruned, plan, structure, found, *_measured(walk, pruned, structure, plan, windows), smaller)
 
 

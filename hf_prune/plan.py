@@ -262,6 +262,8 @@ def with_tokens(plan: PruningPlan, structure: Structure, kept: tuple[int, ...]) 
         PlanError: the vocabulary of this model cannot be pruned, or `kept` is not of it.
     """
     blocker = structure.axes["vocab"].blocker if "vocab" in structure.axes else "it has no embedding and head"
+    if not blocker and len(kept) == structure.axes["vocab"].num_units:
+        blocker = "all tokens are needed; give less text, or a lower coverage"
     if blocker:
         raise PlanError(f"the vocabulary of this {structure.model_type} model stays whole: {blocker}.")
     made = make_plan(structure, {**plan.kept_indices, "vocab": kept}, plan.config, plan.base_model_name_or_path)
