@@ -198,11 +198,11 @@ def prune(
     latency_table: Table = None,
     vocabulary: Annotated[
         list[str] | None,
-        typer.Option(help="Text, or .json of ids: no other token stays.", metavar="TEXT", rich_help_panel=UNITS),
+        typer.Option(help="Text: the only tokens that stay.", metavar="TEXT", rich_help_panel=UNITS),
     ] = None,
-    vocabulary_coverage: Annotated[
+    coverage: Annotated[
         float,
-        typer.Option(help="Share of its tokens that stay.", metavar="0-1", rich_help_panel=UNITS, show_default=False),
+        typer.Option(help="Share of them that stays.", metavar="0-1", rich_help_panel=UNITS, show_default=False),
     ] = 1.0,
     batch_size: BatchSize = 8,
     device: Device = None,
@@ -270,7 +270,7 @@ def prune(
             batch_size=batch_size,
             latency=table,
             vocabulary=_vocabulary(vocabulary),
-            vocabulary_coverage=vocabulary_coverage,
+            coverage=coverage,
             layers_on=layers_on,  # type: ignore[arg-type]  # checked there
             work_dir=work_dir,
             device=device,

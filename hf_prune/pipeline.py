@@ -127,7 +127,7 @@ def prune(
     latency: LatencyTable | None = None,
     scores: Mapping[str, Tensor] | None = None,
     vocabulary: Vocabulary | None = None,
-    vocabulary_coverage: float = 1.0,
+    coverage: float = 1.0,
     layers_on: LayersOn = "auto",
     work_dir: str | Path | None = None,
     device: str | None = None,
@@ -152,7 +152,7 @@ def prune(
         scores: scores of this model, if they are known (`PruningResult.scores` of a run at another ratio).
         vocabulary: texts (as for `calibration`) or ids of tokens: the tokens that these do not need go from embedding,
             head and tokenizer, on top of what `config` asks for (see `kept_tokens`). Default: all stay.
-        vocabulary_coverage: share of the tokens of these texts that are to stay, the most frequent first.
+        coverage: share of the tokens of these texts that are to stay, the most frequent first.
         layers_on: where the layers of a directory or id are: see `open_model`.
         work_dir: keeps hidden states, scores and pruned layers: the same call resumes an interrupted run and ends with
             the same bits, and a call with another ratio or allocation needs no new scores.
@@ -198,7 +198,7 @@ def prune(
     smaller, tokens = tokenizer, None
     if vocabulary is not None:
         assert tokenizer is not None  # checked
-        tokens = kept_tokens(model, tokenizer, vocabulary, coverage=vocabulary_coverage)
+        tokens = kept_tokens(model, tokenizer, vocabulary, coverage=coverage)
         with_tokens(bare_plan(structure, {}), structure, tokens)  # a vocabulary that cannot be pruned is refused here
         smaller = prune_tokenizer(tokenizer, tokens)
     measures = config.budget == "latency" and latency is None
