@@ -242,9 +242,9 @@ def make_plan(
     for budget in budgets if config.budget == "active" else budgets[:2]:
         dense = structure.num_parameters(budget=budget)
         achieved[budget] = (dense - plan.num_parameters(structure, budget)) / dense if dense else 0.0
-    names = [axis.name for axis in selected_axes(structure, config)]
+    names = [axis.name for axis in selected_axes(structure, config)] if config.pruning_ratio else []
     units = sum(plan.num_units[name] for name in names)
-    achieved["units"] = (units - sum(plan.widths[name] for name in names)) / units
+    achieved["units"] = (units - sum(plan.widths[name] for name in names)) / units if units else 0.0
     return dataclasses.replace(plan, achieved=achieved)
 
 
@@ -252,7 +252,7 @@ def bare_plan(structure: Structure, kept_indices: dict[str, tuple[int, ...]]) ->
     """A plan that says what stays and no more: nobody asked for a ratio, and what it achieves is not counted."""
     nothing = dict.fromkeys(_MEANINGS, 0.0)
     num_units = counted_units(structure, kept_indices)
-    return PruningPlan(structure.model_type, None, num_units, kept_indices, PruningConfig(0.5), nothing)
+    return PruningPlan(structure.model_type, None, num_units, kept_indices, PruningConfig(0.0), nothing)
 
 
 def with_tokens(plan: PruningPlan, structure: Structure, kept: tuple[int, ...]) -> PruningPlan:
