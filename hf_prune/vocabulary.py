@@ -17,7 +17,7 @@ import torch
 from jinja2 import TemplateError
 from tokenizers import Tokenizer, pre_tokenizers
 
-from hf_prune.calibration import Sources, is_text, parts_of, text_of
+from hf_prune.calibration import Sources, asks_model, is_text, parts_of, text_of
 from hf_prune.config.checks import Range
 from hf_prune.data import pieces, token_stream
 from hf_prune.errors import ConfigError
@@ -71,6 +71,8 @@ def kept_tokens(
     for config in (model.config, model.generation_config):
         needed |= texts.keys() & (token_ids(config.to_dict(), rows) if config is not None else set())
     if is_text(vocabulary):
+        if asks_model(vocabulary):  # type: ignore[arg-type]
+            raise ConfigError("vocabulary: found 'self', but a model may say any token; expected texts, or token ids.")
         found = needed if tokenizer.chat_template is None else needed | _of_template(tokenizer)
         for part in parts_of(vocabulary):  # type: ignore[arg-type]
             found |= _frequent(_counts(tokenizer, text_of(part.source, tokenizer), rows), coverage)

@@ -300,6 +300,8 @@ def test_what_must_stay_is_asked_for():
     for wrong in ([*needed, 317], [*needed, -1], [*needed, True], [*needed, 1.0]):
         with pytest.raises(ConfigError, match=r"1 entries that are no token ids, .* from 0 to 316"):
             kept_tokens(model(), tokenizer(), wrong)
+    with pytest.raises(ConfigError, match="found 'self'"):
+        kept_tokens(model(), tokenizer(), "self")
     with pytest.raises(ConfigError, match="empty list"):
         kept_tokens(model(), tokenizer(), [])
     with pytest.raises(ConfigError, match="lacks 1 tokens that merges need on the way"):
