@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from hf_prune.structure.structure import Structure as Structure
     from hf_prune.surgery.in_place import apply_plan_ as apply_plan_
     from hf_prune.surgery.pruning import apply_plan as apply_plan
+    from hf_prune.vocabulary import kept_tokens as kept_tokens
+    from hf_prune.vocabulary import prune_tokenizer as prune_tokenizer
 
 __version__ = "0.1.0"
 
@@ -75,12 +77,14 @@ _WHERE = {
     "export": "hf_prune.exporting",
     "hill_exponents": "hf_prune.allocation",
     "infer_structure": "hf_prune.structure.inference",
+    "kept_tokens": "hf_prune.vocabulary",
     "last_checkpoint": "hf_prune.recovery.resuming",
     "lora_config": "hf_prune.recovery.lora",
     "measure_latency": "hf_prune.evaluation.latency",
     "merge_adapters": "hf_prune.recovery.lora",
     "perplexity": "hf_prune.evaluation.perplexity",
     "prune": "hf_prune.pipeline",
+    "prune_tokenizer": "hf_prune.vocabulary",
     "recover": "hf_prune.recovery.recover",
 }
 

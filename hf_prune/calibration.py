@@ -187,8 +187,7 @@ def _text_windows(
     tokenizer: PreTrainedTokenizerBase, source: str, column: str, number: int, seq_len: int, seed: int, more: int
 ) -> Tensor:
     """`number` random windows of one text, and up to so many `more`: `[N, seq_len]`."""
-    path = TEXTS / "general.jsonl" if source == GENERAL else source
-    text = load_text(path, column=column, max_chars=CALIBRATION_CHARS, tokenizer=tokenizer)
+    text = text_of(source, tokenizer, column)
     parts, generator = list(pieces(text)), torch.Generator().manual_seed(seed)
     if len(parts) > _LAZY_PIECES:
         found: list[Tensor] = []
@@ -201,6 +200,12 @@ def _text_windows(
         tokens = torch.cat([token_stream(tokenizer, part) for part in parts])
     windows = windows_of(tokens, seq_len, num_windows=number, source=str(source))
     return windows[torch.randperm(len(windows), generator=generator)[: number + more]]
+
+
+def text_of(source: str, tokenizer: PreTrainedTokenizerBase, column: str = "text") -> str:
+    """The text of one part of a mixture that is no answer of a model; `CalibrationError` if it cannot be read."""
+    path = TEXTS / "general.jsonl" if source == GENERAL else source
+    return load_text(path, column=column, max_chars=CALIBRATION_CHARS, tokenizer=tokenizer)
 
 
 def _whole(tokens: Tensor, window: int) -> Tensor:

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -198,6 +198,14 @@ def prune(
     ] = None,
     calibration: Calibration = None,
     latency_table: Table = None,
+    vocabulary: Annotated[
+        list[str] | None,
+        typer.Option(help="Text: the only tokens that stay.", metavar="TEXT", rich_help_panel=UNITS),
+    ] = None,
+    coverage: Annotated[
+        float,
+        typer.Option(help="Share of them that stays.", metavar="0-1", rich_help_panel=UNITS, show_default=False),
+    ] = 1.0,
     batch_size: BatchSize = 8,
     device: Device = None,
     dtype: Dtype = None,
@@ -226,6 +234,8 @@ def prune(
         if fields["pruning_ratio"] is not None or fields["budget"] is not None:
             raise ConfigError("--fit says how much goes: leave out --pruning-ratio and --budget.")
         fields |= {"pruning_ratio": 0.5, "budget": "memory"}
+    elif vocabulary and not any((config, preset, fields["method"], fields["pruning_ratio"])):
+        fields |= {"pruning_ratio": 0.0, "method": "custom"}  # nothing else goes
     chosen = read_config(config, fields, _preset(preset, model, fields))
     if fit is not None:
         chosen = _fitted(chosen, model, fit)
@@ -246,10 +256,11 @@ def prune(
         read = {name: Path(value) for name, value in fields.items() if value} | {"work_dir": work_dir}
         found = enumerate(parts_of(calibration)) if calibration else ()
         texts = {f"calibration {number}" if number else "calibration": part.source for number, part in found}
+        texts |= {f"vocabulary {number}": source for number, source in enumerate(vocabulary or ())}
         check_apart(target, model=model, **texts, config=config, latency_table=latency_table, **read)
         check_directory(target.absolute(), overwrite=overwrite)
     table = LatencyTable.load(latency_table) if latency_table is not None else None
-    tokenizer = load_tokenizer(model, required=calibration is not None)
+    tokenizer = load_tokenizer(model, required=calibration is not None or vocabulary is not None)
     printing.show_price()
     start = time.perf_counter()
     with reserved_for_all(target) if target is not None else nullcontext():
@@ -260,6 +271,8 @@ def prune(
             calibration=calibration,
             batch_size=batch_size,
             latency=table,
+            vocabulary=_vocabulary(vocabulary),
+            coverage=coverage,
             layers_on=layers_on,  # type: ignore[arg-type]  # checked there
             work_dir=work_dir,
             device=device,
@@ -270,7 +283,7 @@ def prune(
         if int(os.environ.get("RANK", "0")):  # one of several processes: the first one saves and prints
             return
         if target is not None:
-            save_pruned(result.model, target, plan=result.plan, tokenizer=tokenizer, report=_quality(result))
+            save_pruned(result.model, target, plan=result.plan, tokenizer=result.tokenizer, report=_quality(result))
     if as_json:
         quality = {"perplexity_before": result.perplexity_before, "perplexity_after": result.perplexity_after}
         sizes = {
@@ -564,6 +577,19 @@ def _quality(result: PruningResult) -> dict[str, Any] | None:
         return None
     values = {"dense": result.perplexity_before, "pruned": result.perplexity_after}
     return {"perplexity on windows that it was not calibrated with": values}
+
+
+def _vocabulary(sources: list[str] | None) -> Any:
+    """Texts as they are named; the tokens that a single .json file lists."""
+    if not sources or len(sources) > 1 or not sources[0].endswith(".json"):
+        return sources
+    from hf_prune.reading import load_text_file, parse_json
+
+    with suppress(ValueError):  # records of text, one a line
+        found = parse_json(load_text_file(sources[0], "vocabulary", ConfigError))
+        if isinstance(found, list) and all(type(token) is int for token in found):
+            return found
+    return sources
 
 
 def _preset(name: str | None, model: str, fields: dict[str, Any]) -> PruningConfig | None:

@@ -119,7 +119,7 @@ def inspect_config(config: PreTrainedConfig, cls: type[PreTrainedModel] | None =
             num_units=num_units,
             parameters_per_unit=per_unit,
             exact=exact,
-            prunable=axes[0].prunable,
+            prunable=axes[0].prunable or (name == "vocab" and not axes[0].blocker),  # by text, not by score
             reason=_reason(axes[0]) or (name == "layers" and depends_on_depth(config, structure, cls)) or "",
             attributes=knobs.get(name, "") if axes[0].layer is not None and axes[0].prunable else "",
         )

@@ -33,12 +33,14 @@ from hf_prune.layers.work import WorkDir
 from hf_prune.loading import load_config, load_tokenizer, open_model
 from hf_prune.methods import METHODS, check_scores, score
 from hf_prune.methods.learned import LearnedScores
+from hf_prune.plan import bare_plan, make_plan, with_tokens
 from hf_prune.repair import repair_, select_repairable
 from hf_prune.repair.preview import RepairPreview
 from hf_prune.structure.building import build_empty
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import PrunedLayers
 from hf_prune.surgery.slicing import renumber
+from hf_prune.vocabulary import kept_tokens, prune_tokenizer, spelled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from hf_prune.methods.learned import Step
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.structure import Structure
+    from hf_prune.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +107,9 @@ class PruningResult:
     """Of the dense model, on up to `HELD_OUT` windows of the calibration text that were not calibrated with; `None`
     where no text was given (batches are all calibrated with), or none of it is left."""
     perplexity_after: float | None = None
-    """Of the pruned model, on the same windows."""
+    """Of the pruned model, on the same windows; for each token of the dense model where its vocabulary is smaller."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """That of the pruned model: the one that was given or read, but where the vocabulary is smaller a new one."""
 
     @property
     def history(self) -> list[Step]:
@@ -121,6 +126,8 @@ def prune(
     batch_size: int = 8,
     latency: LatencyTable | None = None,
     scores: Mapping[str, Tensor] | None = None,
+    vocabulary: Vocabulary | None = None,
+    coverage: float = 1.0,
     layers_on: LayersOn = "auto",
     work_dir: str | Path | None = None,
     device: str | None = None,
@@ -143,6 +150,9 @@ def prune(
         batch_size: windows per forward pass while scoring; does not change the result beyond rounding.
         latency: table of `measure_latency`, for the budget `latency` (default: measured where the model is).
         scores: scores of this model, if they are known (`PruningResult.scores` of a run at another ratio).
+        vocabulary: texts (as for `calibration`) or ids of tokens: the tokens that these do not need go from embedding,
+            head and tokenizer, on top of what `config` asks for (see `kept_tokens`). Default: all stay.
+        coverage: share of the tokens of these texts that are to stay, the most frequent first.
         layers_on: where the layers of a directory or id are: see `open_model`.
         work_dir: keeps hidden states, scores and pruned layers: the same call resumes an interrupted run and ends with
             the same bits, and a call with another ratio or allocation needs no new scores.
@@ -159,16 +169,20 @@ def prune(
     PartialState()  # of several processes each has its own "cuda" from here on
     work = None if work_dir is None else WorkDir(Path(work_dir))
     opens = isinstance(source, (str, Path))
+    if config.pruning_ratio == 0 and vocabulary is None:
+        raise ConfigError("pruning_ratio: found 0, which removes nothing, expected one above 0, or a vocabulary.")
     if opens:
         described = load_config(str(source))
         check_config(described)
         model = build_empty(described)  # tells what text it can read, before weights are loaded
-        if tokenizer is None and (calibration is None or is_text(calibration)):
-            tokenizer = load_tokenizer(str(source), required=calibration is not None)
+        if tokenizer is None and (calibration is None or is_text(calibration) or vocabulary is not None):
+            tokenizer = load_tokenizer(str(source), required=vocabulary is not None or calibration is not None)
     else:
         model = unwrapped(source)
         if layers_on == "disk" and not is_on_disk(model):
             raise ConfigError("layers_on='disk' found a model in memory; pass the directory or Hub id of the model.")
+    if vocabulary is not None and tokenizer is None:
+        raise ConfigError("vocabulary: found no tokenizer, from which tokens are to go; pass the model's own.")
 
     structure = infer_structure(model, cache=config.budget == "memory")
 
@@ -183,6 +197,12 @@ def prune(
     check_windows(model, [*(batches or ()), *held_out])
     if opens and not writes:
         model = opened()
+    smaller, tokens = tokenizer, None
+    if vocabulary is not None:
+        assert tokenizer is not None  # checked
+        tokens = kept_tokens(model, tokenizer, vocabulary, coverage=coverage)
+        with_tokens(bare_plan(structure, {}), structure, tokens)  # a vocabulary that cannot be pruned is refused here
+        smaller = prune_tokenizer(tokenizer, tokens)
     measures = config.budget == "latency" and latency is None
     if measures and is_on_disk(model):
         raise ConfigError(
@@ -203,24 +223,42 @@ def prune(
     plan, found = decide(
         model, structure, config, batches, latency=latency, scores=scores, work=work, protocol=protocol
     )
+    if tokens is not None:
+        plan = with_tokens(plan, structure, tokens)
     pruned = carry_out(model, structure, plan, config, batches, work, protocol)
     if history := history_of(found):
         pruned._learning_history = plan, history  # type: ignore[assignment]  # for the picture in checkpoints
     logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
-    if not held_out:
-        return PruningResult(pruned, plan, structure, found)
     walk = Walk(model, structure.layer_paths, held_out, protocol=protocol)
-    return PruningResult(pruned, plan, structure, found, *_measured(walk, pruned, structure, plan))
+    windows = walk.all_ids
+    if tokens is not None:
+        assert tokenizer is not None
+        assert smaller is not None
+        windows = [spelled(tokenizer, smaller, row)[None] for ids in windows for row in ids]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or config.seq_len
+    if any(ids.shape[1] > max(longest, config.seq_len) for ids in windows):
+        logger.warning("perplexity is not measured: in the smaller vocabulary windows do not fit into the model")
+        windows = []
+    if not windows:
+        return PruningResult(pruned, plan, structure, found, tokenizer=smaller)
+    return PruningResult(pruned, plan, structure, found, *_measured(walk, pruned, structure, plan, windows), smaller)
 
 
-def _measured(dense: Walk, pruned: PreTrainedModel, structure: Structure, plan: PruningPlan) -> tuple[float, float]:
-    """Perplexity of the dense and the pruned model. On disk each is read once."""
+def _measured(
+    dense: Walk, pruned: PreTrainedModel, structure: Structure, plan: PruningPlan, windows: Sequence[Tensor]
+) -> tuple[float, float]:
+    """Perplexity of the dense and, on the same text in its own tokens, of the pruned model. On disk each is read once.
+
+    Both are for each token of the dense model.
+    """
     stay = [layer for layer in range(dense.num_layers) if layer not in plan.removed_layers]
     paths = [renumber(dense.layer_paths[layer], layer, structure, plan) for layer in stay]
     known = dense.protocol
     alike = LayerProtocol(tuple(known.outputs[layer] for layer in stay), known.layered, known.reason)
     before = perplexity_of(dense)
-    after = perplexity_of(Walk(pruned, paths, dense.all_ids, protocol=alike))
+    after = perplexity_of(Walk(pruned, paths, windows, protocol=alike))
+    predicted = [sum(ids[:, 1:].numel() for ids in own) for own in (windows, dense.all_ids)]
+    after **= predicted[0] / predicted[1]
     if not after <= EXPLODED * before:
         logger.warning(
             "perplexity on windows that were not calibrated with went from %.4g to %.4g: the model is badly damaged. "
@@ -250,6 +288,8 @@ def decide(
     Step k of `config.num_steps` removes k/n of the ratio (LLM-Pruner's linear schedule); each is scored on the model
     that the one before leaves, repaired where `config` says so.
     """
+    if config.pruning_ratio == 0:  # tokens go, and nothing that is scored
+        return make_plan(structure, {}, config, base_model_of(model)), {}
     known: dict[str, Tensor] = {} if scores is None else check_scores(scores, structure, config)
 
     def scores_of(done: PruningPlan | None, ratio: float) -> dict[str, Tensor]:
@@ -334,7 +374,7 @@ def carry_out(
     """The second half of `prune`: a new model without the units that `plan` removes, repaired as `config` says."""
     own = None if work is None else work.stage(f"pruned-{_digest(plan.to_json())}")
     layers = PrunedLayers(model, structure, plan, None if own is None else own.path)
-    if config.repair == "none":
+    if config.repair == "none" or config.pruning_ratio == 0:
         for layer in range(len(structure.layer_paths)) if is_on_disk(model) else ():
             if not layers.known(layer):
                 with layers.layer(layer):
@@ -422,7 +462,7 @@ def _data(
     scored = config.method in METHODS and METHODS[config.method].needs_calibration  # `score` refuses unknown ones
     searched = config.allocation == "search"
     selected, repaired = config.selection != "scores", config.repair == "least_squares"
-    needed = scored or searched or selected or repaired
+    needed = config.pruning_ratio > 0 and (scored or searched or selected or repaired)
     if not needed and (not is_text(calibration) or tokenizer is None or not num_held_out):
         return None, ()
     if calibration is None and tokenizer is not None:

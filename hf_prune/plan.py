@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -55,7 +56,7 @@ class PruningPlan:
 
     def __post_init__(self) -> None:
         for name, num_units in self.num_units.items():
-            if name not in ("hidden", *LAYER_AXES.values()) and not _PER_LAYER.fullmatch(name):
+            if name not in ("hidden", "vocab", *LAYER_AXES.values()) and not _PER_LAYER.fullmatch(name):
                 raise PlanError(f"the plan counts units of {name[:60]!r}, which no axis of a model is called.")
             most = _MOST_UNITS["layer" if name in LAYER_AXES.values() else "other"]
             if type(num_units) is not int or not 1 <= num_units <= most:
@@ -115,7 +116,7 @@ class PruningPlan:
         remedy = f"{origin}; pass that model or make a new plan."
         if structure.model_type != self.model_type:
             raise PlanError(f"the plan is for model type {self.model_type!r}, found {structure.model_type!r}. {remedy}")
-        found = prunable_units(structure)
+        found = counted_units(structure, self.num_units)
         experts = {axis.name for axis in structure.axes_of("expert")}  # earlier plans do not know them: they stay
         for name in sorted((found.keys() - experts) ^ (self.num_units.keys() - (experts & found.keys()))):
             where = "the plan" if name in found else "this model"
@@ -143,7 +144,7 @@ class PruningPlan:
             "model_type": self.model_type,
             "base_model_name_or_path": self.base_model_name_or_path,
             "num_units": dict(self.num_units),
-            "kept_indices": {name: list(kept) for name, kept in self.kept_indices.items()},
+            "kept_indices": {name: self._as_json(name, kept) for name, kept in self.kept_indices.items()},
             "config": self.config.to_dict(),
             "achieved": dict(self.achieved),
         }
@@ -170,6 +171,8 @@ class PruningPlan:
         kept_indices = {
             name: tuple(kept) if isinstance(kept, list) else kept for name, kept in values["kept_indices"].items()
         }
+        if "vocab" in kept_indices:
+            kept_indices["vocab"] = _tokens(kept_indices["vocab"], values["num_units"].get("vocab"))
         return cls(
             model_type=values["model_type"],
             base_model_name_or_path=base,
@@ -205,6 +208,15 @@ class PruningPlan:
         """Read a plan from `path`; `PlanError` if it is missing or damaged."""
         return cls.from_json(load_text_file(path, "plan", PlanError))
 
+    def _as_json(self, name: str, kept: tuple[int, ...]) -> list[int] | str:
+        """Units as they are written: a list; of the many tokens of a vocabulary one bit each, in base 64."""
+        if name != "vocab":
+            return list(kept)
+        bits = bytearray(-(-self.num_units[name] // 8))
+        for token in kept:
+            bits[token // 8] |= 1 << token % 8
+        return base64.b64encode(bits).decode()
+
     def _removed(self, name: str) -> frozenset[int]:
         kept = self.kept_indices.get(name)
         return frozenset() if kept is None else frozenset(range(self.num_units[name])) - frozenset(kept)
@@ -220,7 +232,7 @@ def make_plan(
     plan = PruningPlan(
         model_type=structure.model_type,
         base_model_name_or_path=base_model_name_or_path,
-        num_units=prunable_units(structure),
+        num_units=counted_units(structure, kept_indices),
         kept_indices=kept_indices,
         config=config,
         achieved=dict.fromkeys(_MEANINGS, 0.0),
@@ -230,21 +242,44 @@ def make_plan(
     for budget in budgets if config.budget == "active" else budgets[:2]:
         dense = structure.num_parameters(budget=budget)
         achieved[budget] = (dense - plan.num_parameters(structure, budget)) / dense if dense else 0.0
-    names = [axis.name for axis in selected_axes(structure, config)]
+    names = [axis.name for axis in selected_axes(structure, config)] if config.pruning_ratio else []
     units = sum(plan.num_units[name] for name in names)
-    achieved["units"] = (units - sum(plan.widths[name] for name in names)) / units
+    achieved["units"] = (units - sum(plan.widths[name] for name in names)) / units if units else 0.0
     return dataclasses.replace(plan, achieved=achieved)
 
 
 def bare_plan(structure: Structure, kept_indices: dict[str, tuple[int, ...]]) -> PruningPlan:
     """A plan that says what stays and no more: nobody asked for a ratio, and what it achieves is not counted."""
     nothing = dict.fromkeys(_MEANINGS, 0.0)
-    return PruningPlan(structure.model_type, None, prunable_units(structure), kept_indices, PruningConfig(0.5), nothing)
+    num_units = counted_units(structure, kept_indices)
+    return PruningPlan(structure.model_type, None, num_units, kept_indices, PruningConfig(0.0), nothing)
+
+
+def with_tokens(plan: PruningPlan, structure: Structure, kept: tuple[int, ...]) -> PruningPlan:
+    """`plan`, and of the vocabulary only the tokens `kept` (ascending ids); what it achieves is counted anew.
+
+    Raises:
+        PlanError: the vocabulary of this model cannot be pruned, or `kept` is not of it.
+    """
+    blocker = structure.axes["vocab"].blocker if "vocab" in structure.axes else "it has no embedding and head"
+    if not blocker and len(kept) == structure.axes["vocab"].num_units:
+        blocker = "all tokens are needed; give less text, or a lower coverage"
+    if blocker:
+        raise PlanError(f"the vocabulary of this {structure.model_type} model stays whole: {blocker}.")
+    made = make_plan(structure, {**plan.kept_indices, "vocab": kept}, plan.config, plan.base_model_name_or_path)
+    return dataclasses.replace(made, achieved=plan.achieved | {budget: made.achieved[budget] for budget in _MEANINGS})
 
 
 def prunable_units(structure: Structure) -> dict[str, int]:
-    """Units of every prunable axis of the dense model: what `PruningPlan.num_units` holds."""
+    """Units of every axis of the dense model that is pruned by score."""
     return {name: axis.num_units for name, axis in structure.axes.items() if axis.prunable}
+
+
+def counted_units(structure: Structure, names: Container[str]) -> dict[str, int]:
+    """What `PruningPlan.num_units` holds: `prunable_units`, and the tokens where `names` has the vocabulary."""
+    vocab = structure.axes.get("vocab")
+    tokens = {"vocab": vocab.num_units} if vocab is not None and not vocab.blocker and "vocab" in names else {}
+    return prunable_units(structure) | tokens
 
 
 def vanishes(axis_name: str, layers: frozenset[int], branches: frozenset[tuple[int, str]]) -> bool:
@@ -281,6 +316,17 @@ def remaining_parameters(
         return owner is None or not (owner.layer in removed_layers or (owner.layer, owner.branch) in removed_branches)
 
     return [name for name in structure.counted(budget) if stays(name)]
+
+
+def _tokens(text: object, num_units: object) -> tuple[int, ...]:
+    """The inverse of `PruningPlan._as_json` for a vocabulary."""
+    try:
+        bits = base64.b64decode(text, validate=True)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"vocab: kept tokens must be bits in base 64 ({error}).") from error
+    if type(num_units) is not int or len(bits) != -(-num_units // 8):
+        raise PlanError(f"vocab: found {8 * len(bits)} bits of kept tokens for {num_units!r} tokens.")
+    return tuple(8 * index + bit for index, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1)
 
 
 def _is_fraction(value: object) -> bool:

@@ -107,7 +107,9 @@ def print_plan(plan: PruningPlan, structure: Structure) -> None:
         *([("memory", memory_of(plan, structure).text)] if config.budget == "memory" else []),
     ]
     widths = plan.widths
-    whole = [name for name in ("hidden", "layers", "layers.attention", "layers.mlp") if name in plan.kept_indices]
+    whole = [
+        name for name in ("vocab", "hidden", "layers", "layers.attention", "layers.mlp") if name in plan.kept_indices
+    ]
     rows += [(name, f"{widths[name]:,} of {plan.num_units[name]:,} stay") for name in whole]
     _print(_grid(rows))
     _print(widths_table(plan, len(structure.layer_paths)))

@@ -75,11 +75,18 @@ def snapshot(model):
 # --- a wrong ratio ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", [0, 1, -0.2, 1.5, 30, "0.3", None, float("nan"), True])
+@pytest.mark.parametrize("ratio", [1, -0.2, 1.5, 30, "0.3", None, float("nan"), True])
 @pytest.mark.parametrize("config_class", [PruningConfig, RandomConfig, MagnitudeConfig, WandaConfig])
 def test_a_wrong_ratio(config_class, ratio):
-    with refused(ConfigError, "pruning_ratio", repr(ratio), "above 0 and below 1"):
+    with refused(ConfigError, "pruning_ratio", repr(ratio), "below 1"):
         config_class(ratio)
+
+
+def test_nothing_but_a_vocabulary_goes_at_ratio_zero(model):
+    with refused(ConfigError, "pruning_ratio", "0", "or a vocabulary", model=model):
+        prune(model, PruningConfig(0))
+    with refused(ConfigError, "pruning_ratio", "0", "above 0"):
+        MagnitudeConfig(0)
 
 
 def test_a_ratio_out_of_reach(model):

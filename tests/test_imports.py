@@ -33,6 +33,7 @@ STAGES = {
     "allocation": 5,
     "surgery": 6,
     "gate": 4,
+    "vocabulary": 7,
     "repair": 7,
     "evaluation.perplexity": 7,
     "evaluation.speed": 7,

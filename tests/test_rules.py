@@ -56,7 +56,7 @@ def test_projections_and_gate_share_their_inner_axis():
         up=(8, D),
         down=(D, 8),
     )
-    assert found == {"embedding": "A , b", "gate": "c , b", "up": "c , b", "down": "d , c"}
+    assert found == {"embedding": "a , b", "gate": "c , b", "up": "c , b", "down": "d , c"}
     assert [term.size for term in tracer.consumed["down"]] == [8]
     assert tracer.without_rule == {}
 
@@ -171,9 +171,10 @@ def test_norm_mixes_but_does_not_fix():
     del tracer
 
 
-def test_embedding_fixes_the_vocabulary():
-    found, _ = traced(lambda x, w: F.linear(x, w), w=(V, D))
-    assert found["embedding"] == "A , b"
+def test_tokens_are_rows_of_the_embedding():
+    found, tracer = traced(lambda x, w: F.linear(x, w), w=(V, D))
+    assert found["embedding"] == "a , b"
+    assert tracer.token_tables == {"embedding"}
     assert found["w"] == "c , b"
 
 

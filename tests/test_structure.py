@@ -142,7 +142,8 @@ def test_axes_and_layouts(family):
     attention, mlp, hidden, weights = GOLDEN[family]
     structure = shared_structure(family)
     num_layers = len(structure.layer_paths)
-    units = {"hidden": hidden, "layers": num_layers, "layers.attention": num_layers, "layers.mlp": num_layers}
+    units = {"hidden": hidden, "vocab": 96, "layers": num_layers}
+    units |= {"layers.attention": num_layers, "layers.mlp": num_layers}
     for layer in range(num_layers):
         units |= {f"layers.{layer}.attention": attention, f"layers.{layer}.mlp": mlp}
         units |= {f"layers.{layer}.experts": 4} if family == "mixtral" else {}

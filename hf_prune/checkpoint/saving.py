@@ -109,6 +109,8 @@ def save_pruned(
     """
     directory = Path(os.path.realpath(save_directory))
     _check_model(model, plan)
+    if tokenizer is not None:
+        _check_tokenizer(model, tokenizer)
     install_save_hook()
     check_source(model, directory)
     plan = plan or plan_of(model, directory)
@@ -198,6 +200,16 @@ def _check_model(model: PreTrainedModel, plan: PruningPlan | None) -> None:
         raise CheckpointError(
             f"the plan gives {wrong} the width {found.get(wrong)}, the model's config {recorded.get(wrong)}. "
             "Pass the plan this model was pruned with, or none."
+        )
+
+
+def _check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse the dense model's tokenizer beside a smaller vocabulary: it would give other ids."""
+    tokens = model.config.pruning_config.get("widths", {}).get("vocab")
+    if tokens is not None and len(tokenizer) != tokens:
+        raise CheckpointError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {tokens}: its vocabulary was pruned. Pass "
+            "the tokenizer that goes with it (`PruningResult.tokenizer`, or that of `prune_tokenizer`)."
         )
 
 

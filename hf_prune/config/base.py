@@ -39,8 +39,9 @@ class PruningConfig:
     cost: ClassVar[str] = "none"
     """What scoring takes, in words."""
 
-    pruning_ratio: Annotated[float, Range(0, 1, "()")]
-    """Fraction to remove, above 0 and below 1, of what `budget` names."""
+    pruning_ratio: Annotated[float, Range(0, 1)]
+    """Fraction to remove, above 0 and below 1, of what `budget` names; 0 (in this class alone) where nothing but tokens
+    of the vocabulary are to go."""
     _: KW_ONLY
     method: str = "custom"
     """Name of the method that scores the units; fixed by the class."""
@@ -130,6 +131,7 @@ class PruningConfig:
             choices = get_args(AllocationName)
             self._check(self.allocation in choices, "allocation", f"one of {choices}", choices)
         check_fields(self)
+        self._check(self.pruning_ratio > 0 or self.method == "custom", "pruning_ratio", "a number above 0 and below 1")
         kinds = get_args(AxisKind)
         known = _is_tuple_of(self.axes, str) and len(self.axes) > 0 and all(kind in kinds for kind in self.axes)
         self._check(

@@ -66,7 +66,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.layer_map: list[int] = []
         self.kept_channels: Tensor | None = None
-        _check_vocabulary(self.model, self.teacher)
+        self.kept_tokens = _kept_tokens(self.model, self.teacher)
         if hidden_weight > 0:
             self.layer_map, self.kept_channels = _matching(self.model, self.teacher, layer_map)
 
@@ -83,12 +83,16 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         hidden = self.hidden_weight > 0
         asked = {"output_hidden_states": True} if hidden else {}
         lm_loss, outputs = super().compute_loss(model, {**inputs, **asked}, True, num_items_in_batch)
+        read = {name: value for name, value in inputs.items() if name != "labels"}
+        if self.kept_tokens is not None:
+            read["input_ids"] = self.kept_tokens.to(read["input_ids"].device)[read["input_ids"]]
         with torch.no_grad():
-            taught = self.teacher(
-                **{name: value for name, value in inputs.items() if name != "labels"}, **asked, use_cache=False
-            )
+            taught = self.teacher(**read, **asked, use_cache=False)
         where = inputs["labels"][:, 1:] != -100
-        kl = _kl(outputs.logits[:, :-1][where], taught.logits[:, :-1][where], self.temperature)
+        expected = taught.logits[:, :-1][where]
+        if self.kept_tokens is not None:
+            expected = expected[:, self.kept_tokens.to(expected.device)]
+        kl = _kl(outputs.logits[:, :-1][where], expected, self.temperature)
         loss = self.alpha * kl
         if hidden:
             loss = loss + self.hidden_weight * self._hidden_loss(outputs.hidden_states, taught.hidden_states, where)
@@ -121,12 +125,19 @@ def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return temperature**2 * F.kl_div(predicted, target, reduction="sum", log_target=True)
 
 
-def _check_vocabulary(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
-    if sizes[0] != sizes[1]:
+def _kept_tokens(student: PreTrainedModel, teacher: PreTrainedModel) -> Tensor | None:
+    """The teacher's id of each token of the student, `[V]`, where some are gone; `None`: all stay."""
+    own, taught = (model.get_output_embeddings().weight.shape[0] for model in (student, teacher))
+    if own == taught:
+        return None
+    plan = plan_of(student.get_base_model() if hasattr(student, "peft_config") else student)
+    kept = plan.kept_indices.get("vocab", ()) if plan is not None else ()
+    if len(kept) != own or kept[-1] >= taught:
         raise ConfigError(
-            f"the teacher predicts {sizes[1]} tokens, the student {sizes[0]}: pass the dense model it was pruned from."
+            f"the teacher predicts {taught} tokens, the student {own}, and no plan says which of them stayed: pass the "
+            "dense model it was pruned from."
         )
+    return torch.tensor(kept)
 
 
 def _matching(student: Any, teacher: Any, layer_map: Sequence[int] | None) -> tuple[list[int], Tensor | None]:

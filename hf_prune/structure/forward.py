@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BATCH_SIZE, SEQ_LEN = 2, 11
+TOKEN = 1
+"""Every token of the input: no positions look like it."""
 _META = torch.device("meta")
 _NEED_VALUES = frozenset((torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output))
 
@@ -103,7 +105,7 @@ class Forward(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 handles.append(module.register_forward_hook(partial(self.left, path)))
         try:
             with torch.no_grad(), self, Lists(self.values):
-                known = torch.ones((BATCH_SIZE, SEQ_LEN), dtype=torch.int64) if ids is None else self.values.note(ids)
+                known = torch.full((BATCH_SIZE, SEQ_LEN), TOKEN) if ids is None else self.values.note(ids)
                 return model(input_ids=known, use_cache=use_cache)
         except Exception as error:  # whatever a model's own code raises
             raise TraceError(error, self.where) from error

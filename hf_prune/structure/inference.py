@@ -30,7 +30,7 @@ from hf_prune.structure.structure import (
     Structure,
 )
 from hf_prune.structure.tracing import ConstantInput, Tracer, trace
-from hf_prune.structure.unify import Atom, Cat, Prod, Term, factors, leaves, resolve
+from hf_prune.structure.unify import Atom, Cat, Prod, Term, factors, fix, leaves, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
@@ -128,6 +128,10 @@ class _Naming:
         self.embedding = next(
             (n for n, p in model.named_parameters() if embedding is not None and p is embedding.weight), None
         )
+        head: nn.Module | None = model.get_output_embeddings()  # type: ignore[operator]
+        self.head = next((n for n, p in model.named_parameters() if head is not None and p is head.weight), None)
+        for name in tracer.token_tables - {self.embedding}:
+            fix(terms[name][0], "looked up by index")
 
     def structure(self, model_type: str) -> Structure:
         """Name the axes and freeze the layouts."""
@@ -153,6 +157,7 @@ class _Naming:
         axes = {name: axis for name, (_, axis) in found.items()}
         if hidden is not None:
             axes["hidden"] = hidden
+        axes.update(self._vocabulary(named))
         axes.update(self._layer_axes(branch_modules))
         axes.update(self._shared_attention(axes))
         frozen = {name: tuple(_freeze(term, named) for term in terms) for name, terms in self.terms.items()}
@@ -318,6 +323,23 @@ class _Naming:
             blocker = "a constant of the model (such as position encodings) differs along it"
         named[id(term)] = axis = Axis("hidden", "hidden", None, term.size, exact=False, blocker=blocker)
         return axis
+
+    def _vocabulary(self, named: dict[int, Axis]) -> dict[str, Axis]:
+        """The tokens: rows of the embedding, and of the head and what is added to its output."""
+        if self.embedding is None or self.head is None:
+            return {}
+        rows, logits = (resolve(self.terms[name][0]) for name in (self.embedding, self.head))
+        others = sorted(self.tracer.token_tables - {self.embedding})
+        if not isinstance(rows, Atom) or not isinstance(logits, Atom) or rows.size != logits.size:
+            blocker = f"the rows of {self.head} are not those of {self.embedding}"
+        elif others:
+            blocker = f"{others[0]} has an entry for each token too"
+        else:
+            blocker = rows.fixed or logits.fixed or logits.mixed
+        axis = Axis("vocab", "vocab", None, rows.size, blocker=blocker)
+        if not blocker:
+            named.update({id(rows): axis, id(logits): axis})
+        return {"vocab": axis}
 
     def _selected_inputs(self, name: str, entry: _Found) -> tuple[SelectedInput, ...]:
         """The arguments that hand varying constants to the layer's attention (or MLP); () if one is not handed on."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Kind = Literal["attention", "mlp", "expert", "hidden", "layer"]
+Kind = Literal["attention", "mlp", "expert", "hidden", "layer", "vocab"]
 Branch = Literal["attention", "mlp"]
 Role = Literal["producer", "consumer", "other"]
 Counted = Literal["decoder", "model", "active"]
@@ -33,7 +33,8 @@ class Axis:
     Per-layer axes are named `layers.{i}.attention` (units: KV groups; query heads where there is one KV head) and
     `layers.{i}.mlp` (`layers.{i}.mlp.{name}` where a layer has several), and `layers.{i}.experts` (units: whole experts
     with their rows of the router; masked: the router never chooses them). The others are `hidden`, `layers` (units:
-    whole decoder layers), `layers.attention` and `layers.mlp` (units: the attention, or the MLP, of each layer).
+    whole decoder layers), `layers.attention` and `layers.mlp` (units: the attention, or the MLP, of each layer), and
+    `vocab` (units: tokens, rows of the embedding and of the head).
     """
 
     name: str
@@ -58,8 +59,8 @@ class Axis:
 
     @property
     def prunable(self) -> bool:
-        """Whether units of this axis can be removed."""
-        return not self.blocker and self.num_units > self.least
+        """Whether units of this axis can be removed by score; tokens never are: a text or a list says which stay."""
+        return not self.blocker and self.num_units > self.least and self.kind != "vocab"
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ class Tracer(Forward):  # type: ignore[no-untyped-call]
         self.known: dict[int, Traced] = {}
         self.consumed: dict[str, list[Term]] = {}
         self.produced: dict[str, list[Term]] = {}
+        self.token_tables: set[str] = set()
+        """Parameters in which token ids are looked up."""
         self.without_rule: dict[str, str] = {}
         """Operations without a rule, and the module where each was first met."""
         self.constant_inputs: list[ConstantInput] = []

@@ -17,7 +17,8 @@ from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.layouts import Concat, Layout, Product, Units
 from hf_prune.surgery.expressing import Knob, family, find_knobs, shapes, with_layer_values
 from hf_prune.surgery.judging import Judge
-from hf_prune.surgery.slicing import pruned_name, renamed, renumber
+from hf_prune.surgery.slicing import on_axis, pruned_name, renamed, renumber
+from hf_prune.surgery.tokens import renumbered
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
@@ -48,8 +49,10 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
     """
     wanted = predicted_shapes(structure, plan)
     knobs = find_knobs(config, structure, cls) if _touched(structure, plan) else {}
-    judge = Judge(config, structure, plan, cls)
     start, reason = _without_layers(config, structure, plan, cls)
+    if "vocab" in plan.kept_indices:
+        config, start = renumbered(config, plan), _with_fewer_tokens(start, structure, plan, cls)
+    judge = Judge(config, structure, plan, cls)
     best: tuple[int, Any] | None = None
     tried: list[dict[str, Any]] = []
     for candidate in _candidates(start, structure, plan, knobs):
@@ -93,6 +96,21 @@ def predicted_shapes(structure: Structure, plan: PruningPlan) -> Shapes:
     widths = {name: len(kept) for name, kept in plan.kept_indices.items()}
     names = {name: pruned_name(name, structure, plan) for name in structure.layouts}
     return {new: structure.shape(name, widths) for name, new in names.items() if new is not None}
+
+
+def _with_fewer_tokens(config: Any, structure: Structure, plan: PruningPlan, cls: type | None) -> Any:
+    """The config, renumbered; `StructureError` if more than the embedding and the head counts tokens."""
+    fewer = renumbered(config, plan)
+    before, after = shapes(config, cls) or {}, shapes(fewer, cls) or {}
+    carriers = {pruned_name(name, structure, plan) for name in structure.layouts if on_axis("vocab", structure, name)}
+    found = {name for name, shape in before.items() if after.get(name) != shape}
+    if found != carriers:
+        other = min(found ^ carriers, default="no tensor", key=str)
+        raise StructureError(
+            f"{config.model_type}: the vocabulary cannot be pruned: with another vocab_size {len(found)} tensors of "
+            f"the model change, expected the embedding and the head; not so {other}."
+        )
+    return fewer
 
 
 def _touched(structure: Structure, plan: PruningPlan) -> bool:

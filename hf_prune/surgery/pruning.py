@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +15,19 @@ from hf_prune.atomic import held_by, temporary_directory
 from hf_prune.errors import PlanError
 from hf_prune.layers.weights import device_map_of, input_device, is_on_disk, resident
 from hf_prune.layers.work import read_tensors, write_tensors
+from hf_prune.structure import layouts as lay
 from hf_prune.structure.building import build_empty, fresh_config
 from hf_prune.surgery.configuring import pruned_config
-from hf_prune.surgery.slicing import check_tensor, pruned_name, renamed, renumber, slice_state_dict, slice_tensor
+from hf_prune.surgery.slicing import (
+    check_tensor,
+    on_axis,
+    pruned_name,
+    renamed,
+    renumber,
+    slice_state_dict,
+    slice_tensor,
+)
+from hf_prune.surgery.tokens import renumbered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,7 +74,7 @@ def apply_plan(model: PreTrainedModel, structure: Structure, plan: PruningPlan) 
 
 
 class PrunedLayers:
-    """The pruned model while it is made, one decoder layer after the other.
+    """The pruned model while it is made, one decoder layer after the other; tokens of its vocabulary go at the end.
 
     In memory it is `apply_plan`. Of a model on disk, a layer is loaded, sliced, perhaps changed by the caller, written
     to `folder` and unloaded: the pruned model is on disk as the dense one is. It shares with that what is outside of
@@ -85,10 +96,14 @@ class PrunedLayers:
     def __init__(
         self, model: PreTrainedModel, structure: Structure, plan: PruningPlan, folder: Path | None = None
     ) -> None:
+        plan.check(structure)
+        self._whole_plan = plan
+        if "vocab" in plan.kept_indices:  # what is computed on the way reads the dense model's token ids
+            kept = {name: units for name, units in plan.kept_indices.items() if name != "vocab"}
+            plan = dataclasses.replace(plan, kept_indices=kept)
         self._dense, self._structure, self._plan = model, structure, plan
         self._on_disk = is_on_disk(model)
         if self._on_disk:
-            plan.check(structure)
             self.model = self._outside()
             self._folder: Path | None = folder or held_by(self.model, temporary_directory())
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -138,6 +153,8 @@ class PrunedLayers:
 
     def finish(self) -> PreTrainedModel:
         """The pruned model, once all layers are done."""
+        if "vocab" in self._whole_plan.kept_indices:
+            self._take_tokens()
         if not self._on_disk:
             return self.model
         index: dict[str, dict[str, str]] = {}
@@ -171,6 +188,26 @@ class PrunedLayers:
         _copy_buffers(model, pruned, structure, plan)
         return pruned.train(model.training)
 
+    def _take_tokens(self) -> None:
+        """Take the tokens that go out of the pruned model, which stays the same object: it may hold its files."""
+        structure, plan = self._structure, self._whole_plan
+        pruned = _empty(self._dense, structure, plan)
+        state = {name: x for name, x in self.model.state_dict(keep_vars=True).items() if not x.is_meta}
+        rows: dict[int, Tensor] = {}
+        for name in (name for name in state if name in structure.layouts and on_axis("vocab", structure, name)):
+            dim = next(d for d, layout in enumerate(structure.layouts[name]) if "vocab" in lay.axes(layout))
+            if id(state[name]) not in rows:
+                kept = torch.tensor(plan.kept_indices["vocab"], device=state[name].device)
+                rows[id(state[name])] = state[name].detach().index_select(dim, kept)
+        pruned.load_state_dict(
+            {name: rows.get(id(x), x.detach()) for name, x in state.items()}, strict=False, assign=True
+        )
+        pruned.tie_weights()
+        for name, parameter in self.model.named_parameters():
+            pruned.get_parameter(name).requires_grad_(parameter.requires_grad)
+        _copy_buffers(self._dense, pruned, structure, plan)
+        vars(self.model).update(vars(pruned.train(self.model.training)))
+
     def _load(self, module: nn.Module, layer: int) -> None:
         """Slice the dense layer, which is in memory, into the pruned one."""
         path = self._structure.layer_paths[layer]
@@ -191,7 +228,10 @@ def _empty(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> P
     """The pruned model without weights, with the configs that it will have."""
     config = pruned_config(model.config, structure, plan, type(model))
     pruned = build_empty(fresh_config(config), type(model))
-    pruned.generation_config = copy.deepcopy(model.generation_config)
+    generation = model.generation_config
+    if generation is not None and "vocab" in plan.kept_indices:
+        generation = renumbered(generation, plan)
+    pruned.generation_config = copy.deepcopy(generation)
     pruned.config._name_or_path = model.config._name_or_path
     pruned.config._attn_implementation = model.config._attn_implementation
     pruned.config._experts_implementation = model.config._experts_implementation

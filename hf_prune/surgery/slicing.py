@@ -69,6 +69,11 @@ def pad_tensor(name: str, tensor: Tensor, structure: Structure, plan: PruningPla
     return padded
 
 
+def on_axis(axis: str, structure: Structure, name: str) -> bool:
+    """Whether a dimension of the tensor `name` carries an axis."""
+    return any(axis in lay.axes(layout) for layout in structure.layouts[name])
+
+
 def check_tensor(name: str, tensor: Tensor, structure: Structure) -> None:
     """Raise `PlanError` unless `structure` describes this tensor."""
     if name not in structure.layouts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hf_prune.structure.forward import TOKEN
 from hf_prune.structure.rules.call import ONE, Call, note_role, rule
 from hf_prune.structure.rules.views import run
 from hf_prune.structure.tracing import Traced
@@ -28,10 +29,13 @@ LOOK_UPS = frozenset(
 
 @rule("embedding")
 def embedding(call: Call) -> None:
-    """Rows of a table: its first dimension is the vocabulary."""
+    """Rows of a table: tokens, or other entries, none of which can go."""
     weight, ids = call.args[0], call.args[1]
-    table = call[weight]
-    fix(table.terms[0], "a vocabulary: looked up by index")
+    table, known = call[weight], call.tracer.values.get(ids)
+    if table.parameter is not None and known is not None and bool((known == TOKEN).all()):
+        call.tracer.token_tables.add(table.parameter)
+    else:
+        fix(table.terms[0], "looked up by index")
     note_role(call.tracer.produced, table, [table.terms[1]])
     call.give([*call[ids].terms, table.terms[1]])
 
