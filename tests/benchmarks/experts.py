@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("HF_PRUNE_DATA", ROOT.parent / "shared"))
 RESULTS, PAGE = ROOT / "docs" / "experts.json", ROOT / "docs" / "experts.md"
-WINDOW, WINDOWS = 256, 64
-CALIBRATION = {"num_samples": 64, "seq_len": WINDOW}
+WINDOW, WINDOWS = 256, 32
+CALIBRATION = {"num_samples": 32, "seq_len": WINDOW}
 SHARES = (0.25, 0.5)
 TEXTS = {"wikitext2": "WikiText-2", "novels": "novels"}
 
