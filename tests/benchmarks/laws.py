@@ -171,10 +171,10 @@ where the last one stopped (without docs/laws.json: from the start):
 
 A case is drawn from (family, seed): random units of random attention, MLP and expert axes; in a third of the
 cases some branches go, in a third some layers. **Masked = sliced**, and **layer removal = bypass**: logits of the
-pruned model are those of the dense one, in float64, within 1e-9 of the largest. **Counts**: predicted parameters are the actual ones.
-**Reload** (every fifth case): saved and loaded, equal tensors and logits. **Nested** (every second): a larger ratio
-keeps a subset, the same seed gives the same plan. **Plan = JSON**: a plan read from its file is equal. Numbers are
-cases in which a law held; r: refused with an error of ours; b: broken.
+pruned model are those of the dense one, in float64, within 1e-9 of the largest. **Counts**: predicted parameters are
+the actual ones. **Reload** (every fifth case): saved and loaded, equal tensors and logits. **Nested** (every second): a
+larger ratio keeps a subset, the same seed gives the same plan. **Plan = JSON**: a plan read from its file is equal.
+Numbers are cases in which a law held; r: refused with an error of ours; b: broken.
 
 transformers {transformers}, torch {torch}, Python {python}; {minutes:.0f} minutes of one core.
 """
