@@ -2,7 +2,7 @@
 
 That backend reads `per_layer_config` itself. What is added: the builder of such layers, in every process; the choice of
 that backend, since vLLM's own classes build equal layers; and for removed attention a stand-in, since the backend makes
-an attention object, and a cache, for every layer.
+an attention object, and a cache, for every layer. Layers with other numbers of experts are refused.
 """
 
 from __future__ import annotations
@@ -70,6 +70,13 @@ def _by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
                     "builds equal ones: leave it at 'auto', or take 'transformers'."
                 )
             model_config.model_impl = "transformers"
+            widths = (getattr(model_config.hf_config, "pruning_config", None) or {}).get("widths", {})
+            numbers = {n for name, n in widths.items() if n and name.split(".")[2:] == ["experts"]}
+            if len(numbers) > 1:
+                raise CheckpointError(
+                    f"the layers of this {architectures} have {sorted(numbers)} experts, and vLLM makes equally many "
+                    "in each. Prune with the target 'vllm'."
+                )
         return original(self, architectures, model_config)
 
     return chosen

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import typer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -50,6 +50,18 @@ def test_example(name, material, tmp_path):
         assert "perplexity" in (output / "README.md").read_text()
 
 
+def test_a_mixture_loses_experts(material, tmp_path):
+    tiny.write_checkpoint(tmp_path / "my-mixture")
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=64, num_hidden_layers=2, num_local_experts=8, bos_token_id=0, **sizes)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "my-mixture")
+    texts = ["--calibration", material / "train.txt", "--evaluation", material / "evaluation.txt"]
+    run("prune_experts", tmp_path / "my-mixture", tmp_path / "small", *texts, "--seq-len", 16, "--num-samples", 4)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert small.config.num_local_experts == 6
+    assert {layer.mlp.gate.weight.shape[0] for layer in small.model.layers} == {6}
+
+
 def test_examples_are_one_page():
-    for name in NAMES:
+    for name in (*NAMES, "prune_experts"):
         assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 80, name

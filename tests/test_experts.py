@@ -24,6 +24,7 @@ from hf_prune.layers.masking import keep_mask, masked, masked_rows
 from hf_prune.methods import METHODS, score
 from hf_prune.plan import PruningPlan
 from hf_prune.recovery.gradual import check_maskable
+from hf_prune.recovery.lora import add_adapters
 from hf_prune.repair import repair_
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
@@ -414,6 +415,33 @@ def test_repair_fits_the_experts_that_stay_on_the_tokens_they_now_get():
     )
 
 
+@pytest.mark.parametrize(("family", "adds"), [("deepseek_v3", True), ("qwen2_moe", False)])
+def test_a_shared_expert_makes_up_for_experts_that_went(family, adds):
+    """Where the layer adds what it gives as it is: that of qwen2_moe is weighted by a gate of its own."""
+    model = tiny(family, torch.float32)
+    structure = infer_structure(model)
+    plan = make_plan(structure, {"layers.1.experts": tuple(range(4))})
+    batches = [{"input_ids": token_ids(8, 32, seed=seed)} for seed in range(4)]
+    pruned = apply_plan(model, structure, plan)
+    ids = batches[0]["input_ids"]
+
+    def error() -> float:
+        hidden = [m(input_ids=ids, output_hidden_states=True).hidden_states[2] for m in (model, pruned)]
+        return float((hidden[0] - hidden[1]).square().sum())
+
+    with torch.no_grad():
+        before = error()
+        found = repair_(pruned, model, structure, plan, batches)
+        after = error()
+    shared_experts = [one for name, one in found.items() if "shared" in name and "layers.1." in name]
+    assert len(shared_experts) == 1
+    if adds:
+        assert after < 0.95 * before
+        assert shared_experts[0].error_after < shared_experts[0].error_before
+    else:
+        assert shared_experts[0].error_before < 1e-6 * before
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_layers_with_other_numbers_of_experts_are_balanced_while_they_train(family):
     model = tiny(family, torch.float32)
@@ -429,6 +457,27 @@ def test_layers_with_other_numbers_of_experts_are_balanced_while_they_train(fami
     for layer in pruned.model.layers:
         assert layer.mlp.gate.weight.grad.isfinite().all()
         assert float(layer.mlp.gate.weight.grad.abs().sum()) > 0
+
+
+def test_adapters_of_layers_with_other_numbers_of_experts_merge():
+    model = tiny("mixtral", torch.float32)
+    structure = infer_structure(model)
+    pruned = apply_plan(model, structure, make_plan(structure, kept_experts(structure, 1)))
+    adapted = add_adapters(pruned, hf_prune.lora_config(pruned))
+    ids = token_ids(4, 16)
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = adapted(input_ids=ids, labels=ids, output_router_logits=True).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    expected = logits(adapted.eval())
+    merged = hf_prune.merge_adapters(adapted)
+    assert distance(logits(merged), expected) < 1e-5
+    assert {layer.mlp.experts.down_proj.shape[0] for layer in merged.model.layers} == {3, 4, 5}
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

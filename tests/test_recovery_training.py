@@ -42,7 +42,7 @@ LINEAR = {
     "phi3": 4 * 2,
     "gpt_neox": 4 * 2,
     "bloom": 4 * 3,
-    "mixtral": 4 * 2,  # attention only: experts are no modules
+    "mixtral": 6 * 2,  # two of the six are stacked matrices of experts
     "opt": 6 * 3,
 }
 
@@ -90,6 +90,11 @@ def test_the_preset_is_the_papers_and_can_be_overridden():
         lora_config(model, preset="alpaca")
     with pytest.raises(ConfigError, match="rank"):
         lora_config(model, rank=4)
+    mixture = lora_config(tiny_model("mixtral"))
+    assert mixture.target_parameters == ["experts.down_proj", "experts.gate_up_proj"]
+    assert mixture.lora_dropout == 0
+    with pytest.raises(ConfigError, match=r"lora_dropout: found 0.05, expected 0"):
+        lora_config(tiny_model("mixtral"), lora_dropout=0.05)
 
 
 def test_adapters_start_from_their_seed_alone():

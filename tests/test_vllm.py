@@ -102,6 +102,18 @@ def test_checkpoints_whose_layers_differ_go_to_the_transformers_backend(fakes, p
             getattr(fakes.registry, method)(names, asked(config, "vllm"))
 
 
+def test_other_numbers_of_experts_in_each_layer_are_refused(fakes):
+    dense, structure = models.shared_model("mixtral"), models.shared_structure("mixtral")
+    for kept, expected in (((0, 1, 2), "TransformersForCausalLM"), ((0, 1), None)):
+        plan = {"layers.0.experts": kept, "layers.1.experts": (0, 2, 3), "layers.0.mlp": tuple(range(8))}
+        pruned = apply_plan(dense, structure, models.make_plan(structure, plan))
+        if expected is None:
+            with pytest.raises(CheckpointError, match=r"have \[2, 3\] experts"):
+                fakes.registry.resolve_model_cls(["MixtralForCausalLM"], asked(pruned.config))
+        else:
+            assert fakes.registry.resolve_model_cls(["MixtralForCausalLM"], asked(pruned.config))[1] == expected
+
+
 def test_removed_attention_has_the_smallest_cache(fakes, pruned):
     found = fakes.convertor(pruned[0].config).get_per_layer_hf_configs()
     assert [text.num_key_value_heads for _, text in found] == [3, 2, 1]

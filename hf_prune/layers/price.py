@@ -84,9 +84,7 @@ def price_of(
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     lengths = [length for batch in batches or () for length in [batch["input_ids"].shape[1]] * len(batch["input_ids"])]
     channels, itemsize = embedding.weight.shape[1], embedding.weight.element_size()
-    text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    experts = getattr(text_config, "num_experts_per_tok", None)
-    return count_price(structure, config, lengths, channels, itemsize, experts, held_out)
+    return count_price(structure, config, lengths, channels, itemsize, held_out)
 
 
 def count_price(
@@ -95,7 +93,6 @@ def count_price(
     lengths: Sequence[int],
     hidden_size: int,
     itemsize: int,
-    experts_per_token: int | None = None,
     held_out: int = 0,
 ) -> Price:
     """As `price_of`, from numbers.
@@ -108,10 +105,9 @@ def count_price(
         lengths: tokens of each calibration sample.
         hidden_size: channels of the residual stream.
         itemsize: bytes of a weight.
-        experts_per_token: experts that a token is routed to; `None`: all.
         held_out: tokens that perplexity of the dense and the pruned model is measured on.
     """
-    counts = _Counts(structure, config, list(lengths), experts_per_token)
+    counts = _Counts(structure, config, list(lengths))
     dense, decoder = counts.layers, structure.num_parameters(budget="decoder")
     steps = [config.pruning_ratio * (step / config.num_steps) for step in range(1, config.num_steps + 1)]
     kept = [dense - round(ratio * decoder) for ratio in steps]
@@ -165,9 +161,7 @@ def announce(price: Price) -> None:
 class _Counts:
     """Parameters and operations of one model and calibration set."""
 
-    def __init__(
-        self, structure: Structure, config: PruningConfig, lengths: list[int], experts_per_token: int | None
-    ) -> None:
+    def __init__(self, structure: Structure, config: PruningConfig, lengths: list[int]) -> None:
         self.structure, self.config, self.lengths, self.tokens = structure, config, lengths, sum(lengths)
         self.numel = {
             name: structure.numel(name)
@@ -175,11 +169,8 @@ class _Counts:
             if name not in structure.aliases and name not in structure.buffers
         }
         self.layers = sum(self.numel.values())
-        self.consumers: list[tuple[int, int, int]] = []
-        """Inputs, outputs, and matrices (experts) of each consumer of a selected axis."""
-        self.routed = 0
-        """Parameters of experts."""
-        experts = 1
+        self.consumers: list[tuple[int, int, int, float]] = []
+        """Inputs, outputs, matrices (experts) of each consumer of a selected axis, and which share a token meets."""
         found: set[str] = set()
         for axis in selected_axes(structure, config):
             for member in structure.members[axis.name]:
@@ -191,15 +182,11 @@ class _Counts:
                     continue
                 found.add(name)
                 number = shape[0] if len(shape) == 3 and member.dim > 0 and axis.kind == "mlp" else 1
-                if number > 1:
-                    self.routed, experts = self.routed + self.numel[name], number
                 if member.role == "consumer":
-                    inputs = shape[member.dim]
-                    self.consumers.append((inputs, self.numel[name] // (inputs * number), number))
-        used = 1.0 if experts_per_token is None else min(1.0, experts_per_token / experts)
-        self.active = self.layers - round(self.routed * (1 - used))
+                    inputs, met = shape[member.dim], structure.num_active(name) / self.numel[name]
+                    self.consumers.append((inputs, self.numel[name] // (inputs * number), number, met))
+        self.active = sum(structure.num_active(name) for name in self.numel)
         """Parameters of layers that a token meets."""
-        self.used = used
         self.head = max((structure.numel(n) for n in structure.layouts if n not in structure.owners), default=0)
 
     def scoring(self, config: PruningConfig, lengths: list[int] | None = None) -> int:
@@ -281,14 +268,13 @@ class _Counts:
     def gram(self, share: float, outputs: int = 1) -> float:
         """Operations per token of Σ x xᵀ (blocks up to the diagonal: 5/8 of it) and perhaps Σ x tᵀ."""
         found = 0.0
-        for inputs, given, number in self.consumers:
-            used = self.used if number > 1 else 1.0
-            found += used * number * (1.25 * inputs * inputs * share + 2 * inputs * given * outputs)
+        for inputs, given, number, met in self.consumers:
+            found += met * number * (1.25 * inputs * inputs * share + 2 * inputs * given * outputs)
         return found
 
     def cubes(self) -> int:
         """Operations of a factorisation, an inverse, and of bringing it and the weight up to date for all units."""
-        return sum(n * (3 * k**3 + 2 * d * k * k) for k, d, n in self.consumers)
+        return sum(n * (3 * k**3 + 2 * d * k * k) for k, d, n, _ in self.consumers)
 
     def sum(self, names: set[str]) -> int:
         """Weights of those that are in layers: the others are in memory."""

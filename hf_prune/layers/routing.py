@@ -38,7 +38,7 @@ def never_chosen(
         structure: its structure.
         axis: of experts.
         mask: asked at each run: `[rows, num_units]`, true (or above 0) for experts that stay; tokens are `rows` equal
-            runs. `None` for all.
+            runs. `None` for all. Where none stays, the first one does: a token must be sent somewhere.
     """
     members = structure.members[axis]
     routers: list[tuple[Tensor, Tensor]] = [
@@ -132,7 +132,10 @@ class _NeverChosen(TorchFunctionMode):
         self._routers = list(routers)
         """Weights, casts and transposes of them, each with the unit of every logit (-1: of none)."""
         self._units = torch.arange(num_units)
-        self._gone = None if mask is None else mask <= 0
+        self._gone = None
+        if mask is not None:
+            self._gone = mask.cpu() <= 0
+            self._gone[self._gone.all(1), 0] = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -155,6 +158,6 @@ class _NeverChosen(TorchFunctionMode):
     def _without(self, logits: Tensor, units: Tensor) -> Tensor:
         """Logits of −∞ where the unit of an entry is gone."""
         assert self._gone is not None
-        gone = (self._gone.cpu()[:, units.clamp_min(0)] & (units >= 0)).to(logits.device)
+        gone = (self._gone[:, units.clamp_min(0)] & (units >= 0)).to(logits.device)
         rows = logits.reshape(len(gone), -1, len(units))
         return rows.masked_fill(gone[:, None], -torch.inf).view(logits.shape)

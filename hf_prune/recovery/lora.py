@@ -26,7 +26,8 @@ def lora_config(model: PreTrainedModel, preset: Literal["llm_pruner"] = "llm_pru
     """A `peft.LoraConfig` that puts adapters on every linear module of attention and MLP, whatever it is called.
 
     The modules are found from the model's structure: q, k, v, o, gate, up and down in a Llama; fused projections and
-    `Conv1D` elsewhere. Expert matrices of mixture-of-experts layers are not modules of their own and get no adapter.
+    `Conv1D` elsewhere. Stacked matrices of experts get adapters too, one for each expert (`target_parameters`):
+    these know no dropout, so that there is none then.
 
     Args:
         model: dense or pruned causal LM, without adapters.
@@ -41,15 +42,23 @@ def lora_config(model: PreTrainedModel, preset: Literal["llm_pruner"] = "llm_pru
 
     if preset not in PRESETS:
         raise ConfigError(f"preset: found {preset!r}, expected one of {tuple(PRESETS)}.")
-    paths = linear_members(model, infer_structure(model))
+    structure = infer_structure(model)
+    paths = linear_members(model, structure)
     modules = {path: model.get_submodule(path) for path in paths}
     settings: dict[str, Any] = {
         "task_type": TaskType.CAUSAL_LM,
         "target_modules": _short_names(model, paths),
         "fan_in_fan_out": all(isinstance(module, Conv1D) for module in modules.values()),
         **PRESETS[preset],
-        **overrides,
     }
+    if experts := _stacked(structure):
+        settings |= {"target_parameters": experts, "lora_dropout": 0.0}
+    settings |= overrides
+    if settings.get("target_parameters") and settings["lora_dropout"]:
+        raise ConfigError(
+            f"lora_dropout: found {settings['lora_dropout']}, expected 0: peft has no dropout for matrices of experts. "
+            "Leave it at 0, or experts without adapters (target_parameters=None)."
+        )
     try:
         return LoraConfig(**settings)
     except (TypeError, ValueError) as error:
@@ -83,6 +92,13 @@ def linear_members(model: nn.Module, structure: Structure) -> list[str]:
             "to adapt. Train all weights instead (lora=False)."
         )
     return found
+
+
+def _stacked(structure: Structure) -> list[str]:
+    """Last two words of the names of stacked expert weights `[experts, ...]` on an MLP axis."""
+    members = [member for axis in structure.axes_of("mlp") for member in structure.members[axis.name]]
+    names = [member.parameter for member in members if len(structure.layouts[member.parameter]) == 3]
+    return sorted({".".join(name.split(".")[-2:]) for name in names})
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, *, seed: int = 0) -> PeftModel:

@@ -100,11 +100,14 @@ class LayerRepair:
                 continue
             consumers = [consumer for consumer in found.consumers[branch] if consumer.pruned is not None]
             linear = [consumer for consumer in consumers if consumer.consumer.kind == "linear"]
-            if linear:
+            experts = [consumer for consumer in consumers if consumer.consumer.kind == "experts"]
+            shared = linear if len(linear) == 1 and self._adds_up(found, linear[0], experts, dense, outputs) else []
+            if linear and not shared:
                 result.update(self._repair_linear(found, branch, linear, dense, outputs))
-            for consumer in consumers:
-                if consumer.consumer.kind == "experts":
-                    result.update(self._repair_experts(found, branch, consumer, dense, outputs))
+            for consumer in experts:
+                result.update(self._repair_experts(found, branch, consumer, dense, outputs))
+            for consumer in shared:
+                result.update(self._repair_shared(found, consumer, dense, outputs))
         for batch, hidden in enumerate(self.pruned.hidden):
             with self._repaired(found, dense, outputs, batch):
                 self.pruned.hidden[batch] = self.pruned.run(found.pruned_layer, batch, hidden)
@@ -207,6 +210,52 @@ class LayerRepair:
             hold, device = self.pruned.held, only.weight.device
             outputs[branch] = [hold(only.pruned(x.to(device))) for x in inputs[only.name]]
         return self._report({consumer.name: solution for consumer, solution in solutions.items()})
+
+    # --- the shared expert ------------------------------------------------------------------------------------------
+
+    def _adds_up(self, found: Branches, shared: Refit, experts: list[Refit], dense: _Dense, outputs: Outputs) -> bool:
+        """Whether the layer adds what a linear consumer beside `experts` gives, as it is; seen on the first batch."""
+        if not experts or self.target != "residual" or not self.pruned.hidden:
+            return False
+        given, whole, _ = self._with_shared(found, shared, dense, outputs, 0)
+        _, without, _ = self._with_shared(found, shared, dense, outputs, 0, nothing=True)
+        error = _rows(whole) - _rows(without) - _rows(given)
+        adds = given.shape[-1] == whole.shape[-1] and float(error.norm()) <= ADDITIVE * float(_rows(given).norm())
+        return bool(of_main_process(adds))
+
+    def _repair_shared(self, found: Branches, shared: Refit, dense: _Dense, outputs: Outputs) -> dict[str, Repaired]:
+        """Fit what runs for every token last, to all that the layer's output lacks: experts that went included."""
+        sums = Statistics(len(shared.kept_inputs), len(shared.kept_outputs), shared.weight.device)
+        for batch, wanted in enumerate(dense.outputs):
+            given, whole, x = self._with_shared(found, shared, dense, outputs, batch)
+            target = _rows(wanted)
+            if self.kept_hidden is not None:
+                target = target.index_select(1, self.kept_hidden)
+            sums.add(self.pruned.held(x), target - _rows(self.pruned.held(whole)) + _rows(self.pruned.held(given)))
+        with solving(shared.name):
+            weight = shared.consumer.matrix(shared.weight)
+            solution = solve_(sums.over_processes(), weight, shared.bias, self.ridge)
+        shared.write_(solution.weight, solution.bias)
+        return self._report({shared.name: solution})
+
+    def _with_shared(
+        self, found: Branches, shared: Refit, dense: _Dense, outputs: Outputs, batch: int, *, nothing: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the shared expert's consumer gives, the pruned layer's output, and the consumer's input."""
+        seen: list[Tensor] = []
+
+        def see(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            seen.extend((output, args[0]))
+            return torch.zeros_like(output) if nothing else None
+
+        assert shared.pruned is not None
+        handle = shared.pruned.register_forward_hook(see)
+        try:
+            with self._repaired(found, dense, outputs, batch):
+                whole = self.pruned.run(found.pruned_layer, batch, self.pruned.hidden[batch])
+        finally:
+            handle.remove()
+        return seen[0], whole, seen[1]
 
     def _missing(self, found: Branches, branch: Branch, dense: _Dense, outputs: Outputs, batch: int) -> Tensor:
         """What the residual stream of the pruned model lacks before `branch`: `[tokens, D]`."""

@@ -211,13 +211,12 @@ class Structure:
 
     def num_active(self, name: str, widths: Widths | None = None) -> int:
         """`numel`, but of experts only as many as each token is sent to; routers count whole."""
-        least = {
-            axis: self.axes[axis].least
-            for layout in self.layouts[name]
-            for axis in lay.axes(layout)
-            if self.axes[axis].kind == "expert" and self._is_looked_up(name, axis)
-        }
-        return self.numel(name, {**(widths or {}), **least})
+        numel, widths = self.numel(name, widths), widths or {}
+        for layout in self.layouts[name]:
+            for axis in lay.axes(layout):
+                if self.axes[axis].kind == "expert" and self._is_looked_up(name, axis):
+                    numel = numel // max(1, lay.size(layout, widths)) * self.axes[axis].least
+        return numel
 
     def _is_looked_up(self, name: str, axis: str) -> bool:
         router = any(member.parameter == name and member.role == "producer" for member in self.members[axis])

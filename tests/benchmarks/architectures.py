@@ -2,6 +2,7 @@
 
 python tests/benchmarks/architectures.py                  # all types, about 20 minutes on one core
 python tests/benchmarks/architectures.py --only llama opt # some, printed; the documents stay as they are
+python tests/benchmarks/architectures.py --only llama opt --write # some, anew in the documents
 """
 
 from __future__ import annotations
@@ -55,21 +56,26 @@ def main() -> None:
     """Check, print and write."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="check these model types, print, write nothing")
-    only = parser.parse_args().only
+    parser.add_argument("--write", action="store_true", help="write those of --only into the documents")
+    arguments = parser.parse_args()
+    only = arguments.only
     quiet()
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    start = time.perf_counter()
     results = []
     for name in tqdm(names, disable=only is not None):
         results.append(check(name))
         if only:
             print(json.dumps(results[-1], indent=None, ensure_ascii=False), flush=True)
-    if not only:
+    if only and arguments.write:
+        known = json.loads((DOCS / "architectures.json").read_text(encoding="utf-8"))["model_types"]
+        found = {result["model_type"]: result for result in results}
+        results = [found.get(result["model_type"], result) for result in known]
+    if not only or arguments.write:
         from architectures_page import write_page
 
-        write_page(results, DOCS, time.perf_counter() - start)
+        write_page(results, DOCS, sum(result["seconds"] for result in results))
 
 
 def quiet() -> None:
@@ -140,7 +146,7 @@ def describe(result: dict[str, Any], model: Any, structure: Structure) -> None:
     result["class"] = type(model).__name__
     result["layers"] = len(structure.layer_paths)
     result["without_rule"] = structure.without_rule
-    for kind in ("attention", "mlp"):
+    for kind in ("attention", "mlp", "expert"):
         axes = structure.axes_of(kind)
         result[kind] = {
             "axes": len(axes),
@@ -209,14 +215,14 @@ def noted(laws: dict[str, str], name: str, law: Any) -> None:
 
 
 def random_plan(structure: Structure, seed: int, exact: bool = False) -> PruningPlan:
-    """Random units of every attention and MLP axis; only of the exact ones if `exact`."""
+    """Random units of every attention, MLP and expert axis; only of the exact ones if `exact`."""
     rng = random.Random(seed)
     units = prunable_units(structure)
     kept: dict[str, tuple[int, ...]] = {}
     for name, count in units.items():
         axis = structure.axes[name]
-        width = rng.randint(1, count)
-        if axis.kind in ("attention", "mlp") and width < count and (axis.exact or not exact):
+        width = max(axis.least, rng.randint(1, count))
+        if axis.branch is not None and width < count and (axis.exact or not exact):
             kept[name] = tuple(sorted(rng.sample(range(count), width)))
     return plan_of(structure, kept)
 

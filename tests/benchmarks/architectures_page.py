@@ -30,7 +30,7 @@ transformers {transformers}, torch {torch}, Python {python}, {minutes:.0f} minut
 | only one kind of axis (state-space and linear-attention models) and every law holds | {one_kind} |
 | cannot be pruned, or a law is broken: the last column says what is in the way | {others} |
 
-Laws, on two random plans over all attention and MLP axes (weights and biases random, none zero):
+Laws, on two random plans over all attention, MLP and expert axes (weights and biases random, none zero):
 
 1. **identity**: a plan that keeps all units changes no bit of any tensor or logit;
 2. **masked**: the dense model with units masked has the logits of the sliced one: in float64, within 1e-9 of the
@@ -45,7 +45,10 @@ is built, then resized by the loader). *Removal* tells whether a whole layer (L)
 MLP (M) was removed from the small model, with masked = sliced; it is not needed for passing.
 """
 
-_COLUMNS = "| model type | attention | MLP | widths | identity | masked | count | reload | tokens | removal | remarks |"
+_COLUMNS = (
+    "| model type | attention | MLP | experts | widths | identity | masked | count | reload | tokens | removal "
+    "| remarks |"
+)
 
 
 def write_page(results: list[dict[str, Any]], docs: Path, seconds: float) -> None:
@@ -88,7 +91,8 @@ def _prunable(result: dict[str, Any], kind: str) -> int:
 
 def _row(result: dict[str, Any]) -> str:
     laws = [_law(result, name) for name in LAWS]
-    cells = [str(result["model_type"]), _axes(result, "attention"), _axes(result, "mlp"), _widths(result), *laws]
+    axes = [_axes(result, kind) for kind in ("attention", "mlp", "expert")]
+    cells = [str(result["model_type"]), *axes, _widths(result), *laws]
     return "| " + " | ".join([*cells, _removal(result), _remarks(result)]) + " |"
 
 
@@ -124,7 +128,7 @@ def _removal(result: dict[str, Any]) -> str:
 def _remarks(result: dict[str, Any]) -> str:
     remarks = [result["error"]] if "error" in result else []
     remarks += [f"{name}: {outcome}" for name, outcome in result["laws"].items() if outcome != "ok"]
-    for kind in ("attention", "mlp"):
+    for kind in ("attention", "mlp", "expert"):
         remarks += [f"{kind}: {why}" for why in result.get(kind, {}).get("blockers", [])]
     if without_rule := result.get("without_rule"):
         remarks.append("without rule: " + ", ".join(f"`{name}`" for name in without_rule))

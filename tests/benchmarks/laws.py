@@ -4,9 +4,9 @@
     python tests/benchmarks/laws.py --only llama gemma2      # some; other families may run beside it
     python tests/benchmarks/laws.py --only llama --seed 17   # one case again, printed; nothing is written
 
-A case is a plan drawn from (family, seed): random units of random attention and MLP axes, in a third of the cases
-without some branches, in a third without some layers. Models are small and random (as in architectures.py), one per
-family. Exits with 1 if a law is broken.
+A case is a plan drawn from (family, seed): random units of random attention, MLP and expert axes, in a third of the
+cases without some branches, in a third without some layers. Models are small and random (as in architectures.py), one
+per family. Exits with 1 if a law is broken.
 """
 
 from __future__ import annotations
@@ -169,12 +169,12 @@ where the last one stopped (without docs/laws.json: from the start):
     make laws                                                  # until there are 10,000 cases
     python tests/benchmarks/laws.py --only llama --seed 17     # one case again
 
-A case is drawn from (family, seed): random units of random attention and MLP axes; in a third of the cases some
-branches go, in a third some layers. **Masked = sliced**, and **layer removal = bypass**: logits of the pruned model are
-those of the dense one, in float64, within 1e-9 of the largest. **Counts**: predicted parameters are the actual ones.
-**Reload** (every fifth case): saved and loaded, equal tensors and logits. **Nested** (every second): a larger ratio
-keeps a subset, the same seed gives the same plan. **Plan = JSON**: a plan read from its file is equal. Numbers are
-cases in which a law held; r: refused with an error of ours; b: broken.
+A case is drawn from (family, seed): random units of random attention, MLP and expert axes; in a third of the
+cases some branches go, in a third some layers. **Masked = sliced**, and **layer removal = bypass**: logits of the
+pruned model are those of the dense one, in float64, within 1e-9 of the largest. **Counts**: predicted parameters are
+the actual ones. **Reload** (every fifth case): saved and loaded, equal tensors and logits. **Nested** (every second): a
+larger ratio keeps a subset, the same seed gives the same plan. **Plan = JSON**: a plan read from its file is equal.
+Numbers are cases in which a law held; r: refused with an error of ours; b: broken.
 
 transformers {transformers}, torch {torch}, Python {python}; {minutes:.0f} minutes of one core.
 """
@@ -253,10 +253,10 @@ def random_plan(structure: Structure, family: str, seed: int) -> PruningPlan:
             without |= {(layer, branch) for layer in range(num_layers) if layer not in stay}
     for name, count in prunable_units(structure).items():
         axis = structure.axes[name]
-        width = rng.randint(1, count)
-        if axis.kind not in ("attention", "mlp") or not axis.exact or width == count or rng.random() < 0.3:
+        width = max(axis.least, rng.randint(1, count))
+        if axis.branch is None or not axis.exact or width == count or rng.random() < 0.3:
             continue
-        if axis.layer not in gone and (axis.layer, axis.kind) not in without:
+        if axis.layer not in gone and (axis.layer, axis.branch) not in without:
             kept[name] = tuple(sorted(rng.sample(range(count), width)))
     return plan_of(structure, kept)
 

@@ -363,8 +363,7 @@ def counted() -> list[dict[str, Any]]:
         structure = infer_structure(config)
         for method, kind in METHODS.items():
             asked = kind(RATIO, repair="least_squares", num_samples=samples, seq_len=length)
-            experts = getattr(config, "num_experts_per_tok", None)
-            price = count_price(structure, asked, [length] * samples, config.hidden_size, 2, experts)
+            price = count_price(structure, asked, [length] * samples, config.hidden_size, 2)
             layers = [0] * len(structure.layer_paths)
             for tensor, owner in structure.owners.items():
                 layers[owner.layer] += structure.numel(tensor)
