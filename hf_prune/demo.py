@@ -13,7 +13,7 @@ from rich.text import Text
 from transformers import AutoModelForCausalLM
 
 from hf_prune.atomic import replaced_file
-from hf_prune.checkpoint.saving import save_pruned
+from hf_prune.checkpoint.saving import check_directory, save_pruned
 from hf_prune.config import LLMPrunerConfig, MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig
 from hf_prune.data import load_text
 from hf_prune.errors import CheckpointError
@@ -67,6 +67,8 @@ def run_demo(output: Path, *, model_dir: Path = MODEL_DIR) -> None:
     dense = load_model(str(model_dir), dtype="float32")
     tokenizer = load_tokenizer(str(model_dir), required=True)
     assert tokenizer is not None
+    checkpoint = output / "pruned"
+    check_directory(checkpoint.absolute(), dense)
     structure = infer_structure(dense)
     name = f"{type(dense).__name__}, {num_parameters(dense):,} parameters"
     console.print(Text(f"Pruning a small {name} without retraining it.", style="bold"))
@@ -75,7 +77,6 @@ def run_demo(output: Path, *, model_dir: Path = MODEL_DIR) -> None:
     console.print(comparison_table(rows, title="Perplexity on text that the model was not trained on"))
 
     output.mkdir(parents=True, exist_ok=True)
-    checkpoint = output / "pruned"
     pruned, plan = results[SAVED].model, results[SAVED].plan
     perplexities = {"dense": rows[0]["perplexity"], "pruned": rows[1 + list(results).index(SAVED)]["perplexity"]}
     console.print(Text(f"\nSaved and reloaded: {SAVED[0]}, {SAVED[1]:.0%}", style="bold"))

@@ -10,9 +10,10 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 FORKS = multiprocessing.get_context("forkserver")
-OURS = ("cli", "pipeline", "sweep", "recovery.recover", "checkpoint.saving", "printing")
+OURS = ("cli", "pipeline", "sweep", "recovery.recover", "checkpoint.saving", "printing", "demo", "exporting.gguf")
 THEIRS = ("transformers.models.llama.modeling_llama", "matplotlib.pyplot", "peft")
 FORKS.set_forkserver_preload([*(f"hf_prune.{name}" for name in OURS), *THEIRS])
 WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
@@ -80,6 +81,11 @@ def _run(folder, words, at, what, counted, log):
     from hf_prune.cli import app
 
     logging.disable_progress_bar()
+    if words[0] == "demo":  # of a tiny model, one method
+        from hf_prune import demo
+
+        demo.run_demo.__kwdefaults__["model_dir"] = Path("../demo")
+        demo.RUNS, demo.SAVED = {"magnitude": demo.RUNS["magnitude"]}, ("magnitude", 0.3)
     try:
         app(words)
     finally:

@@ -7,10 +7,13 @@ import os
 import random
 import shutil
 import subprocess
+from importlib.util import find_spec
 
 import pytest
 import tiny
 from killing import FORKS, command, hold
+from served import save as save_served
+from served import tiny_served_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_prune import MagnitudeConfig, prune
@@ -39,11 +42,36 @@ COMMANDS = {
     "sweep": ["sweep", "../dense", "out", *ROWS, *TEXT],
     "recover": ["recover", "../pruned", "out", *TRAIN, "--seq-len", 16, "--use-cpu", "--disable-tqdm", 1, "--resume"],
 }
+WRITERS = {
+    "export, plain": ["export", "../pruned", "out", "--format", "plain"],
+    "export, gguf": ["export", "../served", "out", "--format", "gguf"],
+    "export, onnx": ["export", "../pruned", "out", "--format", "onnx"],
+    "quantise": ["quantise", "../pruned", "out"],
+    "demo": ["demo", "--output", "out"],
+}
+"""What is short: nothing is kept on the way."""
+READERS = {
+    "eval": ["eval", "../pruned", "--text", "../text.txt", "--window", 32],
+    "inspect": ["inspect", "../dense", "--verify"],
+}
+writers = pytest.mark.parametrize(
+    "name",
+    [
+        *COMMANDS,
+        "export, plain",
+        "export, gguf",
+        pytest.param("export, onnx", marks=pytest.mark.skipif(KILLS <= 3, reason="slow: one of `make kills`")),
+        pytest.param("quantise", marks=pytest.mark.skipif(not find_spec("torchao"), reason="needs torchao")),
+        "demo",
+    ],
+)
 
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
+    tiny.write_demo_model(folder / "demo")
+    save_served(folder / "served", tiny_served_model("llama", "different"))
     tiny.write_checkpoint(folder / "dense", num_layers=3)
     tiny.write_text(folder / "text.txt", 1000, seed=1)
     dense = AutoModelForCausalLM.from_pretrained(folder / "dense")
@@ -61,7 +89,7 @@ def whole(material):
         if name not in known:
             folder = material / f"whole {name}"
             folder.mkdir()
-            known[name] = folder, command(folder, COMMANDS[name])
+            known[name] = folder, command(folder, (COMMANDS | WRITERS | READERS)[name])
             assert known[name][1].code == 0, known[name][1].output
         return known[name]
 
@@ -70,6 +98,8 @@ def whole(material):
 
 def bits(output):
     """What a command made; of a sweep what does not depend on the clock."""
+    if output.is_file():
+        return output.read_bytes()
     if not (output / "results.json").exists():
         return {path.name: path.read_bytes() for path in output.iterdir()}
     found = json.loads((output / "results.json").read_text())
@@ -109,18 +139,30 @@ def test_a_stopped_command_ends_with_the_same_bits(material, whole, name):
     assert {path.name for path in folder.iterdir()} == {path.name for path in complete.iterdir()}
 
 
-@pytest.mark.parametrize("name", list(COMMANDS))
+@writers
 def test_a_full_disk_changes_nothing(material, whole, name):
     """From some write on nothing more can be written."""
     draw = random.Random(name)
     for number in range(max(1, KILLS // 3)):
         folder = material / f"full {name} {number}"
         old = fill(material, folder, name)
-        at = draw.randint(1, whole(name)[1].writes * 3 // 4)
-        check_refusal(command(folder, [*COMMANDS[name], *overwriting(name)], at=at, what="full"), folder, old)
+        writes = whole(name)[1].writes
+        at = draw.randint(1, writes * 3 // 4 if writes > 9 else writes // 2)  # the last ones take no room
+        words = [*(COMMANDS | WRITERS)[name], *overwriting(name)]
+        check_refusal(command(folder, words, at=at, what="full"), folder, old)
 
 
-@pytest.mark.parametrize("name", list(COMMANDS))
+@pytest.mark.parametrize("name", list(READERS))
+def test_what_only_reads_needs_no_disk(material, whole, name):
+    folder = material / f"full {name}"
+    folder.mkdir()
+    ended = command(folder, READERS[name], at=1, what="full")
+    assert ended.code == 0, ended.output
+    assert ended.writes == whole(name)[1].writes == 0
+    assert list(folder.iterdir()) == []
+
+
+@writers
 def test_a_small_disk_changes_nothing(material, whole, name):
     folder, draw = material / f"small {name}", random.Random(name)
     folder.mkdir()
@@ -132,23 +174,26 @@ def test_a_small_disk_changes_nothing(material, whole, name):
     try:
         inner = folder / "inner"
         (folder / "text.txt").symlink_to(material / "text.txt")
-        for model in ("dense", "pruned"):
+        for model in ("dense", "pruned", "served", "demo"):
             (folder / model).symlink_to(material / model)
         inner.mkdir()
-        check_refusal(command(inner, COMMANDS[name]), inner, {})
+        check_refusal(command(inner, (COMMANDS | WRITERS)[name]), inner, {})
     finally:
         subprocess.run(["umount", folder], check=True)
 
 
 def overwriting(name):
-    return [] if name == "sweep" else ["--overwrite"]
+    return [] if name in ("sweep", "demo") else ["--overwrite"]
 
 
 def fill(material, folder, name):
     """An older checkpoint in place of the output, where a command may replace one."""
     folder.mkdir()
-    if name == "sweep":
+    if name in ("sweep", "demo"):
         return {}
+    if name == "export, gguf":
+        (folder / "out").write_bytes(b"GGUF of an earlier export")
+        return bits(folder / "out")
     shutil.copytree(material / "pruned", folder / "out")
     return bits(folder / "out")
 
@@ -160,8 +205,9 @@ def check_refusal(ended, folder, old):
     assert "space" in said
     assert leftovers(folder) == []
     assert not old or bits(folder / "out") == old
-    if not old and (folder / "out").exists():  # a sweep that had begun
+    if not old and (folder / "out").exists():  # a sweep or a demo that had begun
         assert not (folder / "out" / "config.json").exists()
+        assert not (folder / "out" / "pruned").exists() or not verify_checkpoint(folder / "out" / "pruned")
 
 
 # --- one run at a time ------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_law_1_keep_all_changes_no_bit(family):
 
 
 @families
-@settings(max_examples=3, phases=PHASES)
+@settings(max_examples=2, phases=PHASES)
 @given(seed=seeds)
 def test_laws_2_and_4_masked_is_sliced_and_counts_are_exact(family, seed):
     model, structure = shared_model(family), shared_structure(family)
@@ -115,7 +115,7 @@ def check_shapes(pruned, structure, plan):
 
 
 @families
-@settings(max_examples=2, phases=PHASES)
+@settings(max_examples=1, phases=PHASES)
 @given(seed=seeds)
 def test_law_4_hidden_and_layers_together_have_the_predicted_count_and_run(family, seed):
     model, structure = shared_model(family), shared_structure(family)
@@ -250,8 +250,8 @@ for directory in sys.argv[1:]:
         parameter.data = parameter.data.clone()
     with torch.no_grad():
         logits = model(input_ids=expected["ids"], use_cache=False).logits
-        if not torch.allclose(logits, expected["logits"], rtol=0, atol=1e-5):  # processes may take other kernels
-            wrong.append(directory)
+        if not torch.equal(logits, expected["logits"]):
+            wrong.append((directory, float((logits - expected["logits"]).abs().max())))
 print("wrong:", wrong)
 """
 
@@ -401,13 +401,14 @@ def test_a_pruned_model_can_be_pruned_again(family, tmp_path):
     once = apply_plan(shared_model(family), shared_structure(family), first_plan(shared_structure(family)))
     structure = infer_structure(once)
     removed = len(structure.layer_paths) - 1
-    for kept in (random_kept(structure, random.Random(family)), without(structure, "layers", removed)):
-        plan = make_plan(structure, kept)
-        twice = apply_plan(once, structure, plan)
-        check_shapes(twice, structure, plan)
-        expected = masked_logits(once, structure, plan)
-        assert_close(logits(twice), expected)
-        assert_far(expected, logits(once))
+    kept = random_kept(structure, random.Random(family))
+    kept = {name: units for name, units in kept.items() if structure.axes[name].layer != removed}
+    plan = make_plan(structure, kept | without(structure, "layers", removed))
+    twice = apply_plan(once, structure, plan)
+    check_shapes(twice, structure, plan)
+    expected = masked_logits(once, structure, plan)
+    assert_close(logits(twice), expected)
+    assert_far(expected, logits(once))
     twice.save_pretrained(tmp_path)
     loaded = load(tmp_path)
     if family == "mixtral":

@@ -45,9 +45,12 @@ CASES = {
     for name in CONFIGS
     for num_windows in (2, 5)
     for where in ("memory", "disk")
-    if (family == "llama" or name in EXPERTS)
-    and (where == "disk") == (num_windows == 2 and name in ON_DISK)
-    and (name != "repair without data" or num_windows == 2)  # which looks at none
+    if (
+        (name in ON_DISK if where == "disk" else num_windows == 5 and name != "repair without data")
+        if family == "llama"
+        else where == "memory" and name in EXPERTS
+    )
+    and num_windows == (5 if where == "memory" and family == "llama" else 2)
 }
 """Batches hold two windows: one batch, so that a process has none, and three batches, the last of one window."""
 WORKER = """

@@ -35,7 +35,6 @@ from hf_prune.layers.masking import masked
 from hf_prune.methods import score
 from hf_prune.plan import PruningPlan, prunable_units
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery import configuring
 from hf_prune.surgery.pruning import apply_plan
 
 if TYPE_CHECKING:
@@ -89,7 +88,6 @@ def main() -> int:
     first = min(result["cases"] for result in results.values())
     models = {family: small_model(family) for family in arguments.only}
     structures = {family: infer_structure(model) for family, model in models.items()}
-    find_knobs_once()
     gc.freeze()  # models of all families: no need to look at them again and again
     gc.set_threshold(50_000, 20, 50)
     broken = 0
@@ -114,19 +112,6 @@ def main() -> int:
         total = sum(len(result["broken"]) for result in every)
         print(f"{sum(result['cases'] for result in every):,} cases, {total} broken laws")
     return 1 if broken else 0
-
-
-def find_knobs_once() -> None:
-    """The attributes that hold widths depend on the model, not on the plan: they are looked for once per family."""
-    found: dict[int, Any] = {}
-    find_knobs = configuring.find_knobs
-
-    def known(config: Any, structure: Structure, cls: Any) -> Any:
-        if id(structure) not in found:
-            found[id(structure)] = find_knobs(config, structure, cls)
-        return found[id(structure)]
-
-    configuring.find_knobs = known
 
 
 def note(result: dict[str, Any], family: str, seed: int, outcomes: dict[str, str]) -> int:
