@@ -87,7 +87,8 @@ def tiny(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**SETTINGS[family][1], **changes}))
+        settings = SETTINGS.get(family, SETTINGS["mixtral"])[1]
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**{**settings, **changes}))
         with torch.no_grad():
             for tensor in (*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("_bias"))):
                 tensor.add_(0.2 * torch.randn_like(tensor))
@@ -147,6 +148,17 @@ def test_numbers_of_experts_that_are_computed_with_fix_them():
     assert not any(axis.prunable for axis in axes)
     with pytest.raises(StructureError, match="chosen in groups"):
         hf_prune.prune(tiny("deepseek_v3", n_group=2, topk_group=1), RandomConfig(0.3, axes=("expert",)))
+
+
+def test_experts_that_are_chosen_as_maxima():
+    model = tiny("phimoe")
+    structure = infer_structure(model)
+    plan = make_plan(structure, {"layers.1.experts": (0, 3), "layers.2.experts": (1, 2, 3)})
+    assert {axis.least for axis in structure.axes_of("expert")} == {2}
+    with masked(model, structure, plan):
+        expected = logits(model)
+    assert distance(logits(apply_plan(model, structure, plan)), expected) < 1e-6
+    assert distance(logits(model), expected) > 1e-3
 
 
 def test_positions_of_a_sequence_are_no_experts():

@@ -198,6 +198,40 @@ def test_rows_of_a_system_of_equations_cannot_go():
     assert found["w"] == "C , b"
 
 
+def maxima(scores):
+    first = scores.max(-1, keepdim=True)[1]
+    return torch.cat([first, scores.scatter(-1, first, -torch.inf).max(-1, keepdim=True)[1]], -1)
+
+
+@pytest.mark.parametrize(
+    ("choose", "free"),
+    [
+        (lambda scores: scores.topk(2)[1], True),
+        (lambda scores: scores.topk(2)[1].to(torch.int32).t().contiguous().t(), True),
+        (maxima, True),
+        (lambda scores: scores.topk(2)[1] % 5, False),  # which numbers come out depends on how many there are
+        (lambda scores: scores.topk(2)[1].flip(-1).sort(-1)[0], False),
+        (lambda scores: scores.argsort(-1)[:, :2], False),
+        (lambda scores: torch.ones(5).topk(2)[1].expand(len(scores), 2), False),
+    ],
+)
+def test_what_is_looked_up_by_a_choice_lies_on_the_axis_that_it_chooses_from(choose, free):
+    def mixture(x, router, bias, experts):
+        flat = x.reshape(-1, D)
+        chosen = choose((F.linear(flat, router) + bias).softmax(-1))
+        return experts[chosen.reshape(-1)] @ flat.repeat_interleave(2, 0)[..., None]
+
+    found, tracer = traced(mixture, router=(5, D), bias=(5,), experts=(5, 8, D))
+    axes = [found["router"][0], found["bias"][0], found["experts"][0]]
+    if free:
+        assert axes == ["c", "c", "c"]
+    else:
+        assert axes[2].isupper()
+    if free:
+        bias = next(own for own in tracer.known.values() if own.parameter == "bias")
+        assert [atom.chosen for atom in leaves(bias.terms[0])] == [2]
+
+
 def test_experts_visited_one_by_one_are_all_seen():
     def experts(x, router, first, second):
         flat = x.reshape(-1, D)

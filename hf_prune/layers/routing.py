@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,13 +42,14 @@ def never_chosen(
             runs. `None` for all. Where none stays, the first one does: a token must be sent somewhere.
     """
     members = structure.members[axis]
-    routers: list[tuple[Tensor, Tensor]] = [
-        (model.get_parameter(m.parameter), lay.unit_ids(structure.layouts[m.parameter][m.dim], axis))
+    routers = [
+        (*_place(model, m.parameter), lay.unit_ids(structure.layouts[m.parameter][m.dim], axis))
         for m in members
         if m.role == "producer" and len(structure.layouts[m.parameter]) == 2
     ]
     paths = [member.parameter.split(".")[:-1] for member in members]
-    shared = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+    alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    root = model.get_submodule(".".join(parts[0] for parts in alike))
     running: list[contextlib.ExitStack] = []
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -57,13 +59,18 @@ def never_chosen(
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         running.pop().close()
 
-    root = model.get_submodule(".".join(shared))
     handles = [root.register_forward_pre_hook(enter), root.register_forward_hook(leave, always_call=True)]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module and the name there of a parameter, which is another tensor each time that it is loaded."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
 
 
 Choice = tuple[Tensor, Tensor, Tensor]
@@ -127,10 +134,12 @@ def watching_choices(
 class _NeverChosen(TorchFunctionMode):
     """Fills the logits of masked experts, and leaves them out where top-k chooses."""
 
-    def __init__(self, routers: list[tuple[Tensor, Tensor]], num_units: int, mask: Tensor | None) -> None:
+    def __init__(self, routers: list[tuple[nn.Module, str, Tensor]], num_units: int, mask: Tensor | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._routers = list(routers)
-        """Weights, casts and transposes of them, each with the unit of every logit (-1: of none)."""
+        self._routers = routers
+        """Where weights are, and for each the unit of every logit (-1: of none)."""
+        self._copies: list[tuple[Tensor, Tensor]] = []
+        """Casts and transposes of them."""
         self._units = torch.arange(num_units)
         self._gone = None
         if mask is not None:
@@ -146,13 +155,14 @@ class _NeverChosen(TorchFunctionMode):
             return torch.return_types.topk((args[0].gather(-1, chosen), chosen))  # type: ignore[attr-defined]
         result = func(*args, **kwargs)
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        units = next((ids for weight, ids in self._routers for value in given if value is weight), None)
+        weights = [*((module._parameters[name], ids) for module, name, ids in self._routers), *self._copies]
+        units = next((ids for weight, ids in weights for value in given if value is weight), None)
         if units is None or not isinstance(result, Tensor):
             return result
         if func in _PRODUCTS:
             return self._without(result, units)
         if result.dim() == 2 and result.numel() == given[0].numel():
-            self._routers.append((result, units))
+            self._copies.append((result, units))
         return result
 
     def _without(self, logits: Tensor, units: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from hf_prune.structure.unify import (
     Prod,
     Term,
     fix,
+    leaves,
     mix,
     unify,
 )
@@ -67,6 +68,12 @@ class Call:
     def fix(self, term: Term) -> None:
         """Entries of this dimension cannot be removed."""
         fix(term, self.why)
+
+    def chosen(self, term: Term, number: int, output: int) -> None:
+        """Integers of an output name entries of a dimension, of which this operation chooses so many."""
+        self.tracer.known[id(self.outputs[output])].chooses = term
+        for atom in leaves(term):
+            atom.chosen = max(atom.chosen, number)
 
     def fixed(self, size: int) -> Atom:
         """A new dimension whose entries cannot be removed."""

@@ -12,7 +12,6 @@ from hf_prune.structure.unify import (
     Atom,
     Term,
     fix,
-    leaves,
 )
 
 if TYPE_CHECKING:
@@ -145,14 +144,12 @@ def order(call: Call) -> None:
     traced = call[source]
     dim = call.kwargs.get("dim", call.arg(2 if call.name.startswith("topk") else 1, -1))
     chosen = call.name == "topk" and not traced.origin.constant
-    if chosen:
-        for atom in leaves(traced.terms[dim]):
-            atom.chosen = max(atom.chosen, call.args[1])
-    else:
+    if not chosen:
         call.fix(traced.terms[dim])
     for position, output in enumerate(call.outputs):
         terms = list(traced.terms)
         if chosen or output.shape[dim] != source.shape[dim]:
             terms[dim] = call.fixed(output.shape[dim]) if output.shape[dim] > 1 else ONE
-        chooses = traced.terms[dim] if chosen and position == 1 else None
-        call.give(terms, position, like=Traced([], call.origin, chooses=chooses))
+        call.give(terms, position)
+    if chosen:
+        call.chosen(traced.terms[dim], call.args[1], 1)

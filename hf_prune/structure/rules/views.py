@@ -217,6 +217,9 @@ def cat(call: Call) -> None:
     if len(tensors) > 1:
         terms[dim] = _joined(call, [call[t].terms[dim] for t in tensors])
     call.give(terms)
+    chooses = [call[t].chooses for t in tensors]
+    if chooses[0] is not None and all(c is not None and resolve(c) is resolve(chooses[0]) for c in chooses):
+        call.chosen(chooses[0], call.outputs[0].shape[dim], 0)  # one choice after another
 
 
 def _joined(call: Call, found: list[Term]) -> Term:
