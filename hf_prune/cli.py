@@ -100,7 +100,9 @@ def main(
         raise typer.Exit
 
 
-Model = Annotated[str, typer.Argument(help="Directory or Hub id of a causal LM.", metavar="MODEL")]
+Model = Annotated[
+    str, typer.Argument(help="Directory or Hub id of a causal LM, or of one that reads images.", metavar="MODEL")
+]
 Device = Annotated[
     str | None, typer.Option(help="cpu (the default), cuda, cuda:1, ...", metavar="NAME", rich_help_panel=RUN)
 ]
@@ -122,6 +124,13 @@ Table = Annotated[
 BatchSize = Annotated[
     int, typer.Option(help="Windows in a forward pass.", metavar="N", rich_help_panel=RUN, show_default=False)
 ]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let code of the checkpoint run.", rich_help_panel=RUN),
+]
+Dequantise = Annotated[
+    bool, typer.Option("--dequantise", help="Make plain weights of quantised ones.", rich_help_panel=RUN)
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the checkpoint in the output.", rich_help_panel=RUN)
 ]
@@ -141,20 +150,22 @@ def inspect(
     context: Annotated[int, typer.Option(help="For --fit: tokens in the cache of each sequence.")] = 4096,
     batch: Annotated[int, typer.Option(help="For --fit: sequences at a time.")] = 1,
     bits: Annotated[int, typer.Option(help="For --fit: 4, 8, 16 or 32 bits of each weight.")] = 16,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Show which axes a model has, what can be pruned, and what cannot and why. Needs config.json only."""
     from hf_prune import inspection, printing
     from hf_prune.loading import load_config, load_model
 
+    if fit is not None and verify:
+        raise ConfigError("--fit needs no weights and --verify does: ask one question at a time.")
+    config = load_config(model, trust_remote_code=trust_remote_code)
     if fit is not None:
-        if verify:
-            raise ConfigError("--fit needs no weights and --verify does: ask one question at a time.")
-        found = inspection.inspect_fit(load_config(model), fit, context=context, batch=batch, bits=bits)
+        found = inspection.inspect_fit(config, fit, context=context, batch=batch, bits=bits)
         _print_json({"rows": found}) if as_json else printing.print_rows(found)
         return
-    config = load_config(model)
-    report = inspection.inspect_config(config)
-    checks = inspection.verify(load_model(model, device=device, dtype=dtype, config=config)) if verify else []
+    report, checks = inspection.inspect_config(config), []
+    if verify:
+        checks = inspection.verify(load_model(model, device=device, dtype=dtype, config=config))
     if as_json:
         verified = [{"kind": c.kind, "difference": c.difference, "effect": c.effect, "equal": c.equal} for c in checks]
         _print_json(report.to_dict() | ({"verification": verified} if verify else {}))
@@ -224,6 +235,8 @@ def prune(
     ] = False,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+    dequantise: Dequantise = False,
     **fields: Any,
 ) -> None:
     """Prune a model and save it: weights, widths in config.json, plan, tokenizer, card.
@@ -236,9 +249,10 @@ def prune(
         fields |= {"pruning_ratio": 0.5, "budget": "memory"}
     elif vocabulary and not any((config, preset, fields["method"], fields["pruning_ratio"])):
         fields |= {"pruning_ratio": 0.0, "method": "custom"}  # nothing else goes
-    chosen = read_config(config, fields, _preset(preset, model, fields))
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dequantise": dequantise}
+    chosen = read_config(config, fields, _preset(preset, model, fields, where))
     if fit is not None:
-        chosen = _fitted(chosen, model, fit)
+        chosen = _fitted(chosen, model, fit, where)
     if output is None and not dry_run:
         raise ConfigError("no output directory was given: name one after the model, or pass --dry-run.")
 
@@ -248,7 +262,7 @@ def prune(
     from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
     from hf_prune.latency import LatencyTable
     from hf_prune.layers.processes import reserved_for_all
-    from hf_prune.loading import load_tokenizer
+    from hf_prune.loading import load_processor, load_tokenizer
 
     target = None if dry_run else output
     if target is not None:
@@ -260,7 +274,8 @@ def prune(
         check_apart(target, model=model, **texts, config=config, latency_table=latency_table, **read)
         check_directory(target.absolute(), overwrite=overwrite)
     table = LatencyTable.load(latency_table) if latency_table is not None else None
-    tokenizer = load_tokenizer(model, required=calibration is not None or vocabulary is not None)
+    needed = calibration is not None or vocabulary is not None
+    tokenizer = load_tokenizer(model, required=needed, trust_remote_code=trust_remote_code)
     printing.show_price()
     start = time.perf_counter()
     with reserved_for_all(target) if target is not None else nullcontext():
@@ -278,12 +293,15 @@ def prune(
             device=device,
             dtype=dtype,
             output=target,
+            **where,
         )
         prune_s = time.perf_counter() - start
         if int(os.environ.get("RANK", "0")):  # one of several processes: the first one saves and prints
             return
         if target is not None:
-            save_pruned(result.model, target, plan=result.plan, tokenizer=result.tokenizer, report=_quality(result))
+            processor = load_processor(model, result.model.config, trust_remote_code=trust_remote_code)
+            reads = processor or result.tokenizer
+            save_pruned(result.model, target, plan=result.plan, tokenizer=reads, report=_quality(result))
     if as_json:
         quality = {"perplexity_before": result.perplexity_before, "perplexity_after": result.perplexity_after}
         sizes = {
@@ -340,6 +358,7 @@ def sweep(
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: Trust = False,
     **fields: Any,
 ) -> None:
     """Compare methods, allocations and ratios: one table, one picture. Run again to go on where it stopped."""
@@ -357,9 +376,10 @@ def sweep(
     check_apart(output, model=model)
     check_folder(output)
     table = LatencyTable.load(latency_table) if latency_table is not None else None
-    tokenizer = load_tokenizer(model, required=True)
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(model, required=True, **where)
     assert tokenizer is not None
-    described = load_config(model)
+    described = load_config(model, trust_remote_code=trust_remote_code)
     check_config(described)
     check_source(text)
     if calibration:
@@ -401,15 +421,17 @@ def evaluate(
     as_json: AsJson = False,
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Measure a model, dense or pruned: perplexity, parameters, bytes, tokens per second, zero-shot accuracy."""
     from hf_prune import evaluation, printing
     from hf_prune.data import load_text
-    from hf_prune.loading import load_model, load_tokenizer
+    from hf_prune.loading import load_config, load_model, load_tokenizer
 
     content = load_text(text)
-    tokenizer = load_tokenizer(model, required=True)
-    loaded = load_model(model, device=device, dtype=dtype)
+    tokenizer = load_tokenizer(model, required=True, trust_remote_code=trust_remote_code)
+    described = load_config(model, trust_remote_code=trust_remote_code)
+    loaded = load_model(model, device=device, dtype=dtype, config=described)
     assert tokenizer is not None
     quality = evaluation.perplexity(loaded, tokenizer, content, window=window, batch_size=batch_size)
     speed = evaluation.measure_speed(loaded, **evaluation.usual_request(loaded))
@@ -592,7 +614,7 @@ def _vocabulary(sources: list[str] | None) -> Any:
     return sources
 
 
-def _preset(name: str | None, model: str, fields: dict[str, Any]) -> PruningConfig | None:
+def _preset(name: str | None, model: str, fields: dict[str, Any], where: dict[str, Any]) -> PruningConfig | None:
     """The named setting for this model, at the ratio that `fields` give."""
     if name is None:
         return None
@@ -601,17 +623,17 @@ def _preset(name: str | None, model: str, fields: dict[str, Any]) -> PruningConf
 
     if fields.get("pruning_ratio") is None:
         raise ConfigError("--preset needs --pruning-ratio: the fraction to remove, above 0 and below 1.")
-    num_hidden_layers = load_config(model).get_text_config().num_hidden_layers
+    num_hidden_layers = load_config(model, **where).get_text_config().num_hidden_layers
     return LLMPrunerConfig.preset(name, fields["pruning_ratio"], num_hidden_layers)
 
 
-def _fitted(config: PruningConfig, model: str, fit: str) -> PruningConfig:
+def _fitted(config: PruningConfig, model: str, fit: str, where: dict[str, Any]) -> PruningConfig:
     """`config` with the ratio at which the model fits, from config.json alone."""
     from hf_prune.loading import load_config
     from hf_prune.memory import fit_ratio
     from hf_prune.structure.inference import infer_structure
 
-    structure = infer_structure(load_config(model), cache=True)
+    structure = infer_structure(load_config(model, **where), cache=True)
     return dataclasses.replace(config, pruning_ratio=fit_ratio(structure, fit, config))
 
 

@@ -42,6 +42,12 @@ _POSITIONS = ("max_position", "max_target_position", "n_position", "max_seq", "n
 """How names of config attributes begin that hold the number of positions."""
 _OFFSET = 4
 """A table may have so many rows that are no positions (RoBERTa's begin behind that of padding)."""
+UNQUANTISED = (
+    "Prune the model that it was made from, and quantise the pruned one. If there is no other, have it dequantised: "
+    "dequantise=True (--dequantise) for its directory or id, `model.dequantize()` for a model in memory."
+)
+"""What to do about quantised weights."""
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -58,9 +64,8 @@ def check_config(config: PreTrainedConfig, asked: Any = None) -> None:
     """Raise `StructureError` if the model is `quantised`: before weights are loaded."""
     if method := quantised(config, asked):
         raise StructureError(
-            f"the model is quantised (quantization_config: {method}), expected float32, bfloat16 or float16. Prune the "
-            "model that it was made from, and quantise the pruned one. If there is no other, load it dequantised "
-            "(`dequantize=True` in its quantization_config, or `model.dequantize()`) and prune that."
+            f"the model is quantised (quantization_config: {method}), expected float32, bfloat16 or float16. "
+            f"{UNQUANTISED}"
         )
 
 

@@ -17,7 +17,7 @@ from hf_prune.layers.weights import inference, input_device
 from hf_prune.memory import count_memory, fit_ratio, memory_of, usable_bytes
 from hf_prune.methods import score
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.configuring import depends_on_depth
+from hf_prune.surgery.configuring import depends_on_depth, unresizable
 from hf_prune.surgery.expressing import family, find_knobs
 from hf_prune.surgery.pruning import apply_plan
 
@@ -106,6 +106,11 @@ def inspect_config(config: PreTrainedConfig, cls: type[PreTrainedModel] | None =
         StructureError: the model cannot be built or traced from its config.
     """
     structure = infer_structure(config)
+    refused = unresizable(config, structure, cls)
+    axes = {
+        n: dataclasses.replace(a, blocker=a.blocker or refused.get(family(a), "")) for n, a in structure.axes.items()
+    }
+    structure = dataclasses.replace(structure, axes=axes)
     knobs = {name: str(knob) for name, knob in find_knobs(config, structure, cls).items()}
     counted = frozenset(structure.counted("model"))
     alike: dict[tuple[Any, ...], list[Axis]] = {}
@@ -195,6 +200,7 @@ def verify(model: PreTrainedModel, *, pruning_ratio: float = 0.3, seed: int = 0)
         raise ConfigError(f"verification compares logits; found {model.dtype}, expected float32 or float64.")
     structure = infer_structure(model)
     check_model(model, structure, RandomConfig(pruning_ratio), None)
+    refused = unresizable(model.config, structure, type(model))
     generator = torch.Generator().manual_seed(seed)
     vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment]
     ids = torch.randint(vocab_size, (2, 16), generator=generator).to(input_device(model))
@@ -202,8 +208,10 @@ def verify(model: PreTrainedModel, *, pruning_ratio: float = 0.3, seed: int = 0)
     for kind in get_args(AxisKind):
         if not any(axis.prunable and axis.exact for axis in axes_of_kind(structure, kind)):
             continue
-        inexact = tuple(axis.name for axis in axes_of_kind(structure, kind) if axis.prunable and not axis.exact)
-        config = RandomConfig(pruning_ratio, budget="units", axes=(kind,), protect=inexact, seed=seed)
+        kept = tuple(
+            a.name for a in axes_of_kind(structure, kind) if a.prunable and (not a.exact or family(a) in refused)
+        )
+        config = RandomConfig(pruning_ratio, budget="units", axes=(kind,), protect=kept, seed=seed)
         try:
             plan = allocate(score(model, structure, config), structure, config)
         except BudgetError:  # too few units to remove any of them

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import weakref
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_prune.atomic import temporary_directory
-from hf_prune.errors import ConfigError, HFPruneError
+from hf_prune.errors import ConfigError, HFPruneError, StructureError
+from hf_prune.gate import UNQUANTISED, quantised
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_prune.structure.structure import Structure
+
+logger = logging.getLogger(__name__)
 
 LayersOn = Literal["auto", "memory", "disk"]
 
@@ -28,19 +32,76 @@ MEMORY_SHARE = 0.4
 logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
 
-def load_config(name: str, **where: Any) -> PreTrainedConfig:
-    """The config of a directory or Hub id (`where` as for `from_pretrained`); `CheckpointError` if there is none."""
+def load_config(name: str, *, dequantise: bool = False, **where: Any) -> PreTrainedConfig:
+    """The config of a directory, Hub id or GGUF file.
+
+    Args:
+        name: of the directory, Hub id, or GGUF file in one of these.
+        dequantise: have the weights of a quantised model loaded as plain ones.
+        **where: as for `from_pretrained`.
+
+    Raises:
+        CheckpointError: there is none.
+        StructureError: weights that transformers cannot dequantise, or a GGUF file and `dequantise` is not asked for.
+    """
     from transformers import AutoConfig
 
     from hf_prune.checkpoint.verifying import check_source, not_loaded
 
+    name, where = _located(name, where)
+    where.setdefault("trust_remote_code", False)
+    if "gguf_file" in where and not dequantise:
+        raise StructureError(
+            f"{where['gguf_file']} is a GGUF file, expected float32, bfloat16 or float16 weights. {UNQUANTISED}"
+        )
     check_source(name, where)
+    if Path(name, "adapter_config.json").exists() and not Path(name, "config.json").exists():
+        raise StructureError(
+            f"{name} holds an adapter, expected a model. Merge it: `model = AutoPeftModelForCausalLM.from_pretrained("
+            f"{name!r}).merge_and_unload()` of peft, and prune that, or save it with `model.save_pretrained(...)`."
+        )
     try:
-        return AutoConfig.from_pretrained(name, **where)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
     except (HFPruneError, ImportError):
         raise
     except Exception as error:  # config classes refuse in any way they like
         raise not_loaded(name, "config", error) from error
+    if dequantise:
+        _ask_for_plain_weights(config)
+    return config
+
+
+def _located(name: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A GGUF file as the directory or id, and the file in it, that transformers takes."""
+    folder, _, file = name.rpartition("/")
+    return (folder or ".", {**where, "gguf_file": file}) if name.endswith(".gguf") else (name, where)
+
+
+def _ask_for_plain_weights(config: PreTrainedConfig) -> None:
+    """Have `from_pretrained` dequantise weights as it loads them. Modifies `config`."""
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+    from transformers.quantizers.base import HfQuantizer
+
+    from hf_prune.structure.building import decoder_config
+
+    if not (method := quantised(config)):
+        return
+    settings = [kind for name, kind in AUTO_QUANTIZATION_CONFIG_MAPPING.items() if name.startswith(method)]
+    loaders = [kind for name, kind in AUTO_QUANTIZER_MAPPING.items() if name.startswith(method)]
+    while_loading = any("dequantize" in inspect.signature(kind).parameters for kind in settings)
+    if not while_loading and all(kind._dequantize is HfQuantizer._dequantize for kind in loaders):
+        raise StructureError(
+            f"transformers cannot dequantise {method} weights. Prune the model that this one was made from."
+        )
+    for part in (config, decoder_config(config)):
+        if found := _quantisation(part):
+            part.quantization_config = {**found, "dequantize": True}
+
+
+def _quantisation(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config says of how weights are quantised."""
+    found: Any = getattr(config, "quantization_config", None) or {}
+    return found if isinstance(found, dict) else found.to_dict()  # type: ignore[no-any-return]
 
 
 def load_model(
@@ -52,7 +113,7 @@ def load_model(
     folder: Path | None = None,
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """The causal LM of a directory or Hub id, in evaluation mode.
+    """The model of a directory or Hub id, in evaluation mode: a causal LM, or one that reads images and text.
 
     Args:
         name: of the directory, or Hub id.
@@ -66,17 +127,24 @@ def load_model(
         CheckpointError: there is none, it is damaged, or a tensor is missing.
         ConfigError: no such device or dtype.
     """
+    import transformers
+
     from hf_prune.checkpoint.verifying import load_verified
     from hf_prune.layers.weights import device_map_of
-    from hf_prune.structure.building import build_empty
+    from hf_prune.structure.building import build_empty, has_own_code
 
     _check_target(device, dtype)
-    options: dict[str, Any] = {} if config is None else {"config": config}
+    config = config or load_config(name)
+    name, options = _located(name, {"config": config, "trust_remote_code": has_own_code(type(config))})
+    if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if on_disk:
-        shell = build_empty(config or load_config(name))
+        shell = build_empty(config)
         options |= {"device_map": device_map_of(shell, on_disk, device or "cpu"), "offload_folder": str(folder)}
     model = load_verified(name, dtype=dtype or "auto", **options)
     assert not isinstance(model, tuple)
+    if _quantisation(config).get("dequantize") and getattr(model, "hf_quantizer", None) is not None:
+        model = model.dequantize()
     return model.to(device).eval() if device is not None and not on_disk else model.eval()  # type: ignore[no-any-return]
 
 
@@ -90,7 +158,7 @@ def open_model(
     structure: Structure | None = None,
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedModel:
-    """Load a causal LM for pruning, in evaluation mode: as a whole, or with its decoder layers left on disk.
+    """Load a model for pruning, in evaluation mode: as a whole, or with its decoder layers left on disk.
 
     Args:
         source: directory or Hub id of a safetensors checkpoint.
@@ -115,6 +183,11 @@ def open_model(
     config = config or load_config(str(source))
     load = partial(load_model, str(source), device=device, dtype=dtype, config=config)
     if layers_on == "memory":
+        return load()
+    kind = "gguf" if str(source).endswith(".gguf") else _quantisation(config).get("quant_method")
+    if kind in ("gguf", "bitsandbytes"):  # dequantised when all is loaded
+        if layers_on == "disk":
+            raise ConfigError(f"layers_on='disk' found {kind} weights, which are read as a whole; take 'memory'.")
         return load()
     structure = structure or infer_structure(config)
     needed = structure.num_parameters() * _itemsize(config, dtype)
@@ -152,10 +225,26 @@ def load_tokenizer(name: str, *, required: bool, **where: Any) -> PreTrainedToke
 
     from hf_prune.checkpoint.verifying import check_source, not_loaded
 
+    name, where = _located(name, {"trust_remote_code": False, **where})
     check_source(name, where)
     try:
         return AutoTokenizer.from_pretrained(name, **where)  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError) as error:
         if required:
             raise not_loaded(name, "tokenizer", error) from error
+        return None
+
+
+def load_processor(name: str, config: PreTrainedConfig, **where: Any) -> Any | None:
+    """What a model of images and text reads both with, tokenizer included; `None` for others, or if there is none."""
+    from transformers import AutoProcessor
+
+    from hf_prune.structure.building import decoder_config
+
+    if decoder_config(config) is config:
+        return None
+    try:
+        return AutoProcessor.from_pretrained(name, **{"trust_remote_code": False, **where})
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        logger.warning("saved without what reads images: %s", str(error).splitlines()[0])
         return None

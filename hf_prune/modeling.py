@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_prune.checkpoint.hub import push_to_hub
 from hf_prune.checkpoint.saving import save_pruned
-from hf_prune.checkpoint.verifying import load_verified
+from hf_prune.checkpoint.verifying import OF_CONFIG, load_verified
 from hf_prune.errors import ConfigError
 from hf_prune.pipeline import prune
 
@@ -57,7 +57,7 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
             pruning_config: prune the loaded model by this; without it the checkpoint is loaded as it is.
             calibration: see `hf_prune.prune`.
             tokenizer: for calibration text; by default the checkpoint's own.
-            **kwargs: arguments of `AutoModelForCausalLM.from_pretrained`.
+            **kwargs: arguments of `from_pretrained`, such as `trust_remote_code` and `quantization_config`.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or a tensor is missing.
@@ -74,15 +74,13 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
         from hf_prune.pipeline import calibration_data
         from hf_prune.structure.building import build_empty
 
-        shared = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "gguf_file")
-        where = {name: kwargs[name] for name in shared if name in kwargs}
+        where = {name: kwargs[name] for name in OF_CONFIG if name in kwargs}
         config = kwargs.get("config") or load_config(source, **where)
         check_config(config, kwargs.get("quantization_config"))
         text = is_text(calibration)
         if text or calibration is None:
             tokenizer = tokenizer or load_tokenizer(source, required=text, **where)
-        # an own class may not be known yet, and the model's own answers are not
-        if not kwargs.get("trust_remote_code") and not (text and asks_model(calibration)):  # type: ignore[arg-type]
+        if not (text and asks_model(calibration)):  # type: ignore[arg-type]  # the model's own answers are not known yet
             batches = calibration_data(pruning_config, tokenizer, calibration, batch_size=8)
             check_windows(build_empty(config), batches or ())
         model: Any = load_verified(source, **kwargs)

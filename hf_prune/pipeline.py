@@ -20,14 +20,14 @@ from hf_prune.allocation.planning import allocate, check_ratio
 from hf_prune.allocation.spectral import hill_exponents
 from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
 from hf_prune.calibration import GENERAL, Sources, asks_model, calibration_batches, is_text, parts_of
-from hf_prune.config import PolicyGradientConfig
-from hf_prune.errors import CalibrationError, ConfigError
+from hf_prune.config import PolicyGradientConfig, selected_axes
+from hf_prune.errors import CalibrationError, ConfigError, StructureError
 from hf_prune.evaluation.latency import measure_latency
 from hf_prune.evaluation.perplexity import perplexity_of
 from hf_prune.gate import check_config, check_model, check_room, check_windows, unwrapped
 from hf_prune.layers.price import announce, price_of
 from hf_prune.layers.processes import of_main_process
-from hf_prune.layers.walk import LayerProtocol, Walk
+from hf_prune.layers.walk import LayerProtocol, Walk, images_of
 from hf_prune.layers.weights import fingerprint, is_on_disk
 from hf_prune.layers.work import WorkDir
 from hf_prune.loading import load_config, load_tokenizer, open_model
@@ -38,6 +38,8 @@ from hf_prune.repair import repair_, select_repairable
 from hf_prune.repair.preview import RepairPreview
 from hf_prune.structure.building import build_empty
 from hf_prune.structure.inference import infer_structure
+from hf_prune.surgery.configuring import unresizable
+from hf_prune.surgery.expressing import family
 from hf_prune.surgery.pruning import PrunedLayers
 from hf_prune.surgery.slicing import renumber
 from hf_prune.vocabulary import kept_tokens, prune_tokenizer, spelled
@@ -133,20 +135,26 @@ def prune(
     device: str | None = None,
     dtype: str | None = None,
     output: str | Path | None = None,
+    trust_remote_code: bool = False,
+    dequantise: bool = False,
 ) -> PruningResult:
-    """Prune a causal LM, in memory or with its decoder layers on disk. What is given is not changed.
+    """Prune a causal LM, or that inside of a model of images, in memory or with its decoder layers on disk.
+
+    What is given is not changed.
 
     Of a model on disk one layer is in memory at a time, in all methods, repair and allocations; scores and plan are
     those of the model in memory, bit for bit (float32 on a CPU). The pruned model is then on disk too, in temporary
     files or in `work_dir`; `save_pruned` writes it as a checkpoint.
 
     Args:
-        source: any causal LM of transformers, or the directory or Hub id of one.
+        source: any causal LM of transformers, or model that reads images and text (its decoder is pruned, what reads
+            images stays as it is); or the directory or Hub id of one.
         config: what to remove, and how.
         tokenizer: needed if `calibration` is text; default: that of `source` where it is a directory or id.
         calibration: for methods that need data: texts (files, Hub datasets, weighted mixtures of them, `self`: see
-            `calibration_batches`), or batches with `input_ids` `[B, T]`. Default: the bundled mixture `general`. Of
-            texts some windows are left out, to measure both models on.
+            `calibration_batches`), or batches with `input_ids` `[B, T]`, and with images where the model reads them:
+            one sample each, as its processor gives it. Default: the bundled mixture `general`. Of texts some windows
+            are left out, to measure both models on.
         batch_size: windows per forward pass while scoring; does not change the result beyond rounding.
         latency: table of `measure_latency`, for the budget `latency` (default: measured where the model is).
         scores: scores of this model, if they are known (`PruningResult.scores` of a run at another ratio).
@@ -159,6 +167,8 @@ def prune(
         device: where layers run, for a directory or id; default: the CPU.
         dtype: of the weights in memory, likewise; default: the checkpoint's own.
         output: where the pruned model will be saved; nothing is written there, but that it has room is checked now.
+        trust_remote_code: whether code that comes with the checkpoint of a directory or id may run.
+        dequantise: make plain weights of the quantised ones of a directory, id or GGUF file.
 
     Returns:
         The pruned model with its plan, structure and scores, and the perplexity of both models.
@@ -172,11 +182,12 @@ def prune(
     if config.pruning_ratio == 0 and vocabulary is None:
         raise ConfigError("pruning_ratio: found 0, which removes nothing, expected one above 0, or a vocabulary.")
     if opens:
-        described = load_config(str(source))
+        described = load_config(str(source), trust_remote_code=trust_remote_code, dequantise=dequantise)
         check_config(described)
         model = build_empty(described)  # tells what text it can read, before weights are loaded
         if tokenizer is None and (calibration is None or is_text(calibration) or vocabulary is not None):
-            tokenizer = load_tokenizer(str(source), required=vocabulary is not None or calibration is not None)
+            needed = vocabulary is not None or calibration is not None
+            tokenizer = load_tokenizer(str(source), required=needed, trust_remote_code=trust_remote_code)
     else:
         model = unwrapped(source)
         if layers_on == "disk" and not is_on_disk(model):
@@ -220,6 +231,7 @@ def prune(
     if is_on_disk(model) or work is not None:
         announce(price)
     check_ratio(structure, config, latency)
+    _check_resizable(model, structure, config)
     plan, found = decide(
         model, structure, config, batches, latency=latency, scores=scores, work=work, protocol=protocol
     )
@@ -242,6 +254,18 @@ def prune(
     if not windows:
         return PruningResult(pruned, plan, structure, found, tokenizer=smaller)
     return PruningResult(pruned, plan, structure, found, *_measured(walk, pruned, structure, plan, windows), smaller)
+
+
+def _check_resizable(model: PreTrainedModel, structure: Structure, config: PruningConfig) -> None:
+    """Refuse axes that are asked for and that the model's code does not let go, before anything is scored."""
+    asked = {family(axis): axis.kind for axis in selected_axes(structure, config) if axis.layer is not None}
+    reasons = unresizable(model.config, structure, type(model), held=False) if asked else {}
+    for name, reason in reasons.items():
+        if name in asked:
+            raise StructureError(
+                f"the axes 'layers.*.{name}' cannot be pruned: {reason} Leave out the axes {asked[name]!r}, or protect "
+                f"these (protect=('layers.*.{name}',))."
+            )
 
 
 def _measured(
@@ -414,6 +438,8 @@ def identity(
     for batch in batches or ():
         ids = batch["input_ids"]
         text.update(f"{tuple(ids.shape)}".encode() + ids.to("cpu", torch.int64).numpy().tobytes())
+        for name, value in images_of(batch).items():
+            text.update(f"{name} {value.tolist() if isinstance(value, torch.Tensor) else value}".encode())
     settings = {name: value for name, value in scoring_settings(config).items() if name not in _WITH_RATIO}
     return {"model": fingerprint(model), "text": text.hexdigest(), **settings}
 

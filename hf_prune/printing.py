@@ -77,7 +77,8 @@ def print_inspection(report: InspectionReport) -> None:
         _print("\n".join(_remarks(row)))
     if report.missing:
         _print(f"not found: {', '.join(report.missing)}")
-    _print(f"quantised ({report.quantised}): prune the model that it was made from" if report.quantised else "")
+    instead = "prune the model that it was made from, or pass --dequantise"
+    _print(f"quantised ({report.quantised}): {instead}" if report.quantised else "")
     for operation, module in report.without_rule.items():
         _print(f"no rule for operation {operation} (first in {module}): the axes it touches stay whole")
 
@@ -123,7 +124,7 @@ def print_outcome(
     measured = "not measured: no text was given, or no window of it is left to measure on"
     if before is not None and after is not None:
         measured = f"{before:,.4g} → {after:,.4g} on text that was not calibrated with"
-    loads = "`import hf_prune` before AutoModelForCausalLM" if plugin else "stock transformers (a plain checkpoint)"
+    loads = "transformers, after `import hf_prune`" if plugin else "stock transformers (a plain checkpoint)"
     rows = [
         ("saved", "nothing (dry run)" if output is None else str(output)),
         ("loads with", loads),

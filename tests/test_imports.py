@@ -17,11 +17,11 @@ HEAVY = ("torch", "transformers", "peft", "datasets", "matplotlib", "lm_eval", "
 # docs/design.md: a stage imports from earlier stages and from itself. The first prefix that fits counts.
 STAGES = {
     "checkpoint.per_layer": 0,  # the leaves: nothing of ours but errors; surgery and structure build with them
-    "checkpoint.loud": 0,
     "errors": 0,
     "atomic": 0,
     "reading": 0,
     "structure": 1,
+    "checkpoint.loud": 2,  # surgery asks it
     "config": 1,
     "data": 1,
     "plan": 2,

@@ -320,7 +320,9 @@ class CustomLayer(nn.Module):
         if self.what == "op without a rule":
             inner = torch.fft.fft(inner).real
         elif self.what == "data-dependent":
-            inner = inner[inner.sum(-1) > 0][None]
+            inner = inner * inner.sum().item()
+        elif self.what == "masked rows":
+            inner[inner.sum(-1) > 0] = inner[inner.sum(-1) > 0] + 1
         return hidden_states + self.down(torch.relu(inner))
 
 
@@ -351,6 +353,21 @@ def test_a_custom_architecture_is_inferred():
     assert structure.widths["layers.1.mlp"] == 24
     assert structure.axes["layers.1.mlp"].prunable
     assert structure.axes["hidden"].num_units == 16
+
+
+def test_entries_that_a_mask_takes_keep_their_other_dimensions():
+    assert infer_structure(CustomModel(CustomConfig(what="masked rows"))).axes["layers.1.mlp"].prunable
+
+
+def test_heads_with_modules_of_their_own_are_named_and_not_pruned():
+    from transformers import StableLmConfig
+
+    sizes = {"vocab_size": 64, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "qk_layernorm": True}
+    structure = infer_structure(StableLmConfig(**sizes, **heads))
+    axis = structure.axes["layers.1.attention"]
+    assert (axis.num_units, axis.blocker) == (6, "each of its heads has modules of its own")
+    assert [axis.name for axis in structure.axes_of("mlp")] == ["layers.0.mlp", "layers.1.mlp"]
 
 
 def test_an_op_without_a_rule_blocks_what_it_touches_and_is_named():

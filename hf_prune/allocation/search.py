@@ -28,7 +28,7 @@ from hf_prune.layers.losses import divergence
 from hf_prune.layers.masking import masked
 from hf_prune.layers.price import GENERATION
 from hf_prune.layers.processes import of_main_process, sum_over_processes
-from hf_prune.layers.walk import Walk, checked_ids
+from hf_prune.layers.walk import Walk, checked_ids, images_of
 from hf_prune.layers.weights import evaluating
 from hf_prune.plan import make_plan
 
@@ -212,7 +212,7 @@ class _Judge:
         model: nn.Module,
         structure: Structure,
         config: PruningConfig,
-        windows: list[Tensor],
+        windows: Sequence[Batch | Tensor],
         preview: Preview | None,
         work: WorkDir | None,
         protocol: LayerProtocol | None,
@@ -275,12 +275,12 @@ class _Judge:
         return hashlib.sha256(kept.encode()).hexdigest()
 
 
-def _windows(batches: Iterable[Batch], number: int) -> list[Tensor]:
-    """The first `number` windows, in batches as they come: `input_ids` `[B, T]`."""
-    windows: list[Tensor] = []
+def _windows(batches: Iterable[Batch], number: int) -> list[Batch | Tensor]:
+    """The first `number` windows, in batches as they come: `input_ids` `[B, T]`, or whole ones with images."""
+    windows: list[Batch | Tensor] = []
     for batch in batches:
         ids = checked_ids(batch)[:number]
-        windows.append(ids)
+        windows.append(batch if images_of(batch) else ids)
         number -= len(ids)
         if number <= 0:
             break

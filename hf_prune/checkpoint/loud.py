@@ -12,7 +12,9 @@ import copy
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from hf_prune.checkpoint.per_layer import parts_of_ours
 from hf_prune.errors import CheckpointError
+from hf_prune.structure.building import auto_class, decoder_config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -30,7 +32,7 @@ _SENTINELS: dict[str, tuple[tuple[str, int], ...]] = {
 Shapes = dict[str, tuple[int, ...]]
 
 
-def make_loud(values: Mapping[str, Any], cls: type | None = None) -> dict[str, Any]:
+def make_loud(values: Mapping[str, Any], kind: type | None = None, cls: type | None = None) -> dict[str, Any]:
     """Add what a pruned config needs to parse in stock transformers, and not to load wrongly there.
 
     - `allow_global_per_layer_attribute_access`, if the config class or the model reads the model-wide value of an
@@ -40,7 +42,8 @@ def make_loud(values: Mapping[str, Any], cls: type | None = None) -> dict[str, A
 
     Args:
         values: config.json of the pruned model, with `model_type` (and `per_layer_config`, `pruning_config`).
-        cls: model class, by default the one `AutoModelForCausalLM` chooses.
+        kind: config class, by default the one that transformers has for `model_type`.
+        cls: model class, by default the one that `auto_class` chooses.
 
     Returns:
         A copy of `values` with these additions, and without the flag where it is not needed.
@@ -48,22 +51,25 @@ def make_loud(values: Mapping[str, Any], cls: type | None = None) -> dict[str, A
     Raises:
         CheckpointError: the config or the model cannot be built, or there is no sentinel for this family.
     """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     from hf_prune.checkpoint import per_layer
 
     per_layer.install()
+    kind = kind or CONFIG_MAPPING[values["model_type"]]
     result = copy.deepcopy(dict(values))
-    result.pop(FLAG, None)
-    shapes = _shapes_or_none(result, cls)
+    _decoder(result).pop(FLAG, None)
+    shapes = _shapes_or_none(result, kind, cls)
     if shapes is None:
-        result[FLAG] = True
-        shapes = _shapes_or_none(result, cls)
+        _decoder(result)[FLAG] = True
+        shapes = _shapes_or_none(result, kind, cls)
     if shapes is None:
         raise CheckpointError(f"{values['model_type']}: {FLAG} does not suffice to build the pruned model.")
-    if _is_loud(result, cls, shapes):
+    if _is_loud(result, kind, cls, shapes):
         return result
-    for candidate in _with_sentinels(result):
+    for candidate in _with_sentinels(result, kind):
         with suppress(CheckpointError):  # a value that the family does not take
-            if _shapes_or_none(candidate, cls) == shapes and _is_loud(candidate, cls, shapes):
+            if _shapes_or_none(candidate, kind, cls) == shapes and _is_loud(candidate, kind, cls, shapes):
                 return candidate
     raise CheckpointError(
         f"{values['model_type']}: without hf_prune this checkpoint would load with random weights in the skipped "
@@ -72,29 +78,32 @@ def make_loud(values: Mapping[str, Any], cls: type | None = None) -> dict[str, A
     )
 
 
-def _build(values: Mapping[str, Any], cls: type | None, stock: bool = False) -> Shapes:
+def _decoder(values: Mapping[str, Any]) -> Any:
+    """What tells how layers are built: all of `values`, or the part for the text of a model of images."""
+    return next((part for _, part in parts_of_ours(values)), values)
+
+
+def _build(values: Mapping[str, Any], kind: type, cls: type | None, stock: bool = False) -> Shapes:
     """Shapes of the state dict of the model, built on the meta device; as transformers alone would if `stock`."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config: PreTrainedConfig = CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(dict(values)))
-    model_class = cls or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if stock:
+    config: PreTrainedConfig = kind.from_dict(copy.deepcopy(dict(values)))  # type: ignore[attr-defined]
+    model_class = cls or auto_class(config)._model_mapping[type(config)]
+    for part in {id(one): one for one in (config, decoder_config(config)) if stock}.values():
         # Reading a per-layer attribute still raises, but our wrappers take the config for an ordinary one.
-        config.__class__ = type(type(config).__name__, (type(config),), {"is_heterogeneous": False})
-        config.pruning_config = None
+        part.__class__ = type(type(part).__name__, (type(part),), {"is_heterogeneous": False})
+        part.pruning_config = None
     with torch.device("meta"):
         model = model_class(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _shapes_or_none(values: Mapping[str, Any], cls: type | None) -> Shapes | None:
+def _shapes_or_none(values: Mapping[str, Any], kind: type, cls: type | None) -> Shapes | None:
     """Shapes of the pruned model; `None` if something read an attribute that differs between layers."""
     from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
     try:
-        return _build(values, cls)
+        return _build(values, kind, cls)
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:  # validators of config classes raise it from within
@@ -106,37 +115,38 @@ def _shapes_or_none(values: Mapping[str, Any], cls: type | None) -> Shapes | Non
         ) from error
 
 
-def _is_loud(values: Mapping[str, Any], cls: type | None, shapes: Shapes) -> bool:
+def _is_loud(values: Mapping[str, Any], kind: type, cls: type | None, shapes: Shapes) -> bool:
     """Whether stock transformers refuses the checkpoint: it cannot build the model, or finds other shapes."""
     try:
-        stock = _build(values, cls, stock=True)
+        stock = _build(values, kind, cls, stock=True)
     except Exception:
         return True
-    if stock == shapes and not (values.get("pruning_config") or {}).get("surgery"):
+    surgery = [(part.get("pruning_config") or {}).get("surgery") for part in (values, _decoder(values))]
+    if stock == shapes and not any(surgery):
         return True  # an ordinary model: nothing to lose
     return any(stock.get(name, shape) != shape for name, shape in shapes.items())
 
 
-def _with_sentinels(values: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    overrides = values.get("per_layer_config") or {}
+def _with_sentinels(values: Mapping[str, Any], kind: type) -> Iterator[dict[str, Any]]:
+    own = _decoder(values)
+    overrides = own.get("per_layer_config") or {}
     places = [
         (_SENTINELS[branch], [key for key, override in overrides.items() if branch in override.get("skip", ())])
         for branch in ("mlp", "attention")
     ]
-    if "layers" in ((values.get("pruning_config") or {}).get("surgery") or {}):
+    if "layers" in ((own.get("pruning_config") or {}).get("surgery") or {}):
         places.append(((), [next(iter(overrides), "0")]))
     for sentinels, keys in places:
-        for name, value in (*sentinels, *_almost_equal(values)) if keys else ():
+        for name, value in (*sentinels, *_almost_equal(values, kind)) if keys else ():
             candidate = copy.deepcopy(dict(values))
             for key in keys:
-                candidate.setdefault("per_layer_config", {}).setdefault(key, {})[name] = value
+                _decoder(candidate).setdefault("per_layer_config", {}).setdefault(key, {})[name] = value
             yield candidate
 
 
-def _almost_equal(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+def _almost_equal(values: Mapping[str, Any], kind: type) -> Iterator[tuple[str, float]]:
     """Dropout probabilities and the like, changed too little to matter."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    for name, value in CONFIG_MAPPING[values["model_type"]].from_dict(copy.deepcopy(dict(values))).to_dict().items():
+    config = kind.from_dict(copy.deepcopy(dict(values)))  # type: ignore[attr-defined]
+    for name, value in decoder_config(config).to_dict().items():
         if isinstance(value, float) and "drop" in name:
             yield name, value + 1e-9

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.checkpoint.files import needs_plugin
+from hf_prune.structure.building import auto_class
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -75,7 +76,7 @@ def model_card(
     pruning: dict[str, Any] = config.pruning_config
     base = pruning.get("base_model_name_or_path")
     card: ModelCard = ModelCard.from_template(
-        _metadata(base, base_card, existing),
+        _metadata(base, base_card, existing, "image-text-to-text" if _reads_images(config) else "text-generation"),
         template_str=Path(__file__).with_name("model_card_template.md").read_text(encoding="utf-8"),
         model_id=model_id,
         summary=_summary(config, base),
@@ -93,7 +94,11 @@ def model_card(
     return card
 
 
-def _metadata(base: str | None, base_card: str | None, existing: str | None) -> Any:
+def _reads_images(config: PreTrainedConfig) -> bool:
+    return str(auto_class(config).__name__) == "AutoModelForImageTextToText"
+
+
+def _metadata(base: str | None, base_card: str | None, existing: str | None, task: str) -> Any:
     from huggingface_hub import ModelCardData
 
     data: dict[str, Any] = {}
@@ -106,7 +111,7 @@ def _metadata(base: str | None, base_card: str | None, existing: str | None) -> 
     tags = data.get("tags") or []
     data["tags"] = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *TAGS]))
     data["library_name"] = "transformers"
-    data.setdefault("pipeline_tag", "text-generation")
+    data.setdefault("pipeline_tag", task)
     if _is_repo_id(base):
         data |= {"base_model": base, "base_model_relation": "finetune"}  # the Hub knows no relation "pruned"
     return ModelCardData(**data, ignore_metadata_errors=True)
@@ -247,10 +252,12 @@ def _loading(config: PreTrainedConfig, model_id: str) -> str:
         else "An ordinary checkpoint: no plugin and no remote code needed."
     )
     first = "import hf_prune  # pip install hf_prune\n" if plugin else ""
+    model = auto_class(config).__name__
+    reader, name = ("AutoProcessor", "processor") if _reads_images(config) else ("AutoTokenizer", "tokenizer")
     return (
-        f"{why}\n\n```python\n{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{model_id}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{model_id}")\n```'
+        f"{why}\n\n```python\n{first}from transformers import {model}, {reader}\n\n"
+        f'model = {model}.from_pretrained("{model_id}")\n'
+        f'{name} = {reader}.from_pretrained("{model_id}")\n```'
     )
 
 

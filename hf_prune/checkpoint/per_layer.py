@@ -90,6 +90,7 @@ def install() -> None:
     _wrap_method(PreTrainedModel, "__init__", before_build)
     _wrap_method(PreTrainedModel, "post_init", before_post_init)
     _patch_cache(cache_utils)
+    _patch_view()
 
 
 def install_config_check() -> None:
@@ -154,6 +155,22 @@ def _transformers_builds(model_type: str) -> bool:
         return False
     supported = importlib.import_module(f"{_NATIVE}.supported_models")
     return model_type in getattr(supported, "MODEL_TYPE_TO_SPEC_FACTORY", {})
+
+
+def _patch_view() -> None:
+    """Let models that look up the config of a kind of layers (gemma4's rotary angles) have that of its first one."""
+    view = getattr(importlib.import_module(f"{_NATIVE}.configuration_utils"), "_PerLayerConfigView", None)
+    original = getattr(view, "__getitem__", None)
+    if view is None or original is None:
+        return
+
+    @functools.wraps(original)
+    def getitem(self: Any, layer_idx: Any) -> Any:
+        kinds = getattr(self._config, "layer_types", None) or []
+        ours = layer_idx in kinds and not _transformers_builds(self._config.model_type)
+        return original(self, kinds.index(layer_idx) if ours else layer_idx)
+
+    view.__getitem__ = getitem
 
 
 def _patch_layer_classes(model: Any) -> None:
@@ -320,7 +337,7 @@ def layer_config(config: Any, layer_idx: int) -> Any:
 
 def _layers(config: Any) -> dict[str, Any] | None:
     """The record of layers that are built as they were in the dense model: with their index and its depth there."""
-    return _surgery(config).get("layers")
+    return surgery_of(config).get("layers")
 
 
 def _as_in_dense_model(own: Any, layers: Mapping[str, Any], layer_idx: int) -> int:
@@ -354,6 +371,7 @@ class ZeroBranch(nn.Module):
     def __init__(self, replaced: nn.Module, outputs: Outputs, reads_cache_length: bool) -> None:
         super().__init__()
         self.argument_names = tuple(inspect.signature(type(replaced).forward).parameters)[1:]
+        self.__dict__ |= {k: v for k, v in vars(replaced).items() if type(v) in (bool, int, str) and k != "training"}
         self.outputs = outputs
         self.reads_cache_length = reads_cache_length
 
@@ -411,7 +429,7 @@ def skip_branches(layer: nn.Module, config: Any, layer_idx: int) -> None:
     Raises:
         ValueError: a branch is unknown, or the layer has no such module.
     """
-    recorded = _surgery(config).get("branches", {})
+    recorded = surgery_of(config).get("branches", {})
     for branch in getattr(config.per_layer_config[layer_idx], "skip", ()):
         names: Sequence[str]
         if branch in recorded:
@@ -501,7 +519,8 @@ def _runs(kept: Sequence[int]) -> list[tuple[int, int]]:
     return runs
 
 
-def _surgery(config: Any) -> dict[str, Any]:
+def surgery_of(config: Any) -> dict[str, Any]:
+    """The record of what no attribute of a config says; of a model of images and text that of layers is in its part."""
     pruning_config = getattr(config, "pruning_config", None)
     return (pruning_config.get("surgery") or {}) if isinstance(pruning_config, dict) else {}
 
@@ -520,7 +539,7 @@ def apply_surgery(model: Any) -> None:
     prefix = f"{model.base_model_prefix}."
     has_base = getattr(model, model.base_model_prefix, None) is not None
     found: dict[str, tuple[nn.Module, Mapping[str, Any]]] = {}
-    for path, record in _surgery(model.config).get("modules", {}).items():
+    for path, record in surgery_of(model.config).get("modules", {}).items():
         module = _submodule(model, path if has_base else path.removeprefix(prefix))
         if module is not None:
             found[path] = module, record
@@ -659,12 +678,21 @@ def check_config(values: Mapping[str, Any]) -> None:
             _expect(value <= 2**14, key, value, "a number of layers")
     if per_layer is not None:
         _check_layers(per_layer, values)
+    for _, part in parts_of_ours(values):
+        check_config(part)
+
+
+def parts_of_ours(values: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """The configs inside of a config, such as that of the text of a model of images, in which we wrote something."""
+    found = [(name, part) for name, part in values.items() if isinstance(part, dict)]
+    return sorted((name, part) for name, part in found if part.get("pruning_config") is not None)
 
 
 def config_digest(values: Mapping[str, Any]) -> str:
     """SHA-256 of `pruning_config` and `per_layer_config`, whatever the order and the spelling of their keys."""
     layers = {int(layer): override for layer, override in (values.get("per_layer_config") or {}).items()}
-    content = json.loads(json.dumps([values.get("pruning_config"), layers]))  # keys and tuples as they are in a file
+    parts = [(name, config_digest(part)) for name, part in parts_of_ours(values)]
+    content = json.loads(json.dumps([values.get("pruning_config"), layers, *parts]))  # as they are in a file
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

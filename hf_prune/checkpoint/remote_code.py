@@ -7,6 +7,7 @@ import inspect
 from typing import TYPE_CHECKING
 
 from hf_prune.errors import CheckpointError
+from hf_prune.structure.building import has_own_code
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +21,7 @@ MODULE_NAME = "modeling_hf_prune"
 _AUTO_CLASSES = {
     "AutoModel": "MODEL_MAPPING_NAMES",
     "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
     "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
@@ -49,6 +51,27 @@ def remote_code(architectures: Sequence[str], model_type: str, source: str) -> s
         lines += ["# @use_experts_implementation"]
     for name in dict.fromkeys(names.values()):
         lines += ["", "", f"class {name}(_modeling.{name}):", f'    """{name}, with layers of different widths."""']
+        lines += ["", "    @classmethod", "    def is_custom_code(cls):"]
+        lines += ["        return False  # tensors lie in the files as transformers' own class has them"]
+    return "\n".join(lines) + "\n"
+
+
+def own_class(cls: type) -> type | None:
+    """The class behind `cls` whose code came with a checkpoint; `None` if it is one of transformers, or of the user."""
+    found = next(one for one in cls.__mro__ if not one.__module__.endswith(f".{MODULE_NAME}"))
+    return found if has_own_code(found) else None
+
+
+def beside_own_code(cls: type, source: str) -> str:
+    """Text of the file for a model whose code came with it: `source`, and a subclass of its class in its own file.
+
+    Args:
+        cls: class of the model, as `own_class` gives it.
+        source: text of `checkpoint/per_layer.py`.
+    """
+    name, file = cls.__name__, cls.__module__.rpartition(".")[2]
+    lines = [source.rstrip(), "", "", f"from .{file} import {name} as _{name}  # noqa: E402", "", "install()", "", ""]
+    lines += [f"class {name}(_{name}):", f'    """{name}, with layers of different widths."""']
     return "\n".join(lines) + "\n"
 
 

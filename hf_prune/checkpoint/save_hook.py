@@ -114,9 +114,9 @@ def _with_companions(original: Callable[..., None]) -> Callable[..., None]:
             return original(self, save_directory, is_main_process, *args, **kwargs)
         check_source(self, Path(save_directory))
         self.config.architectures = [type(self).__name__.removeprefix("FSDP")]  # as the original will do
-        references, code = _remote_code(self.config)
+        references, code = _remote_code(self)
         writes = main_writes(f"save_pretrained {os.path.realpath(save_directory)}")
-        with _saved_auto_map(self.config, references), writes if is_main_process else nullcontext(False) as mine:
+        with _saved_auto_map(self, references), writes if is_main_process else nullcontext(False) as mine:
             # before the original: it may push the directory to the Hub before it returns
             if mine:
                 digests = _write_companions(self, Path(save_directory), code)
@@ -140,14 +140,18 @@ def _without_companions(original: Callable[..., dict[str, float]]) -> Callable[.
     return timestamps
 
 
-def _remote_code(config: PreTrainedConfig) -> tuple[dict[str, str], str]:
+def _remote_code(model: PreTrainedModel) -> tuple[dict[str, str], str]:
     """References for `auto_map`, and the text of the file they point to; both empty where there is nothing to write."""
     from hf_prune.checkpoint import per_layer, remote_code
 
-    own_code = any(not _is_ours(value) for value in (getattr(config, "auto_map", None) or {}).values())
-    if own_code or not needs_plugin(config):  # models with code of their own keep it: ours knows transformers' classes
+    config, own = model.config, remote_code.own_class(type(model))
+    foreign = own is None and any(not _is_ours(value) for value in (getattr(config, "auto_map", None) or {}).values())
+    if foreign or not needs_plugin(config):
         return {}, ""
     source = Path(per_layer.__file__).read_text(encoding="utf-8")
+    if own is not None:
+        reference = f"{remote_code.MODULE_NAME}.{own.__name__}"
+        return {type(model)._auto_class or "AutoModelForCausalLM": reference}, remote_code.beside_own_code(own, source)
     try:
         text = remote_code.remote_code(config.architectures, config.model_type, source)
         return remote_code.auto_map(config), text
@@ -161,15 +165,20 @@ def _is_ours(reference: Any) -> bool:
 
 
 @contextmanager
-def _saved_auto_map(config: PreTrainedConfig, references: dict[str, str]) -> Iterator[None]:
-    """Save `config` with `references` in place of ours that an older checkpoint left; foreign ones stay."""
-    before = getattr(config, "auto_map", None)
+def _saved_auto_map(model: PreTrainedModel, references: dict[str, str]) -> Iterator[None]:
+    """Save the config with `references` in place of ours that an older checkpoint left; foreign ones stay."""
+    config, cls = model.config, type(model)
+    before, auto_class = getattr(config, "auto_map", None), cls._auto_class
+    if references:
+        cls._auto_class = None  # else transformers would point to the model's own file
     config.auto_map = {key: value for key, value in (before or {}).items() if not _is_ours(value)} | references
     if not config.auto_map:
         del config.auto_map
     try:
         yield
     finally:
+        if references and auto_class is not None:
+            cls._auto_class = auto_class
         if before is not None:
             config.auto_map = before
         elif hasattr(config, "auto_map"):
@@ -182,6 +191,10 @@ def _write_companions(model: PreTrainedModel, directory: Path, code: str) -> dic
     Returns:
         SHA-256 of what was written, by file name.
     """
+    from transformers.dynamic_module_utils import custom_object_save
+
+    from hf_prune.checkpoint.remote_code import own_class
+
     directory.mkdir(parents=True, exist_ok=True)
     plan = plan_of(model, directory)
     if plan is None:
@@ -190,6 +203,8 @@ def _write_companions(model: PreTrainedModel, directory: Path, code: str) -> dic
     else:
         plan.save(directory / PLAN_NAME)
     if code:
+        if own_class(type(model)) is not None:
+            custom_object_save(model, directory)
         (directory / CODE_NAME).write_text(code, encoding="utf-8")
     else:
         (directory / CODE_NAME).unlink(missing_ok=True)

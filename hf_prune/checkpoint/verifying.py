@@ -15,6 +15,7 @@ from hf_prune.checkpoint.files import CODE_NAME, PLAN_NAME, agrees, read_json, r
 from hf_prune.checkpoint.per_layer import DIGESTS, check_loaded, check_saved
 from hf_prune.errors import CheckpointError, HFPruneError
 from hf_prune.reading import check_files
+from hf_prune.structure.building import auto_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _AGAIN = "Save or download the checkpoint again."
 _OF_THE_HUB = ("cache_dir", "local_files_only", "token", "revision", "proxies", "subfolder")
+OF_CONFIG = (*_OF_THE_HUB, "trust_remote_code", "gguf_file")
+"""Arguments of `from_pretrained` that say where a config is."""
 
 
 def verify_checkpoint(directory: str | Path) -> None:
@@ -49,21 +52,25 @@ def verify_checkpoint(directory: str | Path) -> None:
 
 
 def load_verified(source: str, **arguments: Any) -> PreTrainedModel | tuple[PreTrainedModel, dict[str, Any]]:
-    """`AutoModelForCausalLM.from_pretrained` of a dense or pruned model, with all its tensors or not at all.
+    """`from_pretrained` of the model's auto class, dense or pruned, with all its tensors or not at all.
 
     Args:
         source: directory or Hub id.
-        **arguments: as `from_pretrained` takes them.
+        **arguments: as `from_pretrained` takes them; the code of a checkpoint runs only with `trust_remote_code`, and
+            nobody is asked.
 
     Raises:
         CheckpointError: there is no such model, it is damaged, or a tensor is missing.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     check_source(source, arguments)
     with_info = arguments.pop("output_loading_info", False)
+    arguments.setdefault("trust_remote_code", False)
+    where = {name: arguments[name] for name in OF_CONFIG if name in arguments}
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
+        config = arguments.get("config") or AutoConfig.from_pretrained(source, **where)
+        model, info = auto_class(config).from_pretrained(source, output_loading_info=True, **arguments)
         check_loaded(model, info, with_head=True)
     except (HFPruneError, ImportError, MemoryError, torch.OutOfMemoryError):
         raise
@@ -77,10 +84,11 @@ def not_loaded(name: str, what: str, error: Exception) -> CheckpointError:
     if name.startswith((".", "/", "~")) and not Path(name).exists():
         return CheckpointError(f"no directory at {name!r} to load the {what} from: check the path.")
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return CheckpointError(
-        f"no {what} could be loaded from {name!r}: {first} "
-        "Pass the directory of a causal LM, or its id on the Hub; check the spelling and the connection."
-    )
+    help_ = "Pass the directory of a causal LM, or its id on the Hub; check the spelling and the connection."
+    if "trust_remote_code" in str(error):
+        first = "its classes are in files that come with it, which run as any program does."
+        help_ = "Read them, and if you trust them pass trust_remote_code=True (--trust-remote-code)."
+    return CheckpointError(f"no {what} could be loaded from {name!r}: {first} {help_}")
 
 
 def check_source(source: str | Path, arguments: Mapping[str, Any]) -> None:
@@ -183,7 +191,7 @@ def _config(directory: Path) -> PreTrainedConfig:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except HFPruneError:
         raise
     except Exception as error:

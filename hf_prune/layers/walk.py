@@ -125,7 +125,7 @@ class Walk:
         model: a causal LM, in memory or on disk (see `open_model`); left as it was.
         layer_paths: module path of each decoder layer.
         batches: `input_ids` int64 `[B, T]` without padding; of several processes each walks its share. May be empty
-            where no layer will be run.
+            where no layer will be run. A sample with images is a batch of its own, with all that the model takes.
         layered: run layer by layer also in memory; default: only on disk, or with a `work` directory.
         work: keeps what was found, so that an interrupted walk can be resumed.
         every: keep the hidden states before every so many layers only; those between are computed again.
@@ -150,6 +150,9 @@ class Walk:
         own = [isinstance(batch, Tensor) and not batch.is_floating_point() for batch in batches]
         self.all_ids: list[Tensor] = [x if known else checked_ids(x) for x, known in zip(batches, own, strict=True)]  # type: ignore[misc, arg-type]
         self.ids = my_share(self.all_ids)
+        self._images = {
+            id(ids): images for ids, x in zip(self.all_ids, batches, strict=True) if (images := images_of(x))
+        }
         self.hidden: list[Tensor] = []
         """Per batch the hidden states `[B, T, D]` before the next layer, on the CPU."""
         self.calls: list[list[LayerCall]] = []
@@ -195,11 +198,13 @@ class Walk:
 
     def per_sample(self) -> Walk:
         """The same walk with one window in each batch."""
-        return self._derived([row[None] for ids in self.all_ids for row in ids], self.work)
+        rows = [ids if len(ids) == 1 else row[None] for ids in self.all_ids for row in ids]
+        return self._derived(rows, self.work)
 
     def _derived(self, batches: Sequence[Batch | Tensor], work: WorkDir | None) -> Walk:
         walk = Walk(self.model, self.layer_paths, batches, layered=self._layered, work=work)
         walk._known = self._known
+        walk._images |= self._images
         return walk
 
     @property
@@ -223,6 +228,12 @@ class Walk:
                 "states; they cannot be run one at a time, so the model cannot be repaired, nor be pruned from disk. "
                 "Prune it in memory with repair='none'."
             )
+
+    def call(self, ids: Tensor) -> Any:
+        """What the model returns for the tokens of one batch, and for its images."""
+        device = input_device(self.model)
+        images = send_to_device(dict(self._images.get(id(ids), {})), device)
+        return self.model(input_ids=ids.to(device), use_cache=False, **images)
 
     def resident(self, layer: int) -> AbstractContextManager[None]:
         """Within, the weights of one layer are in memory."""
@@ -284,7 +295,7 @@ class Walk:
         self.check_layered()
         self.hidden, self.calls = [], []
         for ids in self.ids:
-            hidden, calls = _calls(self.model, self.layer_paths, self.protocol.outputs, ids)
+            hidden, calls = _calls(self, self.protocol.outputs, ids)
             if self.calls and all(_same(own, other) for own, other in zip(calls, self.calls[-1], strict=True)):
                 calls = self.calls[-1]  # windows of one length are called alike: hold masks and angles once
             self.hidden.append(self.held(hidden.detach()))
@@ -342,11 +353,9 @@ class Walk:
 
     def _whole_outputs(self, ids: Tensor) -> Outputs:
         """Run a model in memory as it is."""
-        device = input_device(self.model)
         if not self.protocol.layered:
-            logits: Tensor = self.model(input_ids=ids.to(device), use_cache=False).logits
-            return Outputs(self, ids, None, logits)
-        return Outputs(self, ids, self._last_hidden(ids.to(device)), None)
+            return Outputs(self, ids, None, self.call(ids).logits)
+        return Outputs(self, ids, self._last_hidden(ids), None)
 
     def _last_hidden(self, ids: Tensor) -> Tensor:
         """Run the model up to its last layer, and stop there."""
@@ -359,7 +368,7 @@ class Walk:
         handle = self.model.get_submodule(self.layer_paths[-1]).register_forward_hook(stop)
         try:
             with contextlib.suppress(StopForward):
-                self.model(input_ids=ids, use_cache=False)
+                self.call(ids)
         finally:
             handle.remove()
         return found[0]
@@ -466,24 +475,23 @@ class Walk:
                 outside = self._outside()
                 self._head_backward(ids, last[batch], outside)
                 if any(parameter.requires_grad for parameter in outside.values()):
-                    hidden, _ = _calls(self.model, self.layer_paths, self.protocol.outputs, ids)
+                    hidden, _ = _calls(self, self.protocol.outputs, ids)
                     if hidden.requires_grad:
                         hidden.backward(self._gradients[batch].to(hidden.device))  # type: ignore[no-untyped-call]
                 self._hand_over(outside)
 
     def _back_whole(self, name: str, each: Each) -> None:
-        device = input_device(self.model)
         outside = self._outside()
         with self._consuming([name for name in self._wanted if self.layer_of(name) is not None]):
             for batch, ids in enumerate(self._bar(self.ids, name, "batch")):
                 with each(batch):
                     if self.protocol.layered:
-                        hidden = self._last_hidden(ids.to(device))
+                        hidden = self._last_hidden(ids)
                         gradient = self._head_backward(ids, hidden.detach(), outside)
                         hidden.backward(gradient.to(hidden.device))  # type: ignore[no-untyped-call]
                         del hidden  # and its graph, whose hooks hold inputs
                     else:
-                        logits = self.model(input_ids=ids.to(device), use_cache=False).logits
+                        logits = self.call(ids).logits
                         losses = next_token(logits[:, :-1], ids[:, 1:])
                         self._loss_of(losses, ids).backward()  # type: ignore[no-untyped-call]
                     self._hand_over(outside)
@@ -627,7 +635,19 @@ def checked_ids(batch: Batch) -> Tensor:
     mask = batch.get("attention_mask")
     if mask is not None and not bool(mask.all()):
         raise CalibrationError("a calibration batch holds padding; give windows of equal length without padding.")
+    if len(ids) > 1 and images_of(batch):
+        raise CalibrationError(
+            f"a calibration batch holds {len(ids)} samples with {', '.join(images_of(batch))}, expected one: give each "
+            "sample with images as a batch of its own."
+        )
     return ids
+
+
+def images_of(batch: Batch | Tensor) -> dict[str, Any]:
+    """What a batch holds beside its tokens, if it holds images; they say nothing of text."""
+    if not isinstance(batch, Mapping) or not any("pixel" in name or "image" in name for name in batch):
+        return {}
+    return {name: value for name, value in batch.items() if name not in ("input_ids", "attention_mask", "labels")}
 
 
 @contextlib.contextmanager
@@ -678,7 +698,7 @@ def _probe(walk: Walk, ids: Tensor) -> LayerProtocol:
                 stack.enter_context(replaced_forward(layer, partial(_looked_at, partial(walk.look, path), layer, own)))
             stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
             stack.callback(layer.register_forward_hook(after).remove)
-        logits = model(input_ids=ids.to(input_device(model)), use_cache=False).logits
+        logits = walk.call(ids).logits
     found = LayerProtocol(tuple(outputs), False, "hand on more than hidden states")
     ran_in_order = len(inputs) == walk.num_layers and hidden_of(outputs[-1]).shape[:-1] == ids.shape
     ran_in_order = ran_in_order and all(
@@ -687,7 +707,7 @@ def _probe(walk: Walk, ids: Tensor) -> LayerProtocol:
     if not ran_in_order:
         return found
     with evaluating(model):
-        _, calls = _calls(model, walk.layer_paths, outputs, ids)
+        _, calls = _calls(walk, outputs, ids)
         if not all(_same(call, known) for call, known in zip(arguments, calls, strict=True)):
             return found
         layered = LayerProtocol(tuple(outputs), True, "")
@@ -702,16 +722,20 @@ def _probe(walk: Walk, ids: Tensor) -> LayerProtocol:
     return LayerProtocol(tuple(outputs), False, "leave more to the output embeddings than the last hidden states")
 
 
-def _calls(
-    model: nn.Module, layer_paths: Sequence[str], outputs: Sequence[Any], ids: Tensor
-) -> tuple[Tensor, list[LayerCall]]:
+def _calls(walk: Walk, outputs: Sequence[Any], ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
     """The first hidden states and what the layers are called with, while none of them computes anything."""
+    model, layer_paths = walk.model, walk.layer_paths
     start: list[Tensor] = []
     calls: list[LayerCall] = []
 
     def stand_in(layer: int, *args: Any, **kwargs: Any) -> Any:
         hidden, call = _split(args, kwargs)
         start[:] = start or [hidden]
+        if hidden is not start[0] and not _equal(hidden, start[0]):
+            raise StructureError(
+                f"images change the hidden states between the decoder layers of {type(model).__name__}, so that these "
+                "cannot be run one at a time: calibrate with text, or prune in memory with repair='none'."
+            )
         calls.append(call)
         if layer == len(layer_paths) - 1:
             raise StopForward
@@ -721,7 +745,7 @@ def _calls(
         for index, path in enumerate(layer_paths):
             stack.enter_context(replaced_forward(model.get_submodule(path), partial(stand_in, index)))
         with contextlib.suppress(StopForward):
-            model(input_ids=ids.to(input_device(model)), use_cache=False)
+            walk.call(ids)
     return start[0], calls
 
 

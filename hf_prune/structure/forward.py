@@ -52,6 +52,9 @@ class Forward(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         name = func._schema.name.partition("::")[2]
         inputs = list(tensors((args, kwargs)))
+        if name == "index":
+            args = (args[0], [place for index in args[1] for place in self._integers(index)])
+            inputs = list(tensors((args, kwargs)))
         decided = self.values.decide(name, args)
         out = self._computed(func, args, kwargs, inputs) if decided is None else decided
         outputs = list(tensors(out))
@@ -62,6 +65,10 @@ class Forward(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.values.follow(func, args, kwargs, inputs, outputs)
             self.saw(func, name, args, kwargs, inputs, outputs)
         return out
+
+    def _integers(self, index: Tensor | None) -> list[Tensor | None]:
+        """An index as whole numbers: how many entries a mask takes depends on its values."""
+        return list(self.values.of_mask(index)) if index is not None and index.dtype == torch.bool else [index]
 
     def _computed(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor]) -> Any:
         """Run an operation on the meta device, or make the result that it had before for tensors of these sizes."""
@@ -127,9 +134,15 @@ class Lists(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.tolist:
-            if (known := self.values.get(args[0])) is None:
-                raise NeedsValuesError("tolist")
-            return known.tolist()
+            known = self.values.get(args[0])
+            return _Unknown(args[0].shape) if known is None and args[0].dim() == 1 else _listed(known)
+        if func in (torch.split, Tensor.split) and isinstance(parts := args[1], _Unknown):
+            dim = (kwargs or {}).get("dim", args[2] if len(args) > 2 else 0)
+            return args[0].tensor_split(len(parts), dim)
+        if func.__name__ == "one_hot":
+            num_classes = (kwargs or {}).get("num_classes", args[1] if len(args) > 1 else -1)
+            if (known := self.values.one_hot(args[0], num_classes)) is not None:
+                return known
         if func is torch.tensor:
             kwargs = {**(kwargs or {}), "device": "cpu"}  # seen with its values by `Forward`, which moves it
         if func in (Tensor.__getitem__, Tensor.__setitem__):
@@ -137,6 +150,22 @@ class Lists(TorchFunctionMode):
             index = tuple(map(_as_tensor, index)) if isinstance(index, tuple) else _as_tensor(index)
             args = (args[0], index, *rest)
         return func(*args, **(kwargs or {}))
+
+
+class _Unknown(list[None]):
+    """Whole numbers that depend on weights, as many as experts: only how many there are is known.
+
+    As the sizes of parts that something is split into they count as equal.
+    """
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__([None] * shape[0])
+
+
+def _listed(known: Tensor | None) -> Any:
+    if known is None:
+        raise NeedsValuesError("tolist")
+    return known.tolist()
 
 
 def _as_tensor(index: Any) -> Any:

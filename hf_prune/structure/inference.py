@@ -73,7 +73,7 @@ def _config_and_class(source: Any) -> tuple[Any, type | None]:
         from transformers import AutoConfig
 
         check_files(Path(source))
-        return AutoConfig.from_pretrained(source), None
+        return AutoConfig.from_pretrained(source, trust_remote_code=False), None
     if isinstance(source, nn.Module):
         return source.config, type(source)
     return source, None
@@ -218,12 +218,18 @@ class _Naming:
                 continue
             consumed = [term for name in self.consumed if self.layer_of[name] == layer for term in self.terms[name]]
             heads = next((atom for term in consumed for atom in leaves(term) if atom.heads), None)
-            if heads is not None and id(heads) not in self.local:
+            if apart := next((n for path, n in self.tracer.apart.items() if self._is_inside(path, layer)), 0):
+                name, blocker = f"layers.{layer}.attention", "each of its heads has modules of its own"
+                result[name] = Axis(name, "attention", layer, apart, blocker=blocker)
+            elif heads is not None and id(heads) not in self.local:
                 outside = [name for name in self.terms if self.layer_of[name] != layer]
                 other = next((name for name in outside if heads in _all(self.terms[name])), "another layer")
                 name, blocker = f"layers.{layer}.attention", f"its heads are shared with {other}"
                 result[name] = Axis(name, "attention", layer, heads.size, blocker=blocker)
         return result
+
+    def _is_inside(self, path: str, layer: int) -> bool:
+        return f"{path}.".startswith(f"{self.layers[layer]}.")
 
     def _leads(self, entry: _Found, name: str, dim: int) -> bool:
         """Whether `entry` is the outermost axis of heads of one dimension of a parameter."""
@@ -240,6 +246,8 @@ class _Naming:
             atom = entry.atom
             if atom.heads or atom.chosen or atom.attended or not entry.consumers or not entry.producers:
                 continue
+            if any(name.startswith(f"{path}.") for path in self.tracer.apart for name, _ in entry.places):
+                continue  # value dimensions of attention whose heads are computed one by one
             dims = [(n, d, term) for n, _ in entry.places for d, term in enumerate(self.terms[n])]
             if any(atom.heads for n, d, term in dims if (n, d) in entry.places for atom in leaves(term)):
                 continue  # value dimensions of attention
@@ -321,6 +329,8 @@ class _Naming:
         blocker = term.fixed
         if not blocker and term.origins:
             blocker = "a constant of the model (such as position encodings) differs along it"
+        if not blocker and (writer := self._beside(term.size)):
+            blocker = f"no text passes {writer}, which may write into it"
         named[id(term)] = axis = Axis("hidden", "hidden", None, term.size, exact=False, blocker=blocker)
         return axis
 
@@ -340,6 +350,11 @@ class _Naming:
         if not blocker:
             named.update({id(rows): axis, id(logits): axis})
         return {"vocab": axis}
+
+    def _beside(self, size: int) -> str:
+        """A weight outside of the decoder layers, of that size, that text does not pass (a projector of images)."""
+        unused = (n for n in self.terms if n not in self.tracer.used and n not in self.aliases)
+        return next((n for n in unused if self.layer_of[n] is None and size in (t.size for t in self.terms[n])), "")
 
     def _selected_inputs(self, name: str, entry: _Found) -> tuple[SelectedInput, ...]:
         """The arguments that hand varying constants to the layer's attention (or MLP); () if one is not handed on."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 _MOST_ENTRIES = 1 << 17
@@ -20,6 +21,8 @@ class KnownValues:
 
     def __init__(self) -> None:
         self.values: dict[int, Tensor] = {}
+        self.choices: dict[int, int] = {}
+        """Of how many entries a tensor of indices chooses."""
 
     def get(self, tensor: Tensor) -> Tensor | None:
         """The value of a traced tensor, if known."""
@@ -42,8 +45,25 @@ class KnownValues:
             return self.note((torch.ones(args[0].shape) if known is None else known).nonzero())
         return None
 
+    def of_mask(self, mask: Tensor) -> list[Tensor]:
+        """The places of the true entries of a mask, a tensor for each of its dimensions; all if it is not known."""
+        known = self.get(mask)
+        places = (torch.ones(mask.shape) if known is None else known).nonzero()
+        return [self.note(column) for column in places.unbind(1)]
+
+    def one_hot(self, indices: Tensor, num_classes: int) -> Tensor | None:
+        """`one_hot` with more classes than `indices` choose from: the others are never true. `None`: trace it."""
+        chosen = self.choices.get(id(indices), num_classes)
+        if chosen >= num_classes:
+            return None
+        with _disable_current_modes():  # computed, not traced
+            value = (torch.arange(num_classes) < chosen).long().expand(*indices.shape, num_classes)
+            return self.note(value.clone())
+
     def follow(self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """Repeat an operation on values if all its `inputs` have one; forget what it overwrites otherwise."""
+        if func is torch.ops.aten.topk.default:
+            self.choices[id(outputs[1])] = inputs[0].shape[args[2] if len(args) > 2 else -1]
         known = all(self.get(tensor) is not None for tensor in inputs)
         random = torch.Tag.nondeterministic_seeded in func.tags
         if known and not random and sum(tensor.numel() for tensor in outputs) <= _MOST_ENTRIES:

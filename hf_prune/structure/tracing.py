@@ -60,10 +60,14 @@ class Tracer(Forward):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()
         self.known: dict[int, Traced] = {}
+        self.used: set[str] = set()
+        """Parameters that some operation read."""
         self.consumed: dict[str, list[Term]] = {}
         self.produced: dict[str, list[Term]] = {}
         self.token_tables: set[str] = set()
         """Parameters in which token ids are looked up."""
+        self.apart: dict[str, int] = {}
+        """Modules whose attention heads are computed one by one (each with its own norm), and how many they are."""
         self.without_rule: dict[str, str] = {}
         """Operations without a rule, and the module where each was first met."""
         self.constant_inputs: list[ConstantInput] = []
@@ -100,6 +104,7 @@ class Tracer(Forward):  # type: ignore[no-untyped-call]
         for tensor in inputs:
             self.lookup(tensor)
         known = [self.known[id(tensor)] for tensor in inputs]
+        self.used.update(traced.parameter for traced in known if traced.parameter is not None)
         constant = all(traced.origin.constant for traced in known)
         if not constant and func._schema.is_mutable and inputs:
             known[0].origin.constant = False  # written to: all views of it follow

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.checkpoint.loud import make_loud
+from hf_prune.checkpoint.per_layer import surgery_of
 from hf_prune.errors import CheckpointError, StructureError
 from hf_prune.plan import PruningPlan, bare_plan
 from hf_prune.structure import layouts as lay
-from hf_prune.structure.building import build_empty, fresh_config
-from hf_prune.structure.inference import infer_structure
+from hf_prune.structure.building import build_empty, decoder_config, decoder_values, fresh_config
+from hf_prune.structure.forward import Forward, TraceError
+from hf_prune.structure.inference import infer_structure, traceable_config
 from hf_prune.structure.layouts import Concat, Layout, Product, Units
 from hf_prune.surgery.expressing import Knob, family, find_knobs, shapes, with_layer_values
 from hf_prune.surgery.judging import Judge
@@ -21,12 +24,12 @@ from hf_prune.surgery.slicing import on_axis, pruned_name, renamed, renumber
 from hf_prune.surgery.tokens import renumbered
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator
+    from collections.abc import Container, Iterator, Mapping
 
     from torch import nn
     from transformers import PreTrainedModel
 
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.structure import Axis, Structure
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -54,6 +57,7 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
         config, start = renumbered(config, plan), _with_fewer_tokens(start, structure, plan, cls)
     judge = Judge(config, structure, plan, cls)
     best: tuple[int, Any] | None = None
+    why = ""
     tried: list[dict[str, Any]] = []
     for candidate in _candidates(start, structure, plan, knobs):
         if (values := candidate.to_dict()) in tried:
@@ -67,28 +71,84 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
         ):
             continue  # resizing only takes away
         wrong = sum(found[name] != shape for name, shape in wanted.items())
-        other_hidden = getattr(candidate, "hidden_size", None) != getattr(config, "hidden_size", None)
+        sizes = [getattr(decoder_config(one), "hidden_size", None) for one in (candidate, config)]
+        other_hidden = sizes[0] != sizes[1]
         if (best is not None and wrong >= best[0]) or (other_hidden and wrong):
             continue  # what a class derives from its hidden size must stay
-        if values == start.to_dict() or not judge.difference(candidate):
+        if values == start.to_dict() or not (why := judge.difference(candidate)):
             best = (wrong, candidate)
             if wrong == 0:
                 break
     if best is None:
-        raise StructureError(f"{config.model_type}: no config describes a model with the planned layers and widths.")
+        raise StructureError(
+            f"{config.model_type}: no config describes a model with the planned layers and widths{why and ': '}{why}."
+        )
     wrong, result = best
     if wrong:
         result.pruning_config["surgery"]["modules"] = _surgery(result, config, structure, plan, cls, wanted, judge)
     if not result.pruning_config["surgery"]:
         del result.pruning_config["surgery"]
+    values = {**result.to_dict(), "model_type": config.model_type}
+    own = decoder_values(result, values)
+    if own.get("per_layer_config"):
+        own.setdefault("pruning_config", {"format": 1})  # what is ours is checked when it is read
     try:
-        values = make_loud({**result.to_dict(), "model_type": config.model_type}, cls)
+        values = make_loud(values, type(config), cls)
     except CheckpointError as error:
         raise CheckpointError(f"{error} {reason}.") if reason else error from None
     result = type(config).from_dict(values)
     if shapes(result, cls) != wanted:
         raise StructureError(f"{config.model_type}: the pruned layers cannot be resized to the planned shapes.")
+    _check_generates(result, cls)
     return result
+
+
+def _check_generates(config: Any, cls: type | None) -> None:
+    """Refuse layers that differ where the model keeps what it has seen of all of them in tensors of one width."""
+    if not (decoder_values(config, config.to_dict()).get("per_layer_config")):
+        return
+    model = build_empty(traceable_config(config), cls)
+    if "past_key_values" in inspect.signature(model.forward).parameters:
+        return  # a cache of its own for each layer
+    try:
+        Forward().run(model, use_cache=True)
+    except TraceError as error:
+        raise StructureError(
+            f"{config.model_type}: with layers of different widths the model does not run token by token: {error}. "
+            "Prune all layers to one width (allocation 'uniform'), or other axes."
+        ) from error
+
+
+def unresizable(config: Any, structure: Structure, cls: type | None = None, *, held: bool = True) -> dict[str, str]:
+    """Families of axes that were inferred, but which the model's code does not let go: each with the cause.
+
+    One layer of each family gives away what it can give away least, and the config of that is looked for: what would
+    fail after scoring is known before it.
+
+    Args:
+        config: config of the dense model.
+        structure: its structure.
+        cls: model class, by default the one that `auto_class` chooses.
+        held: try those too whose width an attribute of the config holds.
+    """
+    knobs = {} if held else find_knobs(config, structure, cls)
+    first: dict[str, Axis] = {}
+    for axis in structure.axes.values():
+        if axis.layer is not None and axis.prunable and axis.num_units - axis.multiple_of >= axis.least:
+            first.setdefault(family(axis), axis)
+    kept = {a.name: tuple(range(a.num_units - a.multiple_of)) for name, a in first.items() if name not in knobs}
+    reasons: dict[str, str] = {}
+    for chosen in [[*kept], *[[name] for name in kept]] if kept else []:
+        try:
+            pruned_config(config, structure, bare_plan(structure, {name: kept[name] for name in chosen}), cls)
+        except (StructureError, CheckpointError) as error:
+            reasons |= {
+                family(structure.axes[name]): str(error) for name in chosen if len(kept) == 1 or len(chosen) == 1
+            }
+        else:
+            if len(chosen) == len(kept):
+                break
+    return reasons
 
 
 def predicted_shapes(structure: Structure, plan: PruningPlan) -> Shapes:
@@ -149,13 +209,14 @@ def depends_on_depth(config: Any, structure: Structure, cls: type | None = None)
         result, reason = _without_layers(config, structure, plan, cls)
     except StructureError as error:
         return str(error)
-    return f"built as at their old place: {reason}" if "layers" in result.pruning_config["surgery"] else ""
+    return f"built as at their old place: {reason}" if "layers" in surgery_of(decoder_config(result)) else ""
 
 
 def _without_layers(config: Any, structure: Structure, plan: PruningPlan, cls: type | None) -> tuple[Any, str]:
     """A copy of `config` without the layers that go: its model computes what the dense one does with them bypassed.
 
-    `pruning_config` is the one of this plan, with the surgery of an earlier pruning.
+    `pruning_config` is the one of this plan, with the surgery of an earlier pruning. What tells how layers are built
+    stands in the config that they are built from: where a model of images has one for its text, in that.
 
     Returns:
         The config, and why a plainer one does not do.
@@ -164,31 +225,35 @@ def _without_layers(config: Any, structure: Structure, plan: PruningPlan, cls: t
         StructureError: no config describes that model.
     """
     values = fresh_config(config).to_dict()
+    own = decoder_values(config, values)
     n = len(structure.layer_paths)
     stay = [layer for layer in range(n) if layer not in plan.removed_layers]
-    if overrides := {int(k): v for k, v in (values.get("per_layer_config") or {}).items()}:
-        values["per_layer_config"] = {str(stay.index(k)): v for k, v in overrides.items() if k in stay}
+    if overrides := {int(k): v for k, v in (own.get("per_layer_config") or {}).items()}:
+        own["per_layer_config"] = {str(stay.index(k)): v for k, v in overrides.items() if k in stay}
     skipped = {
-        branch for override in (values.get("per_layer_config") or {}).values() for branch in override.get("skip", ())
+        branch for override in (own.get("per_layer_config") or {}).values() for branch in override.get("skip", ())
     }
-    earlier = (values.get("pruning_config") or {}).get("surgery") or {}
+    earlier = surgery_of(config) | surgery_of(decoder_config(config))
     branches = {branch: record for branch, record in earlier.get("branches", {}).items() if branch in skipped}
     branches.update(_branches(structure, plan))
     paths = {path: _new_path(path, structure, plan) for path in earlier.get("modules", {})}
     modules = {new: earlier["modules"][path] for path, new in paths.items() if new is not None}
     before = earlier.get("layers") or {"kept": list(range(n)), "num_hidden_layers": n}
     layers = {**before, "kept": [before["kept"][layer] for layer in stay]}
-    surgery = {"branches": branches, "modules": modules, "layers": earlier.get("layers") and layers}
-    values["pruning_config"] = {
-        **_record(plan),
-        "surgery": {key: records for key, records in surgery.items() if records},
-    }
+    own.pop("pruning_config", None)
+    values["pruning_config"] = {**_record(plan), "surgery": {"modules": modules} if modules else {}}
+    _add_surgery(own, {"branches": branches, "layers": earlier.get("layers") and layers})
     if len(stay) == n:
         return type(config).from_dict(values), ""
+    if (first := _image_layers(values)) > min(plan.removed_layers):
+        raise StructureError(
+            f"{config.model_type}: images enter after each of the first {first} decoder layers, found layers "
+            f"{sorted(plan.removed_layers)} to remove. Remove later ones, or prune widths."
+        )
     alone = replace(plan, kept_indices={"layers": tuple(stay)})
     judge, wanted = Judge(config, structure, alone, cls, sizes=True), predicted_shapes(structure, alone)
     reasons: list[tuple[int, str]] = []  # the further a candidate came, the more its reason tells
-    for changed in _with_fewer_layers(config, values, n, stay, layers):
+    for changed in _with_fewer_layers(config, values, n, stay, layers, own):
         try:
             candidate = type(config).from_dict(copy.deepcopy(changed))
         except Exception as error:  # config classes refuse in any way they like
@@ -205,7 +270,7 @@ def _without_layers(config: Any, structure: Structure, plan: PruningPlan, cls: t
             return candidate, max(reasons, key=lambda found: found[0], default=(0, ""))[1]
     by_place = [
         f"{name}={value}"
-        for name, value in {**values, **(values.get("text_config") or {})}.items()
+        for name, value in {**values, **own}.items()
         if type(value) is int and 0 < value <= n and any(word in name for word in _BY_PLACE)
     ]
     follows = f" Layers follow their place: {', '.join(by_place)}." if by_place else ""
@@ -216,8 +281,15 @@ def _without_layers(config: Any, structure: Structure, plan: PruningPlan, cls: t
     )
 
 
+def _add_surgery(own: dict[str, Any], records: Mapping[str, Any]) -> None:
+    """Add to the values of a config those records that say something. Modifies `own` in place."""
+    if found := {key: record for key, record in records.items() if record}:
+        section = own.get("pruning_config") or {"format": 1}
+        own["pruning_config"] = {**section, "surgery": {**section.get("surgery", {}), **found}}
+
+
 def _with_fewer_layers(
-    config: Any, values: dict[str, Any], n: int, stay: list[int], layers: dict[str, Any]
+    config: Any, values: dict[str, Any], n: int, stay: list[int], layers: dict[str, Any], decoder: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Values of configs that may have only the layers `stay` of `n`, the plainest first.
 
@@ -242,16 +314,23 @@ def _with_fewer_layers(
                 mapped[name] = sum(layer < value for layer in stay)
             elif type(value) is int and "shared_layers" in name:
                 mapped[name] = sum(layer >= n - value for layer in stay)
-        as_built = {
-            **values["pruning_config"],
-            "surgery": {**values["pruning_config"]["surgery"], "layers": layers},
-        }
+        as_built = {"pruning_config": own.get("pruning_config")}
+        _add_surgery(as_built, {"layers": layers})
         counts = [name for name, value in own.items() if type(value) is int and value == n and "layer" in name]
         counts.sort(key=lambda name: name != usual)
-        variants = [{**listed, **mapped}, *([{**listed, "pruning_config": as_built}] if place is None else [])]
+        variants = [{**listed, **mapped}, *([{**listed, **as_built}] if own is decoder else [])]
         for count, variant in itertools.product(counts or ([""] if listed else []), variants):
             changed = {**own, **variant, **({count: len(stay)} if count else {})}
             yield changed if place is None else {**values, place: changed}
+
+
+def _image_layers(values: Mapping[str, Any]) -> int:
+    """After how many of the first decoder layers images enter, beside those that stand among the tokens."""
+    parts = [part for part in values.values() if isinstance(part, dict)]
+    found = [
+        len(v) for part in (values, *parts) for k, v in part.items() if "deepstack" in str(k) and isinstance(v, list)
+    ]
+    return max(found, default=0)
 
 
 def _is_index_list(name: str, value: Any, n: int) -> bool:
@@ -315,6 +394,7 @@ def _hidden_values(config: Any, structure: Structure, plan: PruningPlan) -> Iter
         yield {}
         return
     n, width = structure.axes["hidden"].num_units, len(plan.kept_indices["hidden"])
+    config = decoder_config(config)
     values = config.to_dict()
     attribute = config.attribute_map.get("hidden_size", "hidden_size")
     same = {k: width for k, v in values.items() if type(v) is int and v == n and "vocab" not in k}
@@ -440,9 +520,9 @@ def _old_path(path: str, layer: int, structure: Structure, plan: PruningPlan) ->
 
 def _wider(config: Any, structure: Structure, axis: str, cls: type | None) -> nn.Module | None:
     """The dense model with twice the units of `axis` (and whatever else the same attributes hold), if one is found."""
-    num_units = structure.axes[axis].num_units
-    values, sizes = config.to_dict(), _resized(structure, axis, num_units)
-    hidden = config.attribute_map.get("hidden_size", "hidden_size")
+    num_units, decoder = structure.axes[axis].num_units, decoder_config(config)
+    values, sizes = decoder.to_dict(), _resized(structure, axis, num_units)
+    hidden = decoder.attribute_map.get("hidden_size", "hidden_size")
     places = [(m.parameter, m.dim, structure.layouts[m.parameter][m.dim]) for m in structure.members[axis]]
     dense, wanted = ([lay.size(layout, {axis: n}) for *_, layout in places] for n in (num_units, 2 * num_units))
     alone = [(k,) for k, v in values.items() if type(v) is int and v in sizes and k != hidden and "token" not in k]
@@ -486,7 +566,7 @@ def _that_runs(
     Numbers alone do not tell what an attribute means. Tried are: all but sizes of one head; of these all but those
     named after the residual stream; all but those of its size; all; none.
     """
-    hidden = getattr(config, "hidden_size", None)
+    hidden = getattr(decoder_config(config), "hidden_size", None)
 
     def without(words: tuple[str, ...], size: int | None = None) -> dict[str, dict[str, int]]:
         return {

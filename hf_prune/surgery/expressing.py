@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 from hf_prune.errors import StructureError
-from hf_prune.structure.building import build_empty, fresh_config
+from hf_prune.structure.building import build_empty, decoder_config, decoder_values, fresh_config
 from hf_prune.structure.structure import Kind
 
 if TYPE_CHECKING:
@@ -96,16 +96,17 @@ def with_layer_values(config: Any, per_layer: Mapping[int | None, Mapping[str, A
     Key `None` sets values of the whole model, in place of those that layers had.
     """
     values = config.to_dict()
+    own_values = decoder_values(config, values)
     of_model = per_layer.get(None, {})
-    values.update(of_model)
-    earlier = (values.get("per_layer_config") or {}).items()
+    own_values.update(of_model)
+    earlier = (own_values.get("per_layer_config") or {}).items()
     overrides = {str(int(k)): {name: v for name, v in own.items() if name not in of_model} for k, own in earlier}
     for layer, changed in per_layer.items():
         if layer is not None and changed:
             overrides.setdefault(str(layer), {}).update(changed)
     if overrides:
-        values["per_layer_config"] = overrides
-        values[_FLAG] = True
+        own_values["per_layer_config"] = overrides
+        own_values[_FLAG] = True
     try:
         return type(config).from_dict(values)
     except Exception:  # a config class refuses in any way it likes; then the attribute is not the one
@@ -114,7 +115,7 @@ def with_layer_values(config: Any, per_layer: Mapping[int | None, Mapping[str, A
 
 def _candidates(config: Any, axis: Axis) -> Iterator[Knob]:
     """Attribute sets worth trying, the likeliest first."""
-    n = axis.num_units
+    n, config = axis.num_units, decoder_config(config)
     everything = config.to_dict()
     overrides = {int(k): own for k, own in (everything.get("per_layer_config") or {}).items()}
     if axis.layer is not None:

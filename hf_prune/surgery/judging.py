@@ -157,6 +157,14 @@ class _Expressions(Forward):  # type: ignore[no-untyped-call]
         written = self._written.get(tensor.untyped_storage()._cdata)
         return own if written is None else self._of((own, written))
 
+    def _integers(self, index: Tensor | None) -> list[Tensor | None]:
+        """Places that a mask takes are made from the mask."""
+        found = super()._integers(index)
+        for position, places in enumerate(found):
+            if index is not None and places is not None and places is not index:
+                self._found[id(places)] = self._of((position, ("places", self.number(index))))
+        return found
+
     def same(self, tensor: Tensor, other: Tensor) -> None:
         """Take `tensor` for the same as `other`."""
         self.alive.append(tensor)

@@ -17,6 +17,7 @@ Every causal LM type that transformers registers, checked on a small random mode
 [`tests/benchmarks/architectures.py`](../tests/benchmarks/architectures.py), which writes this page:
 
     python tests/benchmarks/architectures.py                   # everything
+    python tests/benchmarks/architectures.py --coinciding      # the last column: sizes that coincide
     python tests/benchmarks/architectures.py --only llama opt  # some; printed, nothing written
 
 transformers {transformers}, torch {torch}, Python {python}, {minutes:.0f} minutes of one core.
@@ -27,8 +28,9 @@ transformers {transformers}, torch {torch}, Python {python}, {minutes:.0f} minut
 | MLP and attention axes inferred and prunable | {inferred} |
 | of these, every law holds | {passed} |
 | of these, no axis is inexact, so that masked = sliced was checked on all | {exact} |
-| only one kind of axis (state-space and linear-attention models) and every law holds | {one_kind} |
+| only one kind of axis, or only one that the code lets go, and every law holds | {one_kind} |
 | cannot be pruned, or a law is broken: the last column says what is in the way | {others} |
+| every law holds on sizes that coincide too (hidden and MLP 64, heads and their channels 8) | {coinciding} |
 
 Laws, on two random plans over all attention, MLP and expert axes (weights and biases random, none zero):
 
@@ -41,21 +43,30 @@ Laws, on two random plans over all attention, MLP and expert axes (weights and b
 5. **tokens**: the same 8 greedy tokens after reloading, with and without cache.
 
 *Widths* says how config.json holds them: attributes found by probing, or `surgery` where no attribute can (the layer
-is built, then resized by the loader). *Removal* tells whether a whole layer (L), only its attention (A) or only its
-MLP (M) was removed from the small model, with masked = sliced; it is not needed for passing.
+is built, then resized by the loader). Axes that the code does not let go are found by taking one unit of each family
+away: they count as not prunable, with the cause. *Removal* tells whether a whole layer (L), only its attention (A) or
+only its MLP (M) was removed from the small model, with masked = sliced; it is not needed for passing. *Alike*: the laws
+on sizes that coincide ("–": no such model can be built).
 """
 
 _COLUMNS = (
     "| model type | attention | MLP | experts | widths | identity | masked | count | reload | tokens | removal "
-    "| remarks |"
+    "| alike | remarks |"
 )
 
 
-def write_page(results: list[dict[str, Any]], docs: Path, seconds: float) -> None:
-    """Write both files into `docs`."""
+def write_page(found: list[dict[str, Any]], docs: Path, *, coinciding: bool) -> None:
+    """Join what was found with what is in `docs`, and write both files there."""
     import torch
     import transformers
 
+    path = docs / "architectures.json"
+    known = {r["model_type"]: r for r in json.loads(path.read_text(encoding="utf-8"))["model_types"]}
+    for result in found:
+        name = result["model_type"]
+        alike = result if coinciding else known.get(name, {}).get("alike")
+        known[name] = {**(known[name] if coinciding else result), "alike": alike}
+    results = [known[name] for name in sorted(known)]
     both = [r for r in results if _prunable(r, "attention") and _prunable(r, "mlp")]
     one = [r for r in results if r not in both and (_prunable(r, "attention") or _prunable(r, "mlp"))]
     summary = {
@@ -67,7 +78,8 @@ def write_page(results: list[dict[str, Any]], docs: Path, seconds: float) -> Non
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "minutes": seconds / 60,
+        "minutes": sum(r["seconds"] for r in results) / 60,
+        "coinciding": sum(bool(r.get("alike")) and passes(r["alike"]) for r in results),
     }
     summary["others"] = summary["total"] - summary["passed"] - summary["one_kind"]
     lines = [_HEAD.format(**summary), _COLUMNS, "|" + "---|" * (_COLUMNS.count("|") - 1)]
@@ -81,7 +93,7 @@ def passes(result: dict[str, Any]) -> bool:
     """Whether every law that applies holds."""
     laws = result["laws"]
     return "error" not in result and all(
-        laws.get(name, "missing" if name != "masked" else "ok") == "ok" for name in LAWS
+        laws.get(name, "missing" if name != "masked" else "ok").startswith(("ok", "none")) for name in LAWS
     )
 
 
@@ -93,7 +105,12 @@ def _row(result: dict[str, Any]) -> str:
     laws = [_law(result, name) for name in LAWS]
     axes = [_axes(result, kind) for kind in ("attention", "mlp", "expert")]
     cells = [str(result["model_type"]), *axes, _widths(result), *laws]
-    return "| " + " | ".join([*cells, _removal(result), _remarks(result)]) + " |"
+    return "| " + " | ".join([*cells, _removal(result), _alike(result), _remarks(result)]) + " |"
+
+
+def _alike(result: dict[str, Any]) -> str:
+    alike = result.get("alike")
+    return "–" if not alike or "error" in alike else "✓" if passes(alike) else "✗"
 
 
 def _axes(result: dict[str, Any], kind: str) -> str:
@@ -113,7 +130,7 @@ def _widths(result: dict[str, Any]) -> str:
 
 def _law(result: dict[str, Any], name: str) -> str:
     outcome = result["laws"].get(name)
-    return "–" if outcome is None else "✓" if outcome == "ok" else "✗"
+    return "–" if outcome is None or outcome.startswith("none") else "✓" if outcome == "ok" else "✗"
 
 
 def _removal(result: dict[str, Any]) -> str:
@@ -127,7 +144,13 @@ def _removal(result: dict[str, Any]) -> str:
 
 def _remarks(result: dict[str, Any]) -> str:
     remarks = [result["error"]] if "error" in result else []
+    alike = result.get("alike") or {"laws": {}}
     remarks += [f"{name}: {outcome}" for name, outcome in result["laws"].items() if outcome != "ok"]
+    remarks += [
+        f"alike: {name}: {outcome}"
+        for name, outcome in alike["laws"].items()
+        if outcome != "ok" and not outcome.startswith("none")
+    ]
     for kind in ("attention", "mlp", "expert"):
         remarks += [f"{kind}: {why}" for why in result.get(kind, {}).get("blockers", [])]
     if without_rule := result.get("without_rule"):

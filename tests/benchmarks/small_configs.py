@@ -69,6 +69,18 @@ _NAMES = (
     ),
 )
 _SIZE = {name: value for value, names in _NAMES for name in names.split()}
+_ALIKE = {48: 64, 40: 64, 24: 64, 6: 8, 3: 8, 12: 16}
+"""Sizes that all differ → sizes that coincide: 64 and 8 wherever no relation between them forbids it."""
+_DIFFER = dict(_SIZE)
+
+
+def coincide(alike: bool) -> None:
+    """Have `small_config` give sizes that coincide, or that differ."""
+    _SIZE.update({name: _ALIKE.get(value, value) if alike else value for name, value in _DIFFER.items()})
+    if alike:
+        _SIZE.update(qk_head_dim=8 + 4, mamba_d_ssm=128)
+
+
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "decoder_start_token_id": 1}
 
@@ -98,7 +110,10 @@ _BRIDGES: dict[str, dict[str, Any]] = {
     "diffllama": {"num_key_value_heads": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
     "gemma3n_text": {"num_kv_shared_layers": 1, "intermediate_size": MLP},
-    "dots3_note": {"audio_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN}},
+    "dots3_note": {
+        "audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+        "vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+    },
     "gemma4_assistant": {
         "__default__": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
         "text_config": {"num_kv_shared_layers": LAYERS},
@@ -116,6 +131,7 @@ _BRIDGES: dict[str, dict[str, Any]] = {
     "zamba2": {
         "layers_block_type": _HYBRID,
         "n_mamba_heads": 12,
+        "hybrid_layer_ids": [1, 3],
         "attention_hidden_size": 96,
         "attention_head_dim": 16,
     },

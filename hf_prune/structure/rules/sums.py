@@ -8,9 +8,11 @@ from hf_prune.structure.rules.call import ONE, Call, note_role, rule
 from hf_prune.structure.rules.elementwise import broadcast
 from hf_prune.structure.unify import (
     Atom,
+    Cat,
     Term,
     fix,
     leaves,
+    resolve,
     split_product,
 )
 
@@ -185,6 +187,8 @@ def softmax(call: Call) -> None:
         for d, term in enumerate(traced.terms):
             if d != dim:
                 _mark_heads(term)
+                if isinstance(whole := resolve(term), Cat) and all(part.size == 1 for part in whole.parts):
+                    call.tracer.apart[call.tracer.where] = whole.size
         call.origin.weighs = traced.terms[dim]
     call.give(list(traced.terms))
 
