@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,9 +127,11 @@ class Bench:
 def main(
     model: Annotated[Path, typer.Option(help="Directory of the mixture.")] = SHARED / "models" / "refmoe",
     only: Annotated[str, typer.Option(help="Measure only rows whose label holds this.")] = "",
+    seconds: Annotated[float, typer.Option(help="Begin no row after so long; the next run goes on.")] = float("inf"),
     tables_only: Annotated[bool, typer.Option(help="Only write the table from docs/experts.json.")] = False,
 ) -> None:
     """Measure on the mixture and write the table."""
+    stop = time.perf_counter() + seconds
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {"rows": {}}
     if not tables_only:
@@ -136,10 +139,11 @@ def main(
         results |= circumstances(bench)
         if "dense" not in results:
             results["dense"] = bench.measure(bench.model)
+            save(results)
         for label, values in ROWS.items():
             for share in SHARES:
                 known = results["rows"].setdefault(label, {})
-                if only in label and str(share) not in known:
+                if only in label and str(share) not in known and time.perf_counter() < stop:
                     known[str(share)] = bench.row(share, values)
                     print(label, share, known[str(share)], flush=True)
                     save(results)
