@@ -113,7 +113,7 @@ Dtype = Annotated[
 Calibration = Annotated[
     list[str] | None,
     typer.Option(
-        help="File, Hub dataset, general, self; or several.",
+        help="Files, Hub datasets, general, self.",
         metavar="TEXT[:WEIGHT]",
         rich_help_panel=TEXT,
     ),

@@ -40,7 +40,7 @@ from hf_prune.structure.building import build_empty
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.configuring import unresizable
 from hf_prune.surgery.expressing import family
-from hf_prune.surgery.pruning import PrunedLayers
+from hf_prune.surgery.pruning import PrunedLayers, empty_pruned
 from hf_prune.surgery.slicing import renumber
 from hf_prune.vocabulary import kept_tokens, prune_tokenizer, spelled
 
@@ -212,7 +212,8 @@ def prune(
     if vocabulary is not None:
         assert tokenizer is not None  # checked
         tokens = kept_tokens(model, tokenizer, vocabulary, coverage=coverage)
-        with_tokens(bare_plan(structure, {}), structure, tokens)  # a vocabulary that cannot be pruned is refused here
+        only = with_tokens(bare_plan(structure, {}), structure, tokens)
+        empty_pruned(model, structure, only)  # what cannot go is refused here
         smaller = prune_tokenizer(tokenizer, tokens)
     measures = config.budget == "latency" and latency is None
     if measures and is_on_disk(model):

@@ -361,3 +361,11 @@ def test_other_tables_of_tokens_are_refused():
     structure = infer_structure(dense)
     with pytest.raises(StructureError, match=r"vocabulary cannot be pruned: .*not so next_head"):
         apply_plan(dense, structure, with_tokens(bare_plan(structure, {}), structure, (0, 1, 2, 3)))
+
+
+def test_it_is_refused_before_work(folder, monkeypatch):
+    monkeypatch.setattr("hf_prune.pipeline.decide", lambda *_, **__: pytest.fail("work began"))
+    dense = tiny_served_model("llama", bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    dense.generation_config.sequence_bias = [[[4], 1.0]]
+    with pytest.raises(PlanError, match="sequence_bias names tokens"):
+        prune(dense, RandomConfig(0.3), tokenizer=tokenizer(), vocabulary=str(folder / "words.txt"))

@@ -62,7 +62,7 @@ def apply_plan(model: PreTrainedModel, structure: Structure, plan: PruningPlan) 
     state = model.state_dict(keep_vars=True)
     for name, tensor in state.items():
         check_tensor(name, tensor, structure)
-    pruned = _empty(model, structure, plan)
+    pruned = empty_pruned(model, structure, plan)
     sliced = slice_state_dict(state, structure, plan)
     pruned.load_state_dict(sliced, strict=True, assign=True)
     pruned.tie_weights()
@@ -172,7 +172,7 @@ class PrunedLayers:
     def _outside(self) -> PreTrainedModel:
         """The pruned model with all weights but those of its layers."""
         model, structure, plan = self._dense, self._structure, self._plan
-        pruned = _empty(model, structure, plan)
+        pruned = empty_pruned(model, structure, plan)
         state = {
             name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in structure.owners
         }
@@ -191,7 +191,7 @@ class PrunedLayers:
     def _take_tokens(self) -> None:
         """Take the tokens that go out of the pruned model, which stays the same object: it may hold its files."""
         structure, plan = self._structure, self._whole_plan
-        pruned = _empty(self._dense, structure, plan)
+        pruned = empty_pruned(self._dense, structure, plan)
         state = {name: x for name, x in self.model.state_dict(keep_vars=True).items() if not x.is_meta}
         rows: dict[int, Tensor] = {}
         for name in (name for name in state if name in structure.layouts and on_axis("vocab", structure, name)):
@@ -224,8 +224,8 @@ class PrunedLayers:
         return self._folder / f"layer-{layer:05}.safetensors"
 
 
-def _empty(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> PreTrainedModel:
-    """The pruned model without weights, with the configs that it will have."""
+def empty_pruned(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> PreTrainedModel:
+    """The pruned model without weights, with the configs that it will have; `StructureError` if none describe it."""
     config = pruned_config(model.config, structure, plan, type(model))
     pruned = build_empty(fresh_config(config), type(model))
     generation = model.generation_config
