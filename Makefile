@@ -26,8 +26,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A file goes to one worker: what its tests share (commands that ran, processes, hostile checkpoints) is made once.
 test: lint
-	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # Kill every long command twenty times at random places; it must end with the same bits.
 kills: install

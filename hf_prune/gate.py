@@ -121,7 +121,7 @@ def check_windows(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> Non
                     f"the text has token {token}, but the model embeds {rows} tokens: pass this model's own tokenizer."
                 )
     positions = positions_of(model.config)
-    if found and longest > min(positions.values(), default=longest) - _OFFSET:
+    if found and positions and longest > min(positions.values()) - _OFFSET:
         _check_positions(model, next(ids for ids in found if ids.shape[1] == longest)[:1], positions)
     for name, number in positions.items():
         if number < longest:

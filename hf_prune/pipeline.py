@@ -329,8 +329,11 @@ def decide(
         task = for_pruned(structure, infer_structure(current), config, done, ratio)
         if task is None:
             return {}
-        stage = None if work is None else work.stage(f"scores-{_digest(done.to_json())}")
-        return in_dense_numbering(_scored(current, *task, batches, stage), structure, done)
+        (smaller, own), step = task, f"scores-{_digest(done.to_json())}"
+        if isinstance(own, PolicyGradientConfig) and own.state_dir is not None:
+            own = dataclasses.replace(own, state_dir=str(Path(own.state_dir) / step))
+        stage = None if work is None else work.stage(step)
+        return in_dense_numbering(_scored(current, smaller, own, batches, stage), structure, done)
 
     preview, exponents = None, None
     if config.allocation in ("spectral", "search"):

@@ -196,6 +196,7 @@ def test_learned_positions_are_told_from_others(caplog):
         check_windows(model, [{"input_ids": ids[0]["input_ids"][:, :64]}])
     for family in ("llama", "mixtral", "gpt_neox", "bloom"):
         caplog.clear()
+        check_windows(tiny_model(family), [])
         check_windows(tiny_model(family), ids)
         assert ("made for 64" in caplog.text) == (family != "bloom"), family
     pruned = prune(tiny_model("gpt2", dtype=torch.float32), RandomConfig(0.3, allocation="global")).model

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import subprocess
-from importlib.util import find_spec
 
 import pytest
 import tiny
@@ -61,7 +60,7 @@ writers = pytest.mark.parametrize(
         "export, plain",
         "export, gguf",
         pytest.param("export, onnx", marks=pytest.mark.skipif(KILLS <= 3, reason="slow: one of `make kills`")),
-        pytest.param("quantise", marks=pytest.mark.skipif(not find_spec("torchao"), reason="needs torchao")),
+        "quantise",
         "demo",
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from killing import FORKS, hold
 from models import make_plan, random_kept, shared_model, shared_structure, tiny_model, token_ids
 
+from hf_prune import prune
 from hf_prune.allocation import allocate
 from hf_prune.config import PolicyGradientConfig
 from hf_prune.errors import BudgetError, CalibrationError, CheckpointError, ConfigError, ScoreError, StructureError
@@ -344,6 +345,18 @@ def test_the_state_is_written_as_often_as_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(training.StateFile, "save", lambda self, state: written.append(state.step))
     learn(tiny_model("llama", dtype=torch.float32), config)
     assert written == [3, 6, 8]
+
+
+def test_every_step_of_gradual_pruning_has_its_state(tmp_path, monkeypatch):
+    config = PolicyGradientConfig(0.4, **QUICK, num_steps=2)
+    wanted = prune(tiny_model("llama", dtype=torch.float32), config, calibration=samples())
+    config = dataclasses.replace(config, state_dir=str(tmp_path / "state"))
+    for may_learn in (True, False):
+        if not may_learn:
+            monkeypatch.setattr(MaskedModel, "losses", None)
+        found = prune(tiny_model("llama", dtype=torch.float32), config, calibration=samples())
+        assert found.plan.kept_indices == wanted.plan.kept_indices
+    assert len(list((tmp_path / "state").rglob("policy.safetensors"))) == 2
 
 
 def test_two_runs_at_once_are_refused(tmp_path):

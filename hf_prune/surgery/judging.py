@@ -12,6 +12,7 @@ import functools
 import hashlib
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,9 +61,10 @@ class Judge:
     @functools.cached_property
     def _dense(self) -> _Run:
         layers = {n: kept for n, kept in self._plan.kept_indices.items() if self._structure.axes[n].kind == "layer"}
-        bypassed = replace(self._plan, kept_indices=layers)
-        what = ("run", repr(self._config.to_dict()), self._cls, self._sizes, *sorted(layers.items()))
-        return self._structure.once(what, lambda: self._run(self._config, {}, bypassed))
+        run = partial(self._run, self._config, {}, replace(self._plan, kept_indices=layers))
+        if layers:  # there are too many such plans to hold what each leaves
+            return run()
+        return self._structure.once(("run", repr(self._config.to_dict()), self._cls, self._sizes), run)
 
     def difference(self, config: Any) -> str:
         """Where the model of `config`, its tensors named as in the pruned model, computes something else; else ""."""
@@ -95,7 +97,7 @@ class Judge:
         for module in model.modules():
             for key, hook in list(module._forward_pre_hooks.items()):
                 if isinstance(hook, SelectInput):
-                    module._forward_pre_hooks[key] = functools.partial(_select, hook, run)  # type: ignore[assignment]
+                    module._forward_pre_hooks[key] = partial(_select, hook, run)  # type: ignore[assignment]
         with contextlib.nullcontext() if bypassed is None else masked(model, self._structure, bypassed):
             result = run.compute(model)
         return _Run(model, numbers, run.steps, result)

@@ -16,6 +16,7 @@ import gc
 import json
 import platform
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -138,7 +139,13 @@ def write(results: dict[str, Any]) -> None:
 
     versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     circumstances = {**versions, "python": platform.python_version()}
-    known = {"families": {**read(), **results}, "circumstances": circumstances}
+    families = {**read(), **results}
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True).stdout.strip()
+    before = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    states = {name: count for name, count in before.get("states", {}).items() if name != commit}
+    states[commit] = sum(result["cases"] for result in families.values()) - sum(states.values())
+    known = {"families": families, "circumstances": circumstances, "states": states}
     for target, text in ((RESULTS, json.dumps(known, indent=1)), (RESULTS.with_suffix(".md"), page(known))):
         with replaced_file(target) as path:
             path.write_text(text + "\n", encoding="utf-8")
@@ -162,6 +169,7 @@ larger ratio keeps a subset, the same seed gives the same plan. **Plan = JSON**:
 Numbers are cases in which a law held; r: refused with an error of ours; b: broken.
 
 transformers {transformers}, torch {torch}, Python {python}; {minutes:.0f} minutes of one core.
+State of the code, and cases run with it: {states}.
 """
 
 
@@ -172,6 +180,7 @@ def page(known: dict[str, Any]) -> str:
         families=len(families),
         cases=sum(result["cases"] for result in families.values()),
         broken=sum(len(result["broken"]) for result in families.values()) or "no",
+        states=", ".join(f"{name}: {count:,}" for name, count in known["states"].items() if count),
         minutes=sum(result["seconds"] for result in families.values()) / 60,
         **known["circumstances"],
     )
