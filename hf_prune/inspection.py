@@ -16,6 +16,7 @@ from hf_prune.layers.masking import masked
 from hf_prune.layers.weights import inference, input_device
 from hf_prune.memory import count_memory, fit_ratio, memory_of, usable_bytes
 from hf_prune.methods import score
+from hf_prune.structure.building import decoder_config
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.configuring import depends_on_depth, unresizable
 from hf_prune.surgery.expressing import family, find_knobs
@@ -68,6 +69,8 @@ class InspectionReport:
     """Operations that no tracing rule covers → the module that ran them. The axes they touch are not prunable."""
     quantised: str = ""
     """By which method: `prune` refuses such a model. Empty otherwise."""
+    mtp_layers: int = 0
+    """Layers that predict further tokens, by the config: transformers loads them apart from the model."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -139,6 +142,7 @@ def inspect_config(config: PreTrainedConfig, cls: type[PreTrainedModel] | None =
         missing=tuple(kind for kind in get_args(AxisKind) if not axes_of_kind(structure, kind)),
         quantised=quantised(config),
         without_rule=dict(structure.without_rule),
+        mtp_layers=getattr(decoder_config(config), "num_mtp_layers", None) or 0,
     )
 
 

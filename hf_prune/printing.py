@@ -79,6 +79,8 @@ def print_inspection(report: InspectionReport) -> None:
         _print(f"not found: {', '.join(report.missing)}")
     instead = "prune the model that it was made from, or pass --dequantise"
     _print(f"quantised ({report.quantised}): {instead}" if report.quantised else "")
+    apart = "layers that predict further tokens (MTP) are not part of the loaded model: not pruned and not saved"
+    _print(f"{report.mtp_layers} {apart}" if report.mtp_layers else "")
     for operation, module in report.without_rule.items():
         _print(f"no rule for operation {operation} (first in {module}): the axes it touches stay whole")
 

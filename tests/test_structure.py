@@ -471,3 +471,38 @@ def test_several_axes_of_one_branch_are_named_by_their_modules():
     )
     names = [axis.name for axis in infer_structure(config).axes_of("mlp") if axis.layer == 1]
     assert names == ["layers.1.mlp.experts", "layers.1.mlp.shared_expert"]
+
+
+def _config(kind, **values):
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(kind, vocab_size=64, **values)
+
+
+ROUTED = {
+    "jetmoe": {  # splits tokens into parts as large as experts are asked for
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "kv_channels": 8,
+        "intermediate_size": 24,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+    },
+    "dbrx": {  # counts one class of experts more than there are
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 3, "moe_top_k": 2},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROUTED)
+def test_numbers_of_tokens_that_weights_decide_are_no_obstacle(kind):
+    structure = infer_structure(_config(kind, **ROUTED[kind]))
+    found = {axis.kind: axis.num_units for axis in structure.axes.values() if axis.layer == 1 and axis.prunable}
+    assert found["mlp"] == 24
+    assert found["attention"] == 2

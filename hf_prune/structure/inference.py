@@ -218,10 +218,7 @@ class _Naming:
                 continue
             consumed = [term for name in self.consumed if self.layer_of[name] == layer for term in self.terms[name]]
             heads = next((atom for term in consumed for atom in leaves(term) if atom.heads), None)
-            if apart := next((n for path, n in self.tracer.apart.items() if self._is_inside(path, layer)), 0):
-                name, blocker = f"layers.{layer}.attention", "each of its heads has modules of its own"
-                result[name] = Axis(name, "attention", layer, apart, blocker=blocker)
-            elif heads is not None and id(heads) not in self.local:
+            if heads is not None and id(heads) not in self.local:
                 outside = [name for name in self.terms if self.layer_of[name] != layer]
                 other = next((name for name in outside if heads in _all(self.terms[name])), "another layer")
                 name, blocker = f"layers.{layer}.attention", f"its heads are shared with {other}"
@@ -246,8 +243,6 @@ class _Naming:
             atom = entry.atom
             if atom.heads or atom.chosen or atom.attended or not entry.consumers or not entry.producers:
                 continue
-            if any(name.startswith(f"{path}.") for path in self.tracer.apart for name, _ in entry.places):
-                continue  # value dimensions of attention whose heads are computed one by one
             dims = [(n, d, term) for n, _ in entry.places for d, term in enumerate(self.terms[n])]
             if any(atom.heads for n, d, term in dims if (n, d) in entry.places for atom in leaves(term)):
                 continue  # value dimensions of attention
@@ -305,7 +300,9 @@ class _Naming:
     def _axis(self, name: str, kind: Kind, entry: _Found) -> Axis:
         atom = entry.atom
         if kind == "attention" and not atom.heads:
-            return Axis(name, kind, entry.layer, 1, blocker="it has one unit")
+            apart = next((n for path, n in self.tracer.apart.items() if self._is_inside(path, entry.layer)), 0)
+            blocker = "each of its heads has modules of its own" if apart else "it has one unit"
+            return Axis(name, kind, entry.layer, apart or 1, blocker=blocker)
         blocker = atom.fixed
         if not blocker and atom.origins and not self._selected_inputs(name, entry):
             blocker = "a constant of the model differs along it, and is not handed to the layer as an argument"
