@@ -222,12 +222,7 @@ def prune(
     ] = None,
     recover: Annotated[
         str | None,
-        typer.Option(
-            help="Then train on so many tokens (500k, 2M) of the calibration text, towards the dense model; the pruned "
-            "model stays in OUTPUT-pruned, and the same command goes on.",
-            metavar="TOKENS",
-            rich_help_panel=RUN,
-        ),
+        typer.Option(help="Then train it on the text, towards MODEL.", metavar="TOKENS", rich_help_panel=RUN),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, save nothing.", rich_help_panel=RUN)
