@@ -11,7 +11,8 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, default_data_collator
 
 from hf_prune import DistillationTrainer, DivergenceGuard, LLMPrunerConfig, PrunedModelForCausalLM, perplexity, prune
-from hf_prune.data import load_text, training_windows
+from hf_prune.calibration import training_windows
+from hf_prune.data import load_text
 
 
 def main(

@@ -10,7 +10,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
 
 from hf_prune import LLMPrunerConfig, PrunedModelForCausalLM, PruningCallback
-from hf_prune.data import training_windows
+from hf_prune.calibration import training_windows
 
 
 def main(

@@ -37,6 +37,10 @@ SELF = "self"
 TEXTS = Path(__file__).parent / "texts"
 _LAZY_PIECES = 16
 """Of a text with more pieces than this, random pieces are tokenised, as many as are needed and some to choose from."""
+_MANY_TIMES = 4
+"""A part of a training mixture that comes more often than this is warned of."""
+_MOST = 1 << 40
+"""More windows than any text has."""
 _SPARE = 4
 """So many times the windows that are needed."""
 _WEIGHTED = re.compile(r"(.+):(\d+(?:\.\d*)?|\.\d+)")
@@ -53,8 +57,8 @@ class Part:
     """Of the windows: the weight, so that all sum to 1."""
 
 
-def parts_of(sources: Sources) -> list[Part]:
-    """The parts of a mixture; what can be seen to be wrong before anything is loaded is refused.
+def parts_of(sources: Sources, what: str = "calibration") -> list[Part]:
+    """The parts of a mixture (`what` in errors); what can be seen to be wrong before anything is loaded is refused.
 
     Raises:
         CalibrationError: no source, one that is named twice or not there, a weight that is not above 0, or weights for
@@ -68,14 +72,12 @@ def parts_of(sources: Sources) -> list[Part]:
     weights = [1 / len(found) if weight is None else weight for _, weight in found]
     names = [source for source, _ in found]
     if not found or len(set(names)) < len(names):
-        raise CalibrationError(f"calibration found the sources {names}, expected one or more different ones.")
+        raise CalibrationError(f"{what} found the sources {names}, expected one or more different ones.")
     if not all(Range(0, ends="()").holds(weight) for weight in weights):
-        raise CalibrationError(f"calibration found the weights {weights}, expected numbers above 0.")
+        raise CalibrationError(f"{what} found the weights {weights}, expected numbers above 0.")
     some = [source for source, weight in found if weight is None]
     if some and len(some) < len(found):
-        raise CalibrationError(
-            f"calibration found no weight for {some}: give every source one (`source:0.5`), or none."
-        )
+        raise CalibrationError(f"{what} found no weight for {some}: give every source one (`source:0.5`), or none.")
     for source in names:
         _check_part(source)
     total = math.fsum(weights)
@@ -125,10 +127,7 @@ def calibration_batches(
         num_samples=(num_samples, lowest), seq_len=(seq_len, 1), batch_size=(batch_size, 1), seed=(seed, 0)
     )
     parts = parts_of(sources)
-    total = math.fsum(part.weight for part in parts)
-    if len(parts) > 1 and abs(total - 1) > 1e-6:
-        shares = ", ".join(f"{part.source} {part.share:.3g}" for part in parts)
-        logger.warning("the weights of the calibration texts sum to %.6g; they are taken as %s", total, shares)
+    _announce(parts)
     turns = _turns([part.share for part in parts], num_samples + num_held_out)
     drawn = []
     for number, part in enumerate(parts):
@@ -145,6 +144,71 @@ def calibration_batches(
     found = [[row for row in own if row is not None] for own in (rows[:num_samples], rows[num_samples:])]
     batches = [own[start : start + batch_size] for own in found for start in range(0, len(own), batch_size)]
     return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in map(torch.stack, batches)]
+
+
+def training_windows(
+    tokenizer: PreTrainedTokenizerBase, sources: Sources, window: int, *, number: int | None = None, seed: int = 0
+) -> Tensor:
+    """Windows of texts for training.
+
+    One text is cut into windows that follow each other without overlap, in its order. Windows of a mixture are drawn as
+    `calibration_batches` does; where a part has fewer than its share of `number`, it comes again, in another order.
+
+    Args:
+        tokenizer: the model's tokenizer; no special tokens are added, but those of its chat template to chats.
+        sources: as for `calibration_batches`; not `self`.
+        window: tokens of each window, 1 or more.
+        number: windows of a mixture. Default: as many as the shares allow without repeating any.
+        seed: of the draw.
+
+    Returns:
+        int64 `[num_windows, window]`, at least one window.
+
+    Raises:
+        CalibrationError: a source cannot be read, or has fewer than `window` tokens.
+        ConfigError: a number is below 1.
+    """
+    check_whole_numbers(window=(window, 1), number=(1 if number is None else number, 1))
+    parts = parts_of(sources, "training text")
+    if any(part.source.partition(":")[0] == SELF for part in parts):
+        raise CalibrationError("training text 'self' is not written here; let the model write it, and pass the file.")
+    if len(parts) == 1:
+        text = text_of(parts[0].source, tokenizer)
+        tokens = torch.cat([token_stream(tokenizer, piece) for piece in pieces(text)])
+        return windows_of(tokens, window, num_windows=1, source=parts[0].source)
+    _announce(parts)
+    shares = [part.share for part in parts]
+    most = _MOST if number is None else number
+    drawn = [
+        _text_windows(tokenizer, part.source, "text", 1, window, seed, math.ceil(part.share * most)) for part in parts
+    ]
+    turns = _turns(shares, number or max(1, int(min(len(d) / s for d, s in zip(drawn, shares, strict=True)))))
+    for part, own, wanted in zip(parts, drawn, map(turns.count, range(len(parts))), strict=True):
+        if wanted > _MANY_TIMES * len(own):
+            logger.warning(
+                "%s has %d windows and is trained on %.1f times; a longer text would teach more",
+                part.source,
+                len(own),
+                wanted / len(own),
+            )
+    rows = [_again_and_again(own, seed) for own in drawn]
+    return torch.stack([next(rows[part]) for part in turns])
+
+
+def _announce(parts: list[Part]) -> None:
+    """Say what weights that do not sum to 1 are taken as."""
+    total = math.fsum(part.weight for part in parts)
+    if len(parts) > 1 and abs(total - 1) > 1e-6:
+        shares = ", ".join(f"{part.source} {part.share:.3g}" for part in parts)
+        logger.warning("the weights of the texts sum to %.6g; they are taken as %s", total, shares)
+
+
+def _again_and_again(windows: Tensor, seed: int) -> Iterator[Tensor]:
+    """All windows as they are, then in ever new orders."""
+    generator = torch.Generator().manual_seed(seed)
+    yield from windows
+    while True:
+        yield from windows[torch.randperm(len(windows), generator=generator)]
 
 
 def is_text(calibration: Any) -> bool:
@@ -168,7 +232,7 @@ def _weighted(source: str) -> tuple[str, float | None]:
 def _check_part(source: str) -> None:
     name, _, prompts = source.partition(":")
     if name == SELF and prompts:
-        _prompts(source)
+        prompts_of(source)
     elif source not in (GENERAL, SELF):
         check_source(source)
 
@@ -202,10 +266,15 @@ def _text_windows(
     return windows[torch.randperm(len(windows), generator=generator)[: number + more]]
 
 
-def text_of(source: str, tokenizer: PreTrainedTokenizerBase, column: str = "text") -> str:
+def text_of(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    column: str = "text",
+    max_chars: int | None = CALIBRATION_CHARS,
+) -> str:
     """The text of one part of a mixture that is no answer of a model; `CalibrationError` if it cannot be read."""
     path = TEXTS / "general.jsonl" if source == GENERAL else source
-    return load_text(path, column=column, max_chars=CALIBRATION_CHARS, tokenizer=tokenizer)
+    return load_text(path, column=column, max_chars=max_chars, tokenizer=tokenizer)
 
 
 def _whole(tokens: Tensor, window: int) -> Tensor:
@@ -230,7 +299,7 @@ def _own_windows(
             "calibration 'self' lets the dense model write, which takes a model in memory; write the answers where it "
             "fits and calibrate with that file, or calibrate with 'general'."
         )
-    prompts = _prompts(source)
+    prompts = prompts_of(source)
     generator = torch.Generator().manual_seed(seed)
     found: list[Tensor] = []
     num_tokens = 0
@@ -242,25 +311,35 @@ def _own_windows(
         torch.manual_seed(seed)
         while num_tokens < number * seq_len:
             for rows in torch.split(torch.randperm(len(prompts), generator=generator), batch_size):
-                for document in _answers(model, tokenizer, [prompts[row] for row in rows.tolist()], seq_len):
-                    found.append(document)
-                    num_tokens += len(document)
-                    bar.update(len(document))
+                for prompt, answer, _ in answers(model, tokenizer, [prompts[row] for row in rows.tolist()], seq_len):
+                    found += [prompt, answer]
+                    num_tokens += len(prompt) + len(answer)
+                    bar.update(len(prompt) + len(answer))
                 if num_tokens >= number * seq_len:
                     break
     return windows_of(torch.cat(found), seq_len, num_windows=number, source=source)[:number]
 
 
-def _answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], seq_len: int
-) -> Iterator[Tensor]:
-    """Each prompt with an answer of at most `seq_len` tokens: int64 `[tokens]`."""
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    max_new_tokens: int,
+    *,
+    greedy: bool = False,
+) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Let a model answer prompts, through the chat template if there is one: greedily, or drawn at temperature 1.
+
+    Yields:
+        Of each prompt its tokens and those of the answer with its end token, int64 `[T]` each, and whether it ended.
+    """
     chats = tokenizer.chat_template is not None
     texts: Any = prompts
     if chats:
         turns = [[{"role": "user", "content": prompt}] for prompt in prompts]
         texts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    rows = [token_stream(tokenizer, text)[-seq_len:] for text in texts]
+    rows = [token_stream(tokenizer, text) for text in texts]
+    rows = rows if greedy else [row[-max_new_tokens:] for row in rows]
     longest = max(len(row) for row in rows)
     end = model.generation_config.eos_token_id
     end = tokenizer.eos_token_id if end is None else end
@@ -269,22 +348,21 @@ def _answers(
     ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0), value=padding) for row in rows])
     mask = torch.stack([torch.arange(longest) >= longest - len(row) for row in rows]).long()
     device = input_device(model)
-    answers: Any = model.generate(
+    drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    chosen = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None, "repetition_penalty": 1.0}
+    written: Any = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=seq_len,
+        max_new_tokens=max_new_tokens,
         pad_token_id=padding,
+        **(chosen if greedy else drawn),
     )
-    for row, answer in zip(rows, answers[:, longest:].cpu(), strict=True):
+    for row, answer in zip(rows, written[:, longest:].cpu(), strict=True):
         stops = torch.nonzero(torch.isin(answer, ends))[:, 0]
-        yield torch.cat([row, answer[: int(stops[0]) + 1] if len(stops) else answer])
+        yield row, answer[: int(stops[0]) + 1] if len(stops) else answer, bool(len(stops))
 
 
-def _prompts(source: str) -> list[str]:
+def prompts_of(source: str) -> list[str]:
     """The prompts of `self` or `self:file.jsonl`: the field `prompt` of each record."""
     path = Path(source.partition(":")[2] or TEXTS / "prompts.jsonl")
     try:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from hf_prune.config import PruningConfig
     from hf_prune.pipeline import PruningResult
+    from hf_prune.recovery.recover import RecoveryResult
 
 
 _GOES_ON = {"prune": "--work-dir", "sweep": "", "recover": "--resume"}
@@ -230,6 +231,10 @@ def prune(
         Path | None,
         typer.Option(help="Keeps results: a killed run goes on.", metavar="DIRECTORY", rich_help_panel=RUN),
     ] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(help="Then train it on the text, towards MODEL.", metavar="TOKENS", rich_help_panel=RUN),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, save nothing.", rich_help_panel=RUN)
     ] = False,
@@ -258,13 +263,21 @@ def prune(
 
     from hf_prune import pipeline, printing
     from hf_prune.calibration import parts_of
-    from hf_prune.checkpoint.files import needs_plugin
+    from hf_prune.checkpoint.files import load_plan, needs_plugin
     from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
     from hf_prune.latency import LatencyTable
     from hf_prune.layers.processes import reserved_for_all
     from hf_prune.loading import load_processor, load_tokenizer
 
     target = None if dry_run else output
+    if recover is not None:
+        then = _recovery(model, target, calibration, recover, device, overwrite, as_json)
+        assert target is not None
+        target = target.with_name(f"{target.name}-pruned")
+        plan = load_plan(target) if target.is_dir() else None
+        if plan is not None and (plan.config, plan.base_model_name_or_path) == (chosen, model):
+            then(target)  # a run that was interrupted while it trained
+            return
     if target is not None:
         fields = {name: getattr(chosen, name, None) for name in ("policy", "save_policy", "state_dir")}
         read = {name: Path(value) for name, value in fields.items() if value} | {"work_dir": work_dir}
@@ -296,13 +309,13 @@ def prune(
             **where,
         )
         prune_s = time.perf_counter() - start
-        if int(os.environ.get("RANK", "0")):  # one of several processes: the first one saves and prints
-            return
-        if target is not None:
+        first = not int(os.environ.get("RANK", "0"))  # of several processes: it saves and prints
+        if target is not None and first:
             processor = load_processor(model, result.model.config, trust_remote_code=trust_remote_code)
             reads = processor or result.tokenizer
             save_pruned(result.model, target, plan=result.plan, tokenizer=reads, report=_quality(result))
-    if as_json:
+    save_s = time.perf_counter() - start - prune_s
+    if as_json and first and recover is None:
         quality = {"perplexity_before": result.perplexity_before, "perplexity_after": result.perplexity_after}
         sizes = {
             "num_parameters_before": result.structure.num_parameters(),
@@ -311,15 +324,17 @@ def prune(
         widths = {"num_units": result.plan.num_units, "widths": result.plan.widths}
         asked = {"model": model, "output": None if target is None else str(target), "config": chosen.to_dict()}
         _print_json({**asked, "achieved": result.plan.achieved, **sizes, **widths, **quality})
-        return
-    printing.print_plan(result.plan, result.structure)
-    printing.print_outcome(
-        output=target,
-        plugin=needs_plugin(result.model.config),
-        perplexity=(result.perplexity_before, result.perplexity_after),
-        prune_s=prune_s,
-        save_s=time.perf_counter() - start - prune_s,
-    )
+    elif first and not as_json:
+        printing.print_plan(result.plan, result.structure)
+        printing.print_outcome(
+            output=target,
+            plugin=needs_plugin(result.model.config),
+            perplexity=(result.perplexity_before, result.perplexity_after),
+            prune_s=prune_s,
+            save_s=save_s,
+        )
+    if recover is not None and target is not None:
+        then(target)
 
 
 @app.command()
@@ -404,8 +419,16 @@ def sweep(
 @app.command("eval")
 def evaluate(
     model: Model,
-    text: Annotated[str, typer.Option(help="Text to measure perplexity on: a file, or a Hub dataset.")],
+    text: Annotated[
+        list[str],
+        typer.Option(help="Text to measure perplexity on (repeatable).", metavar="FILE|DATASET"),
+    ],
+    dense: Annotated[
+        str | None,
+        typer.Option(help="Compare with this dense model; 'base': the one that the checkpoint was pruned from."),
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens of each window, 2 or more; windows do not overlap.")] = 256,
+    max_windows: Annotated[int | None, typer.Option(help="Of each text, evenly spaced. Default: all.")] = None,
     batch_size: BatchSize = 8,
     tasks: Annotated[
         list[str] | None,
@@ -415,6 +438,12 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many questions of each task.")] = None,
+    generate: Annotated[
+        int | None, typer.Option(help="Answer so many prompts (32 or more): loops, length, ends, agreement with dense.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="For --generate: a .jsonl file with a prompt in each line. Default: bundled.")
+    ] = None,
     assists: Annotated[
         str | None, typer.Option(help="Measure it as the draft of this dense model: speculative decoding.")
     ] = None,
@@ -423,22 +452,31 @@ def evaluate(
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure a model, dense or pruned: perplexity, parameters, bytes, tokens per second, zero-shot accuracy."""
+    """Measure a model, dense or pruned: perplexity on texts, size, speed, zero-shot accuracy, what it writes."""
     from hf_prune import evaluation, printing
-    from hf_prune.data import load_text
-    from hf_prune.loading import load_config, load_model, load_tokenizer
+    from hf_prune.calibration import text_of
+    from hf_prune.gate import check_windows
+    from hf_prune.loading import dense_source, load_config, load_model, load_tokenizer
+    from hf_prune.structure.building import build_empty
 
-    content = load_text(text)
-    tokenizer = load_tokenizer(model, required=True, trust_remote_code=trust_remote_code)
-    described = load_config(model, trust_remote_code=trust_remote_code)
-    loaded = load_model(model, device=device, dtype=dtype, config=described)
+    trust = {"trust_remote_code": trust_remote_code}
+    tokenizer, config = load_tokenizer(model, required=True, **trust), load_config(model, **trust)
     assert tokenizer is not None
-    quality = evaluation.perplexity(loaded, tokenizer, content, window=window, batch_size=batch_size)
+    texts = evaluation.read_texts(tokenizer, text, window, max_windows)
+    check_windows(build_empty(config), [{"input_ids": ids} for ids in texts.values()])
+    questions = evaluation.read_prompts(generate, prompts) if generate is not None else []
+    names = {"model": model, "dense": None if dense is None else dense_source(dense, config)}
+    loaded = load_model(model, device=device, dtype=dtype, config=config)
+    other = None
+    if names["dense"] is not None:
+        other = load_model(names["dense"], device=device, dtype=dtype, config=load_config(names["dense"], **trust))
+    quality = evaluation.evaluate(loaded, tokenizer, texts, dense=other, batch_size=batch_size)
     speed = evaluation.measure_speed(loaded, **evaluation.usual_request(loaded))
-    values: dict[str, str | int | float] = {
-        "perplexity": quality.perplexity,
-        "num_tokens": quality.num_tokens,
+    values: dict[str, Any] = {
+        **names,
         "window": window,
+        **evaluation.flat(quality),
+        "num_tokens": sum(row.num_tokens for row in quality.texts),
         "num_parameters": evaluation.num_parameters(loaded),
         "num_bytes": evaluation.num_bytes(loaded),
         "prefill_tokens_per_s": speed.prefill_tokens_per_s,
@@ -448,10 +486,15 @@ def evaluate(
         "device": speed.device,
         "num_threads": speed.num_threads,
     }
-    for report in evaluation.zero_shot(loaded, tokenizer, tasks, limit=limit, batch_size=batch_size) if tasks else ():
-        values[f"{report.task} accuracy"] = report.accuracy
-        if report.accuracy_norm is not None:
-            values[f"{report.task} accuracy_norm"] = report.accuracy_norm
+    for task in evaluation.zero_shot(loaded, tokenizer, tasks, limit=limit, batch_size=batch_size) if tasks else ():
+        values.setdefault("tasks", []).append(evaluation.flat(task))
+    for number, task in enumerate(
+        evaluation.zero_shot(other, tokenizer, tasks, limit=limit, batch_size=batch_size) if tasks and other else ()
+    ):
+        values["tasks"][number]["dense_accuracy"] = task.accuracy.value
+    if questions:
+        written = evaluation.check_generation(loaded, tokenizer, questions, dense=other, batch_size=batch_size)
+        values["generation"] = evaluation.flat(written)
     if assists is not None:
         from hf_prune.evaluation.assisting import measure_assisted
 
@@ -460,12 +503,12 @@ def evaluate(
             load_model(assists, device=device, dtype=dtype),
             loaded,
             tokenizer,
-            content,
+            text_of(text[0], tokenizer),
             prompt_len=max(2, min(64, lengths["prompt_len"])),
             new_tokens=min(64, 2 * lengths["new_tokens"]),
         )
         values |= {f"draft {name}": value for name, value in dataclasses.asdict(found).items()}
-    _print_json(values) if as_json else printing.print_values(values)
+    _print_json(values) if as_json else printing.print_evaluation(values)
 
 
 @app.command()
@@ -497,28 +540,53 @@ def recover(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Directory or Hub id of a pruned model.")],
     output: Annotated[Path, typer.Argument(help="Directory for the recovered model; checkpoints go beside it.")],
-    train: Annotated[str, typer.Option(help="Text to train on: a file, or a Hub dataset.", metavar="FILE|DATASET")],
+    train: Annotated[
+        list[str],
+        typer.Option(
+            help="Text to train on; of several, each with its weight, a mixture.", metavar="FILE|DATASET[:WEIGHT]"
+        ),
+    ],
     eval_text: Annotated[
-        str | None, typer.Option("--eval", help="Text to choose the best checkpoint by.", metavar="FILE|DATASET")
+        list[str] | None,
+        typer.Option("--eval", help="Text to choose the best checkpoint by.", metavar="FILE|DATASET[:WEIGHT]"),
     ] = None,
-    lora: Annotated[bool, typer.Option("--lora/--full", help="Train adapters and merge them, or all weights.")] = True,
-    teacher: Annotated[str | None, typer.Option(help="Dense model to distil from: directory or Hub id.")] = None,
+    other: Annotated[
+        str,
+        typer.Option(help="Text of another kind, to warn if the model gets worse on it, or 'none'.", metavar="FILE"),
+    ] = "general",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="lora: adapters, merged at the end; norms: norms and biases; full: all weights; distill: all weights, "
+            "towards the dense model."
+        ),
+    ] = "lora",
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Dense model to distil from; 'base': the one it was pruned from, as preset distill takes."),
+    ] = None,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(help="Directory to write the teacher's predictions to before training: it is not loaded then."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="Of the distributions that are compared, above 0.")] = 1.0,
-    alpha: Annotated[float, typer.Option(help="Weight of the teacher against the text, 0 to 1.")] = 0.5,
+    alpha: Annotated[float, typer.Option(help="Weight of the teacher against the text, 0 to 1.")] = 1.0,
     hidden_weight: Annotated[float, typer.Option(help="Weight of hidden-state matching, 0 or more.")] = 0.0,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 300,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: 300.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens to train on, in place of --steps: 500k, 2M, ...", metavar="N")
+    ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a pruned model and save it: LoRA (the default) or all weights, with or without a teacher.
+    """Train a pruned model and save it: adapters (the default), norms or all weights, with or without a teacher.
 
     After the two directories, every option of transformers' TrainingArguments may be given too, as in
     `--learning-rate 1e-4 --bf16 --per-device-train-batch-size 4`. Several GPUs, FSDP and DeepSpeed: start it by
     `accelerate launch --no_python hf-prune recover ...`.
     """
-    from hf_prune import printing
-    from hf_prune.recovery.arguments import parse_training_options
+    from hf_prune.recovery.arguments import parse_training_options, read_tokens
     from hf_prune.recovery.recover import recover as run
 
     if model.startswith("-") or str(output).startswith("-"):
@@ -528,24 +596,22 @@ def recover(
         model,
         output,
         train=train,
-        eval=eval_text,
-        lora=lora,
+        eval=eval_text or None,
+        other=None if other == "none" else other,
+        preset=preset,
         teacher=teacher,
+        teacher_cache=teacher_cache,
         temperature=temperature,
         alpha=alpha,
         hidden_weight=hidden_weight,
         steps=steps,
+        tokens=None if tokens is None else read_tokens(tokens),
         seq_len=seq_len,
         resume=resume,
         overwrite=overwrite,
         **options,
     )
-    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints
-        return
-    values: dict[str, str | int | float] = {"num_parameters": result.model.num_parameters()}
-    if result.perplexity_before is not None and result.perplexity_after is not None:
-        values |= {"perplexity before": result.perplexity_before, "perplexity after": result.perplexity_after}
-    printing.print_values({**values, "output": str(output)})
+    _print_recovered(result, output)
 
 
 @app.command()
@@ -612,6 +678,53 @@ def _vocabulary(sources: list[str] | None) -> Any:
         if isinstance(found, list) and all(type(token) is int for token in found):
             return found
     return sources
+
+
+def _print_recovered(result: RecoveryResult, output: Path, as_json: bool = False) -> None:
+    from hf_prune import printing
+
+    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints
+        return
+    names = ("perplexity_before", "perplexity_after", "other_before", "other_after")
+    measured = {name: value for name in names if (value := getattr(result, name)) is not None}
+    values = {"num_parameters": result.model.num_parameters(), **measured, "output": str(output)}
+    _print_json(values) if as_json else printing.print_values(values)
+
+
+def _recovery(
+    dense: str,
+    output: Path | None,
+    calibration: list[str] | None,
+    tokens: str,
+    device: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> Callable[[Path], None]:
+    """What `prune --recover` does once the pruned model is there; bad input is found now."""
+    from hf_prune.calibration import GENERAL, asks_model, parts_of
+    from hf_prune.checkpoint.saving import check_apart, check_directory
+    from hf_prune.recovery.arguments import read_tokens
+    from hf_prune.recovery.recover import recover
+    from hf_prune.recovery.resuming import checkpoints
+
+    train, number = calibration or [GENERAL], read_tokens(tokens)
+    if output is None:
+        raise ConfigError("--recover trains what was saved: leave out --dry-run.")
+    if asks_model(train):
+        raise ConfigError("--recover trains on the calibration text, found 'self', which is written anew each time.")
+    check_apart(output, model=dense, **{f"calibration {i}": part.source for i, part in enumerate(parts_of(train))})
+    check_directory(output.absolute(), overwrite=overwrite)
+
+    def then(pruned: Path) -> None:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+        begun = bool(checkpoints(output.with_name(f"{output.name}-training")))
+        options: dict[str, Any] = {"preset": "distill", "teacher": dense, "tokens": number, "resume": begun}
+        options |= {"use_cpu": True} if device == "cpu" else {}
+        _print_recovered(recover(pruned, output, train=train, overwrite=overwrite, **options), output, as_json)
+
+    return then
 
 
 def _preset(name: str | None, model: str, fields: dict[str, Any], where: dict[str, Any]) -> PruningConfig | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +13,12 @@ from torch import Tensor
 from hf_prune.errors import CalibrationError, check_whole_numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from transformers import PreTrainedTokenizerBase
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_BUILDERS = {".json": "json", ".parquet": "parquet"}
+_KINDS = (".txt", ".jsonl", *_BUILDERS)
 _PIECE_CHARS = 1 << 20
 """Calibration text is tokenised in pieces of about this length: 10.8 MB in one call take 1.5 GB, in pieces 0.3 GB."""
 CALIBRATION_CHARS = 100_000_000
@@ -67,9 +69,9 @@ def load_text(
 def check_source(source: str | Path) -> None:
     """Raise `CalibrationError` if `source` is a file that is not there, or of a kind that is not read."""
     path = Path(source)
-    if path.is_file() and path.suffix not in (".txt", *_BUILDERS):
+    if path.is_file() and path.suffix not in _KINDS:
         raise CalibrationError(f"{path}: expected a .txt, .jsonl, .json or .parquet file; convert the text to one")
-    if path.suffix in (".txt", *_BUILDERS) and not path.is_file():
+    if path.suffix in _KINDS and not path.is_file():
         raise CalibrationError(f"no file at {path.absolute()}: check the path of the text (`{source}`)")
 
 
@@ -80,7 +82,14 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def evaluation_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: int) -> Tensor:
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    window: int,
+    max_windows: int | None = None,
+    *,
+    source: str = "the text",
+) -> Tensor:
     """Cut the tokens of `text` into windows that follow each other without overlap.
 
     No BOS or other special tokens are added. The last tokens, fewer than `window`, are dropped.
@@ -89,43 +98,22 @@ def evaluation_windows(tokenizer: PreTrainedTokenizerBase, text: str, window: in
         tokenizer: the model's tokenizer.
         text: tokenised as a whole: in pieces it gives other tokens and another perplexity.
         window: tokens of each window, 1 or more.
+        max_windows: this many windows only, evenly spaced over the text (`None`: all).
+        source: what the text is called in errors.
 
     Returns:
         int64 `[num_windows, window]`, at least one window.
 
     Raises:
         CalibrationError: the text has fewer than `window` tokens.
-        ConfigError: `window` is below 1.
+        ConfigError: a number is below 1.
     """
     check_whole_numbers(window=(window, 1))
-    return windows_of(token_stream(tokenizer, text), window, num_windows=1)
-
-
-def training_windows(
-    tokenizer: PreTrainedTokenizerBase, source: str | Path, window: int, *, column: str = "text"
-) -> Tensor:
-    """Cut a text for training into windows that follow each other without overlap; the last partial one is dropped.
-
-    Args:
-        tokenizer: the model's tokenizer; no special tokens are added.
-        source: what `load_text` reads; at most its first `CALIBRATION_CHARS` characters.
-        window: tokens of each window, 1 or more.
-        column: the field of each record that holds the text.
-
-    Returns:
-        int64 `[num_windows, window]`, at least one window, in the order of the text.
-
-    Raises:
-        CalibrationError: `source` cannot be read, or has fewer than `window` tokens.
-        ConfigError: `window` is below 1.
-    """
-    check_whole_numbers(window=(window, 1))
-    return windows_of(_source_tokens(tokenizer, source, column), window, num_windows=1)
-
-
-def _source_tokens(tokenizer: PreTrainedTokenizerBase, source: str | Path, column: str) -> Tensor:
-    text = load_text(source, column=column, max_chars=CALIBRATION_CHARS)
-    return torch.cat([token_stream(tokenizer, piece) for piece in pieces(text)])
+    windows = windows_of(token_stream(tokenizer, text), window, num_windows=1, source=source)
+    if max_windows is not None and max_windows < len(windows):
+        check_whole_numbers(max_windows=(max_windows, 1))
+        return windows[torch.arange(max_windows) * len(windows) // max_windows]
+    return windows
 
 
 def _read_file(path: Path, column: str, max_chars: int | None, tokenizer: PreTrainedTokenizerBase | None) -> str:
@@ -133,6 +121,9 @@ def _read_file(path: Path, column: str, max_chars: int | None, tokenizer: PreTra
         if path.suffix == ".txt":
             with path.open(encoding="utf-8") as file:
                 return file.read(-1 if max_chars is None else max_chars)
+        if path.suffix == ".jsonl":
+            with path.open(encoding="utf-8") as file:
+                return _join(_json_lines(file), column, max_chars, str(path), tokenizer)
         import datasets
 
         # streaming: without a copy in the datasets cache
@@ -147,6 +138,15 @@ def _read_file(path: Path, column: str, max_chars: int | None, tokenizer: PreTra
         raise CalibrationError(
             f"{path} cannot be read as UTF-8 {path.suffix} ({reason}); repair or replace it"
         ) from error
+
+
+def _json_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} holds a {type(row).__name__}, expected an object")
+            yield row
 
 
 def _read_dataset(name: str, column: str, max_chars: int | None, tokenizer: PreTrainedTokenizerBase | None) -> str:

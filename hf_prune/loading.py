@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from hf_prune.atomic import temporary_directory
-from hf_prune.errors import ConfigError, HFPruneError, StructureError
+from hf_prune.errors import CheckpointError, ConfigError, HFPruneError, StructureError
 from hf_prune.gate import UNQUANTISED, quantised
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ LayersOn = Literal["auto", "memory", "disk"]
 
 MEMORY_SHARE = 0.4
 """`auto` keeps a model in memory if it takes at most this share of what is free: the pruned one comes beside it."""
+
+BASE = "base"
+"""In place of a dense model's name: the one that a checkpoint was pruned from."""
 
 # It warns of what is done here on purpose: layers left on disk.
 logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
@@ -146,6 +149,23 @@ def load_model(
     if _quantisation(config).get("dequantize") and getattr(model, "hf_quantizer", None) is not None:
         model = model.dequantize()
     return model.to(device).eval() if device is not None and not on_disk else model.eval()  # type: ignore[no-any-return]
+
+
+def dense_source(asked: str, config: PreTrainedConfig) -> str:
+    """Directory or Hub id of a dense model: the one asked for, or for `base` the one that `config`'s was pruned from.
+
+    Raises:
+        CheckpointError: the checkpoint does not say which.
+    """
+    if asked != BASE:
+        return asked
+    found = (getattr(config, "pruning_config", None) or {}).get("base_model_name_or_path")
+    if not found:
+        raise CheckpointError(
+            f"{asked!r} found no base_model_name_or_path in the checkpoint's pruning_config, which names the model it "
+            "was pruned from; pass that model's directory or Hub id."
+        )
+    return str(found)
 
 
 def open_model(

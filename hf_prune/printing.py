@@ -46,8 +46,38 @@ def print_error(message: str) -> None:
 
 def strict_json(values: Mapping[str, Any]) -> str:
     """JSON text; numbers that JSON does not have (NaN, infinity) become null."""
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-    return json.dumps(finite, indent=2, allow_nan=False)
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: finite(part) for name, part in value.items()}
+        if isinstance(value, list):
+            return [finite(part) for part in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(dict(values)), indent=2, allow_nan=False)
+
+
+def print_evaluation(values: Mapping[str, Any]) -> None:
+    """What `hf-prune eval --json` gives, as tables: texts, tasks, what was written, then size and speed."""
+    from hf_prune.evaluation.report import comparison_table
+
+    rest = {name: value for name, value in values.items() if not isinstance(value, (list, dict)) and value is not None}
+    for name in ("texts", "tasks"):
+        if name in values:
+            _print(comparison_table([_with_intervals(row) for row in values[name]]))
+    print_values(_with_intervals(values.get("generation", {})))
+    print_values(_with_intervals(rest))
+
+
+def _with_intervals(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and the ends of their intervals (`name`, `name_low`, `name_high`) as one text each."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        low, high = values.get(f"{name}_low"), values.get(f"{name}_high")
+        if f"{name.rpartition('_')[0]}_low" in values or value is None:
+            continue
+        found[name] = value if low is None or high is None else f"{value:,.4g} ({low:,.4g} to {high:,.4g})"
+    return found
 
 
 def print_values(values: Mapping[str, str | int | float]) -> None:

@@ -164,7 +164,7 @@ def test_without_a_text_the_bundled_mixture_is_used(tmp_path, caplog):
     assert found.perplexity_before is not None
     kinds = [json.loads(line)["kind"] for line in (calibration.TEXTS / "general.jsonl").read_text().splitlines()]
     assert min(kinds.count(kind) for kind in set(kinds)) > 9
-    assert len(calibration._prompts("self")) == len(set(calibration._prompts("self"))) == 200
+    assert len(calibration.prompts_of("self")) == len(set(calibration.prompts_of("self"))) == 200
 
 
 def test_a_mixture_with_what_the_model_says(tmp_path):
@@ -221,7 +221,9 @@ def test_an_answer_ends_at_the_end_token(monkeypatch):
         model.model.layers[0].mlp.down_proj.weight.zero_()
         model.model.layers[0].self_attn.o_proj.weight.zero_()
         model.model.embed_tokens.weight.fill_(1.0)
-    found = list(calibration._answers(model, TOKENIZER, ["ab", "abcdef"], 8))
-    assert [len(row) for row in found] == [3, 7]
-    assert all(int(row[-1]) == 5 for row in found)
-    assert TOKENIZER.decode(found[1][:-1]) == "abcdef"
+    found = list(calibration.answers(model, TOKENIZER, ["ab", "abcdef"], 8))
+    assert [(len(prompt), answer.tolist(), ended) for prompt, answer, ended in found] == [
+        (2, [5], True),
+        (6, [5], True),
+    ]
+    assert TOKENIZER.decode(found[1][0]) == "abcdef"

@@ -32,7 +32,18 @@ LEARN += [
     word for text in ("policy_steps=4", "num_masks=2", "init_samples=3", "state_steps=1") for word in ("--set", text)
 ]
 ROWS = ["--methods", "magnitude,wanda", "--ratios", 0.3, "--text", "../text.txt", "--window", 32]
-TRAIN = ["--train", "../text.txt", "--full", "--steps", 6, "--save-steps", 2, "--per-device-train-batch-size", 4]
+TRAIN = [
+    "--train",
+    "../text.txt",
+    "--preset",
+    "full",
+    "--steps",
+    6,
+    "--save-steps",
+    2,
+    "--per-device-train-batch-size",
+    4,
+]
 COMMANDS = {
     "prune": [*PRUNE, *SELECTED, *TEXT, *WORK],
     "prune, nothing kept": [*PRUNE, "--method", "wanda", *TEXT],

@@ -1,4 +1,4 @@
-"""Two processes under DDP: one small model comes out, the same as on one process to rounding."""
+"""Two processes under DDP and FSDP2: one small model comes out, the same as on one process to rounding."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from launching import launch
 from models import tiny_model
 from test_recovery_callback import make_callback, trainer_of
@@ -37,11 +38,49 @@ for mode in ("start", "gradual", "cut"):
     loss = trainer.evaluate(trainer.train_dataset[:8])["eval_loss"]
     found[mode] = {"state": model.state_dict(), "plan": callback.plan.to_json(), "loss": loss}
 torch.save(found, f"{sys.argv[1]}/{trainer.accelerator.process_index}.pt")
-app(sys.argv[3:], standalone_mode=False)
+command = sys.argv[3:]
+app(command, standalone_mode=False)
+
+# FSDP2, as `accelerate launch --config_file docs/fsdp2.yaml` starts it: accelerate reads its file into the environment.
+# Of CPUs it would make DDP, so these processes are taken for GPUs.
+import os, shutil
+from pathlib import Path
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+begin = PartialState.__init__
+def as_if_on_gpus(state, *args, **kwargs):
+    begin(state, *args, **kwargs)
+    if state.distributed_type == DistributedType.MULTI_CPU:
+        state.distributed_type = DistributedType.MULTI_GPU
+PartialState.__init__ = as_if_on_gpus
+os.environ |= environment
+AcceleratorState._reset_state(reset_partial_state=True)
+sharded = Path(sys.argv[1]) / "sharded"
+command[2] = str(sharded)
+command += ["--hidden-weight", "0", "--alpha", "0.5", "--teacher-cache", f"{sys.argv[1]}/taught", "--save-steps", "2"]
+command += ["--optim", "adamw_torch", "--learning-rate", "1e-2"]
+app(command, standalone_mode=False)
+torch.save(AcceleratorState().is_fsdp2, f"{sys.argv[1]}/fsdp2-{os.environ['RANK']}.pt")
+torch.distributed.barrier()
+if os.environ["RANK"] == "0":  # as if the run had been killed after its first checkpoint
+    sharded.rename(f"{sharded}-whole")
+    shutil.rmtree(f"{sharded}-training/checkpoint-4")
+torch.distributed.barrier()
+AcceleratorState._reset_state(reset_partial_state=True)
+app([*command, "--resume"], standalone_mode=False)
 torch.distributed.destroy_process_group()
 """
 OPTIONS = {"steps": 4, "seq_len": 16, "hidden_weight": 1.0}
 OPTIONS |= {"learning_rate": 0.5, "optim": "sgd", "load_best_model_at_end": False}
+
+
+def accelerate_environment():
+    """What `accelerate launch` makes of the file that the documents ship."""
+    config = yaml.safe_load((Path(__file__).parents[1] / "docs" / "fsdp2.yaml").read_text())
+    assert config["distributed_type"] == "FSDP"
+    found = {name.upper(): str(value) for name, value in config["fsdp_config"].items()}
+    return {"ACCELERATE_USE_FSDP": "true", **found}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +93,11 @@ def together(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
     result = prune(AutoModelForCausalLM.from_pretrained(folder / "dense"), MagnitudeConfig(0.3, allocation="global"))
     PrunedModelForCausalLM.save_pretrained(result.model, folder / "pruned", plan=result.plan, tokenizer=tokenizer)
-    command = ["recover", folder / "pruned", folder / "out", "--train", folder / "train.txt", "--full"]
+    command = ["recover", folder / "pruned", folder / "out", "--train", folder / "train.txt", "--preset", "full"]
     command += ["--eval", folder / "eval.txt", "--teacher", folder / "dense", "--per-device-train-batch-size", 2]
     command += [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", value)]
-    printed = launch(WORKER, folder, Path(__file__).parent, *command)
+    environment = f"environment = {accelerate_environment()}\n"
+    printed = launch(environment + WORKER, folder, Path(__file__).parent, *command)
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)], printed
 
 
@@ -87,10 +127,28 @@ def test_cutting_in_the_middle_is_refused(together):
 @pytest.mark.slow
 def test_recovery_on_two_processes_saves_one_model(together, tmp_path):
     folder, _, printed = together
-    assert ["perplexity after" in stdout for stdout in printed] == [True, False]
+    assert [stdout.count("perplexity after") for stdout in printed] == [3, 0]
     texts = {"train": folder / "train.txt", "eval": folder / "eval.txt", "teacher": folder / "dense"}
     options = {**OPTIONS, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
-    alone = recover(folder / "pruned", tmp_path / "alone", lora=False, **texts, **options)
+    alone = recover(folder / "pruned", tmp_path / "alone", preset="full", **texts, **options)
     found = AutoModelForCausalLM.from_pretrained(folder / "out").state_dict()
     for name, tensor in alone.model.state_dict().items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_recovery_under_fsdp2_is_that_of_one_process_and_resumes(together, tmp_path):
+    folder = together[0]
+    assert torch.load(folder / "fsdp2-0.pt")
+    texts = {"train": folder / "train.txt", "eval": folder / "eval.txt", "teacher": folder / "dense"}
+    options = {**OPTIONS, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True}
+    options |= {"hidden_weight": 0.0, "alpha": 0.5, "teacher_cache": folder / "taught", "preset": "full"}
+    options |= {"optim": "adamw_torch", "learning_rate": 1e-2, "save_steps": 2}
+    alone = recover(folder / "pruned", tmp_path / "alone", **texts, **options).model.state_dict()
+    start = AutoModelForCausalLM.from_pretrained(folder / "pruned").state_dict()
+    whole = AutoModelForCausalLM.from_pretrained(folder / "sharded-whole").state_dict()
+    resumed = AutoModelForCausalLM.from_pretrained(folder / "sharded").state_dict()
+    assert max(float((start[name] - tensor).abs().max()) for name, tensor in whole.items()) > 1e-3
+    for name, tensor in alone.items():
+        torch.testing.assert_close(whole[name], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=0)

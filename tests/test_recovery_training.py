@@ -27,12 +27,25 @@ from hf_prune import (
     prune,
     recover,
 )
+from hf_prune.calibration import training_windows
 from hf_prune.checkpoint.files import load_plan
+from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.cli import app
 from hf_prune.data import load_text
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, DivergenceError, StructureError
-from hf_prune.recovery.arguments import parse_training_options, training_arguments
+from hf_prune.loading import load_model
+from hf_prune.recovery import teacher as teacher_module
+from hf_prune.recovery.arguments import (
+    PRESETS,
+    Preset,
+    distillation_rate,
+    parse_training_options,
+    read_tokens,
+    training_arguments,
+)
+from hf_prune.recovery.distillation import _kl
 from hf_prune.recovery.lora import add_adapters, linear_members
+from hf_prune.recovery.teacher import TaughtRows, _most_likely, top_k_divergence, write_predictions
 
 # --- LoRA -------------------------------------------------------------------------------------------------------------
 
@@ -306,7 +319,7 @@ def test_recover_makes_one_checkpoint_that_loads(material, tmp_path):
 
 
 def test_a_fresh_process_loads_it_with_and_without_the_plugin(material, tmp_path):
-    result = quick(material, tmp_path / "out", lora=False)
+    result = quick(material, tmp_path / "out", preset="full")
     ids = torch.arange(3, 15)[None]
     torch.save(logits(result.model.eval(), ids), tmp_path / "logits.pt")
     code = (
@@ -327,7 +340,9 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("settings", [{"lora": True}, {"lora": False, "teacher": True}], ids=["lora", "distillation"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"preset": "distill", "teacher": True}, {"preset": "norms"}], ids=["lora", "distillation", "norms"]
+)
 def test_a_killed_recovery_resumes_to_the_same_bits(material, tmp_path, monkeypatch, settings):
     settings = settings | ({"teacher": material / "dense"} if "teacher" in settings else {})
     settings |= {"steps": 8, "save_steps": 2}
@@ -353,16 +368,23 @@ def test_a_killed_recovery_resumes_to_the_same_bits(material, tmp_path, monkeypa
 def test_the_best_checkpoint_is_the_result(material, tmp_path):
     # a learning rate that is kind at first and ruinous later
     result = quick(
-        material, tmp_path / "out", lora=False, steps=6, learning_rate=1.0, warmup_steps=6, save_steps=1, eval_steps=1
+        material,
+        tmp_path / "out",
+        preset="full",
+        steps=6,
+        learning_rate=1.0,
+        warmup_steps=6,
+        save_steps=1,
+        eval_steps=1,
     )
-    losses = [entry["eval_loss"] for entry in result.log_history if "eval_loss" in entry]
+    losses = [entry["eval_text_loss"] for entry in result.log_history if "eval_text_loss" in entry]
     assert min(losses[:-1]) < losses[-2]
     assert result.perplexity_after == pytest.approx(math.exp(min(losses)), rel=1e-5)
 
 
 def test_rows_and_dense_models_are_taken_too(tmp_path):
     model = tiny_model("llama", dtype=torch.float32)
-    result = recover(model, tmp_path / "out", train=rows(), lora=False, steps=2, **QUICK)
+    result = recover(model, tmp_path / "out", train=rows(), preset="full", steps=2, **QUICK)
     assert result.model is model
     assert result.perplexity_before is None
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
@@ -374,8 +396,13 @@ def test_rows_and_dense_models_are_taken_too(tmp_path):
     [
         ({"learning_rat": 1.0}, ConfigError, "learning_rat"),
         ({"output_dir_": 1.0}, ConfigError, "output_dir_"),
-        ({"max_steps": 3}, ConfigError, "max_steps: say this by steps"),
+        ({"max_steps": 3}, ConfigError, "max_steps: say this by steps or tokens"),
         ({"steps": 0}, ConfigError, "steps: found 0"),
+        ({"tokens": 100}, ConfigError, "leave out one"),
+        ({"preset": "lore"}, ConfigError, "preset: found 'lore'"),
+        ({"preset": "full", "lora": object()}, ConfigError, "trains no adapters"),
+        ({"teacher_cache": "cache"}, ConfigError, "no teacher"),
+        ({"preset": "distill", "teacher": "no/such-teacher"}, CheckpointError, "no/such-teacher"),
         ({"seq_len": 1}, ConfigError, "seq_len"),
         ({"seq_len": 5000}, CalibrationError, "tokens"),
         ({"train": "nothing.txt"}, CalibrationError, "no file"),
@@ -425,20 +452,20 @@ def test_options_of_training_pass_through():
 
 
 def test_defaults_are_the_papers_and_options_win(tmp_path):
-    args = training_arguments(tmp_path, {"use_cpu": True}, steps=2000, lora=True, evaluates=True)
+    common = {"seq_len": 16, "evaluates": True, "chooses": True}
+    args = training_arguments(tmp_path, {"use_cpu": True}, preset="lora", steps=2000, **common)
     assert (args.learning_rate, args.warmup_steps, args.max_steps) == (1e-4, 100, 2000)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 64
     assert args.load_best_model_at_end
     assert args.eval_steps == args.save_steps == 200
-    args = training_arguments(
-        tmp_path, {"use_cpu": True, "per_device_train_batch_size": 3}, steps=10, lora=False, evaluates=False
-    )
-    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (3, 1)
+    options = {"use_cpu": True, "per_device_train_batch_size": 3}
+    args = training_arguments(tmp_path, options, preset="full", tokens=10 * 3 * 16 - 1, **common)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps, args.max_steps) == (3, 1, 10)
 
 
 def test_the_command_recovers(material, tmp_path):
     command = ["recover", material / "pruned", tmp_path / "out", "--train", material / "train.txt"]
-    command += ["--eval", material / "eval.txt", "--full", "--teacher", material / "dense", "--steps", 4]
+    command += ["--eval", material / "eval.txt", "--preset", "full", "--teacher", material / "dense", "--steps", 4]
     command += ["--seq-len", 16, "--learning-rate", "1e-2", "--per-device-train-batch-size", 4, "--use-cpu"]
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in command])
     assert result.exit_code == 0, (result.output, result.exception)
@@ -465,5 +492,160 @@ def test_one_kv_head_has_targets_too():
         paths = linear_members(shared_model(family), shared_structure(family))
         linear = [path for path, module in shared_model(family).named_modules() if type(module).__name__ in NAMES]
         assert paths == [path for path in linear if path != "lm_head"]
-    with pytest.raises(StructureError, match="lora=False"):
+    with pytest.raises(StructureError, match="preset 'full'"):
         linear_members(torch.nn.Module(), shared_structure("llama"))
+
+
+# --- presets, mixtures, what the teacher predicts ---------------------------------------------------------------------
+
+
+def test_norms_alone_are_trained_by_their_preset(material, tmp_path):
+    result = quick(material, tmp_path / "out", preset="norms", steps=4)
+    start = AutoModelForCausalLM.from_pretrained(material / "pruned")
+    changed = {n for n, p in result.model.named_parameters() if not torch.equal(p, start.get_parameter(n))}
+    assert changed == {name for name, p in start.named_parameters() if p.ndim == 1}
+    assert all(parameter.requires_grad for parameter in result.model.parameters())
+
+
+def test_the_learning_rate_is_for_size_and_cut(material, tmp_path):
+    assert distillation_rate(8 * 10**9, 0.5) == pytest.approx(1e-4, rel=0.01)  # Minitron's
+    assert distillation_rate(10**8, 0.5) == 2 * distillation_rate(16 * 10**8, 0.5)
+    assert distillation_rate(10**8, 0.125) == pytest.approx(distillation_rate(10**8, 0.5) / 2)
+    options = {name: value for name, value in QUICK.items() if name != "learning_rate"}
+    texts = {"train": material / "train.txt", "teacher": material / "dense", "other": None}
+    result = recover(material / "pruned", tmp_path / "out", preset="distill", steps=2, seq_len=16, **texts, **options)
+    plan = load_plan(material / "pruned")
+    expected = distillation_rate(result.model.num_parameters(), plan.achieved["decoder"])
+    rates = [entry["learning_rate"] for entry in result.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([0, expected])  # after the one step of warm-up
+    for text, number in (("500", 500), ("2M", 2 * 10**6), ("1.5k", 1500), ("0.1B", 10**8)):
+        assert read_tokens(text) == number
+    for text in ("", "0", "many", "-1", "2MB"):
+        with pytest.raises(ConfigError, match="tokens: found"):
+            read_tokens(text)
+
+
+def test_the_dense_model_is_found_from_the_checkpoint(tmp_path):
+    tiny.write_checkpoint(tmp_path / "dense")
+    tiny.write_text(tmp_path / "train.txt", 500, seed=1)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "dense")
+    pruned = prune(tmp_path / "dense", MagnitudeConfig(0.3))
+    save_pruned(pruned.model, tmp_path / "pruned", plan=pruned.plan, tokenizer=tokenizer)
+    options = {"train": tmp_path / "train.txt", "preset": "distill", "steps": 2, "seq_len": 16, "other": None, **QUICK}
+    named = recover(tmp_path / "pruned", tmp_path / "named", teacher=tmp_path / "dense", **options)
+    assert same(recover(tmp_path / "pruned", tmp_path / "found", **options).model, named.model)
+
+
+@pytest.mark.parametrize("top_k", [1, 5, 64])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_divergence_of_the_likeliest_is_a_bound_and_exact_with_all(top_k, temperature):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(7, 64, generator=generator) for _ in range(2))
+    full = _kl(student, teacher, temperature)
+    found = top_k_divergence(student, *_most_likely(teacher, temperature, top_k), temperature=temperature)
+    assert 0 < found <= full * (1 + 1e-3)
+    if top_k == 64:
+        torch.testing.assert_close(found, full, rtol=1e-3, atol=1e-3)
+    else:
+        assert found < 0.99 * full
+    equal = top_k_divergence(teacher, *_most_likely(teacher, temperature, top_k), temperature=temperature)
+    assert equal.item() == pytest.approx(0, abs=2e-2)  # log-probabilities are kept in half precision
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_written_predictions_are_the_teachers(tmp_path, family):
+    teacher = tiny_model(family, dtype=torch.float32).eval()
+    windows = token_ids(19, 12, seed=3)
+    write_predictions(teacher, windows, tmp_path / "taught", top_k=3)
+    rows = TaughtRows(windows, [18, 0, 7], tmp_path / "taught")
+    with torch.no_grad():
+        log_p = teacher(input_ids=windows).logits.log_softmax(-1)
+    for row, window in zip(rows, (18, 0, 7), strict=False):
+        values, tokens = log_p[window].topk(3)
+        assert torch.equal(row["teacher_tokens"].long(), tokens)
+        torch.testing.assert_close(row["teacher_log_probs"].float(), values, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(row["teacher_rest"].exp(), 1 - values.exp().sum(-1), rtol=1e-3, atol=1e-4)
+
+
+def test_written_predictions_teach_as_the_teacher_does_and_are_written_once(material, tmp_path, monkeypatch):
+    options = {"preset": "distill", "teacher": str(material / "dense"), "steps": 4, "optim": "sgd"}
+    beside = quick(material, tmp_path / "beside", **options)
+    monkeypatch.setattr(teacher_module, "TOP_K", 64)  # the whole vocabulary
+    before = quick(material, tmp_path / "before", teacher_cache=tmp_path / "taught", **options)
+    for left, right in zip(before.model.parameters(), beside.model.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-2, atol=1e-3)
+    (tmp_path / "taught" / "000001.safetensors").unlink()  # as if a run had been killed
+    gone = []
+    monkeypatch.setattr(teacher_module, "open_model", lambda *a, **k: gone.append(1) or load_model(*a))
+    again = quick(material, tmp_path / "again", teacher_cache=tmp_path / "taught", **options)
+    assert same(again.model, before.model)
+    once_more = quick(material, tmp_path / "once more", teacher_cache=tmp_path / "taught", **options)
+    assert same(once_more.model, before.model)
+    assert gone == [1]  # all was there: the teacher was not loaded
+    other = {**options, "train": material / "eval.txt", "eval": material / "train.txt"}
+    with pytest.raises(CheckpointError, match="of another run: text"):
+        quick(material, tmp_path / "other", teacher_cache=tmp_path / "taught", **other)
+
+
+def test_a_mixture_is_trained_on_by_its_shares(material, tmp_path, caplog):
+    sources = {str(material / "train.txt"): 3.0, str(material / "eval.txt"): 1.0}
+    tokenizer = AutoTokenizer.from_pretrained(material / "dense")
+    every = {name: {tuple(w.tolist()) for w in training_windows(tokenizer, name, 16)} for name in sources}
+    windows = training_windows(tokenizer, sources, 16, number=128)
+    counts = [sum(tuple(w.tolist()) in every[name] for w in windows) for name in sources]
+    assert counts == [96, 32]
+    assert "sum to 4" in caplog.text
+    short = [tuple(w.tolist()) for w in windows if tuple(w.tolist()) in every[str(material / "eval.txt")]]
+    assert len(set(short)) == 18 == len(every[str(material / "eval.txt")])  # all, before any comes again
+    assert len(training_windows(tokenizer, sources, 16)) == 18 * 4
+    result = quick(material, tmp_path / "out", train=sources, steps=3)
+    assert result.log_history[-1]["step"] == 3
+    training_windows(tokenizer, sources, 16, number=512)
+    assert "is trained on 7.1 times" in caplog.text
+
+
+def test_a_model_that_gets_worse_on_another_text_says_so(material, tmp_path, caplog):
+    ruin = {"preset": "full", "steps": 6, "learning_rate": 1.0}
+    result = quick(material, tmp_path / "out", other=material / "eval.txt", eval=None, **ruin)
+    assert result.perplexity_after is None
+    assert result.other_after > result.other_before
+    assert "text of another kind than was trained on went from" in caplog.text
+    caplog.clear()
+    result = quick(material, tmp_path / "fine", other=material / "eval.txt", eval=None, steps=6)
+    assert result.other_after < result.other_before
+    assert "another kind" not in caplog.text
+
+
+def test_one_command_from_dense_to_recovered_goes_on_after_a_kill(tmp_path, monkeypatch):
+    tiny.write_checkpoint(tmp_path / "dense")
+    tiny.write_text(tmp_path / "train.txt", 600, seed=1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_prune.recovery.arguments.PRESETS", PRESETS | {"distill": Preset("all", None, 8)})
+    command = "prune dense out --method magnitude --pruning-ratio 0.3 --calibration train.txt --recover 4k --device cpu"
+    command = command.split()
+    killed = []
+
+    class Once(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2 and not killed:
+                killed.append(1)
+                raise KeyboardInterrupt
+
+    from hf_prune.recovery import recover as module
+
+    callbacks = module._callbacks
+    monkeypatch.setattr(module, "_callbacks", lambda model: [*callbacks(model), Once()])
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 130, run.output
+    assert not (tmp_path / "out").exists()
+    assert load_plan("out-pruned").achieved["decoder"] > 0.29
+    monkeypatch.setattr("hf_prune.pipeline.prune", lambda *_, **__: pytest.fail("pruned again"))
+    run = CliRunner().invoke(app, command)
+    assert run.exit_code == 0, run.output
+    assert "other after" in run.stdout
+    assert load_plan("out") == load_plan("out-pruned")
+    assert not same(*(AutoModelForCausalLM.from_pretrained(path) for path in ("out", "out-pruned")))
+    for words, said in ((["--recover", "much"], "tokens: found"), (["--calibration", "self"], "found 'self'")):
+        run = CliRunner().invoke(app, [*command, *words, "--overwrite"])
+        assert run.exit_code == 2
+        assert said in run.output

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from hf_prune.checkpoint.files import CODE_NAME, PLAN_NAME, agrees, needs_plugin, read_json, read_plan
 from hf_prune.checkpoint.per_layer import DIGESTS, config_digest
-from hf_prune.errors import CheckpointError
+from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.layers.processes import main_writes
 from hf_prune.layers.weights import is_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from torch import Tensor
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from hf_prune.plan import PruningPlan
@@ -79,6 +80,27 @@ def check_source(model: PreTrainedModel, directory: Path) -> None:
                     f"{directory} holds the model that this one was pruned from or is read from; it would be lost. "
                     "Choose another directory."
                 )
+
+
+def tokens_in_dense(model: PreTrainedModel, dense: PreTrainedModel) -> Tensor | None:
+    """The dense model's id of each token of a pruned one, int64 `[V]`, where some are gone; `None`: all stay.
+
+    Raises:
+        ConfigError: they have other vocabularies, and no plan says which tokens stayed.
+    """
+    import torch
+
+    own, theirs = (one.get_output_embeddings().weight.shape[0] for one in (model, dense))
+    if own == theirs:
+        return None
+    plan = plan_of(model.get_base_model() if hasattr(model, "peft_config") else model)
+    kept = plan.kept_indices.get("vocab", ()) if plan is not None else ()
+    if len(kept) != own or kept[-1] >= theirs:
+        raise ConfigError(
+            f"the dense model predicts {theirs} tokens, the pruned one {own}, and no plan says which of them stayed: "
+            "pass the dense model it was pruned from."
+        )
+    return torch.tensor(kept)
 
 
 def source_plans(config: PreTrainedConfig) -> Iterator[Path]:

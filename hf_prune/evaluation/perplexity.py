@@ -73,19 +73,33 @@ def perplexity(
         ConfigError: a number is out of range.
     """
     _check_numbers(window, batch_size, max_windows)
-    windows = evaluation_windows(tokenizer, text, window)
-    if max_windows is not None and max_windows < len(windows):
-        windows = windows[torch.arange(max_windows) * len(windows) // max_windows]
+    windows = evaluation_windows(tokenizer, text, window, max_windows)
     check_windows(model, [{"input_ids": windows}])
+    nll_sum = float(window_losses(model, windows, batch_size, device=device, progress=progress).sum())
+    num_tokens = len(windows) * (window - 1)
+    return PerplexityReport(exp(nll_sum / num_tokens), nll_sum, num_tokens, window)
+
+
+def window_losses(
+    model: nn.Module,
+    windows: Tensor,
+    batch_size: int,
+    *,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """Negative log-likelihood of each window `[N, T]`, summed over its `T - 1` predicted tokens: float64 `[N]`.
+
+    Args as for `perplexity`, which is `exp` of their mean per token.
+    """
     device = input_device(model) if device is None else device
-    nll_sum = 0.0
+    found: list[float] = []
     with inference(model):
         starts = range(0, len(windows), batch_size)
         for start in tqdm(starts, desc="perplexity", unit="batch", disable=not progress):
             ids = windows[start : start + batch_size].to(device)
-            nll_sum += _nll_sum(model(input_ids=ids, use_cache=False).logits, ids)
-    num_tokens = len(windows) * (window - 1)
-    return PerplexityReport(_exp(nll_sum / num_tokens), nll_sum, num_tokens, window)
+            found += _nll_sums(model(input_ids=ids, use_cache=False).logits, ids)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def perplexity_of(walk: Walk) -> float:
@@ -98,21 +112,22 @@ def perplexity_of(walk: Walk) -> float:
                 targets = output.ids[row, start + 1 : start + 1 + len(logits)]
                 total += next_token(logits[: len(targets)], targets).sum(dtype=torch.float64).item()
     total, tokens = sum_numbers(total, num_tokens)
-    return _exp(total / tokens)
+    return exp(total / tokens)
 
 
-def _nll_sum(logits: Tensor, ids: Tensor) -> float:
-    """Sum of the NLL of `ids[:, 1:]` under `logits` `[B, T, V]`, never holding all log-probabilities at once."""
+def _nll_sums(logits: Tensor, ids: Tensor) -> list[float]:
+    """NLL of each row of `ids[:, 1:]` under `logits` `[B, T, V]`, never holding all log-probabilities at once."""
     step = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    total = 0.0
+    found = []
     for row, targets in zip(logits, ids.to(logits.device), strict=True):
-        for start in range(0, len(targets) - 1, step):
-            chunk = targets[start + 1 : start + 1 + step]
-            total += next_token(row[start : start + len(chunk)], chunk).sum(dtype=torch.float64).item()
-    return total
+        chunks = [(start, targets[start + 1 : start + 1 + step]) for start in range(0, len(targets) - 1, step)]
+        losses = [next_token(row[start : start + len(own)], own).sum(dtype=torch.float64) for start, own in chunks]
+        found.append(float(torch.stack(losses).sum()))
+    return found
 
 
-def _exp(value: float) -> float:
+def exp(value: float) -> float:
+    """`e` to a number; infinite where that overflows."""
     try:
         return math.exp(value)
     except OverflowError:

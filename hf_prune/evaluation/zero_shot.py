@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import CalibrationError, ConfigError
+from hf_prune.evaluation.estimates import Estimate, share_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,11 +22,9 @@ class ZeroShotReport:
 
     task: str
     num_questions: int
-    accuracy: float
+    accuracy: Estimate
     """Fraction of questions, 0 to 1, whose most likely choice is right; for one-choice tasks (LAMBADA) whose greedy
-    continuation is the choice."""
-    accuracy_stderr: float
-    """Standard error of `accuracy`."""
+    continuation is the choice. With its 95 % interval."""
     accuracy_norm: float | None
     """The same with log-likelihoods divided by the choice's bytes; `None` where lm-eval does not give it."""
 
@@ -128,11 +127,11 @@ def _check(question: Any, where: str) -> None:
 
 
 def _report(name: str, values: dict[str, Any]) -> ZeroShotReport:
-    norm = values.get("acc_norm,none")
+    norm, number = values.get("acc_norm,none"), int(values.get("sample_len", 0))
+    accuracy = float(values["acc,none"])
     return ZeroShotReport(
         task=name,
-        num_questions=int(values["sample_len"]) if "sample_len" in values else 0,
-        accuracy=float(values["acc,none"]),
-        accuracy_stderr=float(values["acc_stderr,none"]) if values.get("acc_stderr,none") not in (None, "N/A") else 0.0,
+        num_questions=number,
+        accuracy=share_of(round(accuracy * number), number) if number else Estimate(accuracy),
         accuracy_norm=None if norm is None else float(norm),
     )

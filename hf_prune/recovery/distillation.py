@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from hf_prune.checkpoint.save_hook import plan_of
+from hf_prune.checkpoint.save_hook import plan_of, tokens_in_dense
 from hf_prune.errors import ConfigError
 from hf_prune.loading import load_model
+from hf_prune.recovery.teacher import LOG_PROBS, REST, TOKENS, top_k_divergence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,9 +32,10 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     Args:
         *args: as for `Trainer`.
         teacher: the dense model, in memory, or its directory or Hub id (loaded in the student's dtype). It is set to
-            evaluation mode and frozen, and moved to the device of the run.
+            evaluation mode and frozen, and moved to the device of the run. `None`: the rows are `TaughtRows`, which
+            say what it predicts.
         temperature: T, above 0.
-        alpha: weight of KL against LM, 0 to 1.
+        alpha: weight of KL against LM, 0 to 1; 1, as Minitron has it, leaves the text to the teacher.
         hidden_weight: weight of hidden-state matching, 0 or more; 0 leaves it out.
         layer_map: teacher layer for every layer of the student, counted from 0. Default: from the plan.
         **kwargs: as for `Trainer`.
@@ -45,9 +47,9 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     def __init__(
         self,
         *args: Any,
-        teacher: PreTrainedModel | str | Path,
+        teacher: PreTrainedModel | str | Path | None,
         temperature: float = 1.0,
-        alpha: float = 0.5,
+        alpha: float = 1.0,
         hidden_weight: float = 0.0,
         layer_map: Sequence[int] | None = None,
         **kwargs: Any,
@@ -60,13 +62,19 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             if not valid or not math.isfinite(value):
                 raise ConfigError(f"{name}: found {value!r}, expected {expected}.")
         super().__init__(*args, **kwargs)
-        if isinstance(teacher, (str, Path)):
-            teacher = load_model(str(teacher), dtype=str(self.model.dtype).removeprefix("torch."))
         self.temperature, self.alpha, self.hidden_weight = temperature, alpha, hidden_weight
-        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        self.teacher: Any = teacher
+        if isinstance(teacher, (str, Path)):
+            self.teacher = load_model(str(teacher), dtype=str(self.model.dtype).removeprefix("torch."))
         self.layer_map: list[int] = []
         self.kept_channels: Tensor | None = None
-        self.kept_tokens = _kept_tokens(self.model, self.teacher)
+        self.kept_tokens: Tensor | None = None
+        if teacher is None:
+            if hidden_weight > 0:
+                raise ConfigError("hidden_weight: written predictions hold no hidden states; pass the teacher itself.")
+            return
+        self.teacher = self.teacher.eval().requires_grad_(False).to(self.args.device)
+        self.kept_tokens = tokens_in_dense(self.model, self.teacher)
         if hidden_weight > 0:
             self.layer_map, self.kept_channels = _matching(self.model, self.teacher, layer_map)
 
@@ -82,17 +90,23 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         hidden = self.hidden_weight > 0
         asked = {"output_hidden_states": True} if hidden else {}
+        written = {name: inputs.pop(name)[:, :-1] for name in (TOKENS, LOG_PROBS, REST) if name in inputs}
         lm_loss, outputs = super().compute_loss(model, {**inputs, **asked}, True, num_items_in_batch)
-        read = {name: value for name, value in inputs.items() if name != "labels"}
-        if self.kept_tokens is not None:
-            read["input_ids"] = self.kept_tokens.to(read["input_ids"].device)[read["input_ids"]]
-        with torch.no_grad():
-            taught = self.teacher(**read, **asked, use_cache=False)
         where = inputs["labels"][:, 1:] != -100
-        expected = taught.logits[:, :-1][where]
-        if self.kept_tokens is not None:
-            expected = expected[:, self.kept_tokens.to(expected.device)]
-        kl = _kl(outputs.logits[:, :-1][where], expected, self.temperature)
+        learnt = outputs.logits[:, :-1][where]
+        if self.teacher is None:
+            likely = [written[name][where] for name in (TOKENS, LOG_PROBS, REST)]
+            kl = top_k_divergence(learnt, *likely, temperature=self.temperature)
+        else:
+            read = {name: value for name, value in inputs.items() if name != "labels"}
+            if self.kept_tokens is not None:
+                read["input_ids"] = self.kept_tokens.to(read["input_ids"].device)[read["input_ids"]]
+            with torch.no_grad():
+                taught = self.teacher(**read, **asked, use_cache=False)
+            expected = taught.logits[:, :-1][where]
+            if self.kept_tokens is not None:
+                expected = expected[:, self.kept_tokens.to(expected.device)]
+            kl = _kl(learnt, expected, self.temperature)
         loss = self.alpha * kl
         if hidden:
             loss = loss + self.hidden_weight * self._hidden_loss(outputs.hidden_states, taught.hidden_states, where)
@@ -123,21 +137,6 @@ def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     predicted = F.log_softmax(student.float() / temperature, dim=-1)
     target = F.log_softmax(teacher.to(student.device).float() / temperature, dim=-1)
     return temperature**2 * F.kl_div(predicted, target, reduction="sum", log_target=True)
-
-
-def _kept_tokens(student: PreTrainedModel, teacher: PreTrainedModel) -> Tensor | None:
-    """The teacher's id of each token of the student, `[V]`, where some are gone; `None`: all stay."""
-    own, taught = (model.get_output_embeddings().weight.shape[0] for model in (student, teacher))
-    if own == taught:
-        return None
-    plan = plan_of(student.get_base_model() if hasattr(student, "peft_config") else student)
-    kept = plan.kept_indices.get("vocab", ()) if plan is not None else ()
-    if len(kept) != own or kept[-1] >= taught:
-        raise ConfigError(
-            f"the teacher predicts {taught} tokens, the student {own}, and no plan says which of them stayed: pass the "
-            "dense model it was pruned from."
-        )
-    return torch.tensor(kept)
 
 
 def _matching(student: Any, teacher: Any, layer_map: Sequence[int] | None) -> tuple[list[int], Tensor | None]:

@@ -89,7 +89,7 @@ def linear_members(model: nn.Module, structure: Structure) -> list[str]:
     if not found:
         raise StructureError(
             f"this {structure.model_type} model has no linear module on an attention or MLP axis: LoRA has nothing "
-            "to adapt. Train all weights instead (lora=False)."
+            "to adapt. Train all weights instead (preset 'full')."
         )
     return found
 

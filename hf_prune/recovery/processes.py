@@ -12,14 +12,16 @@ def launcher(args: TrainingArguments) -> str | None:
     """What wraps the model in this run: `DDP`, `FSDP`, `DeepSpeed`, another wrapper's name, or `None`."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedType
+    from accelerate.utils import DistributedType, parse_flag_from_env
 
     if not PartialState._shared_state:
         return None
     kind = AcceleratorState().distributed_type if AcceleratorState._shared_state else PartialState().distributed_type
-    if kind == DistributedType.FSDP or getattr(args, "fsdp", None):
+    # `accelerate launch` says it in the environment, and its state only once a `Trainer` is there.
+    if kind == DistributedType.FSDP or getattr(args, "fsdp", None) or parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return "FSDP"
-    if kind == DistributedType.DEEPSPEED or getattr(args, "deepspeed", None):
+    named = getattr(args, "deepspeed", None) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if kind == DistributedType.DEEPSPEED or named:
         return "DeepSpeed"
     if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         return str(kind.value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import os
 import shutil
 import traceback
@@ -19,29 +18,38 @@ from safetensors import SafetensorError
 from transformers import Trainer, default_data_collator
 
 from hf_prune.atomic import replaced_directory
+from hf_prune.calibration import GENERAL, Sources, is_text, parts_of, training_windows
+from hf_prune.checkpoint.save_hook import plan_of
 from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
-from hf_prune.data import training_windows
-from hf_prune.errors import CheckpointError, ConfigError, check_whole_numbers
+from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.evaluation.perplexity import exp
 from hf_prune.layers.processes import of_main_process, reserved_for_all
-from hf_prune.loading import load_model, load_tokenizer
-from hf_prune.recovery.arguments import training_arguments
+from hf_prune.loading import BASE, dense_source, load_config, load_model, load_tokenizer
+from hf_prune.recovery.arguments import OTHER, PRESETS, TEXT, distillation_rate, training_arguments, windows_per_step
 from hf_prune.recovery.callback import PruningCallback
 from hf_prune.recovery.distillation import DistillationTrainer
 from hf_prune.recovery.divergence import DivergenceGuard
 from hf_prune.recovery.lora import add_adapters, lora_config, merge_adapters
 from hf_prune.recovery.processes import launcher
 from hf_prune.recovery.resuming import checkpoints, is_whole
+from hf_prune.recovery.teacher import TaughtRows, write_predictions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from peft import LoraConfig
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-Text = str | Path | Sequence[Any]
-"""A file or a dataset of the Hub, or rows with `input_ids` and `labels`."""
+Text = Sources | Sequence[Any]
+"""Texts, as for `training_windows`, or rows with `input_ids` and `labels`."""
+
+OTHER_WINDOWS = 32
+"""Of the text of another kind."""
+WORSE = 1.01
+"""A perplexity on it that grows by more than this factor is warned of."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +62,13 @@ class RecoveryResult:
     """On the evaluation text before training; `None` without one."""
     perplexity_after: float | None
     """On the evaluation text with the weights that were saved."""
+    other_before: float | None
+    """On the text of another kind before training; `None` without one."""
+    other_after: float | None
+    """On the text of another kind with the weights that were saved."""
     log_history: list[dict[str, float]]
-    """The Trainer's log: losses, evaluations, `prune/sparsity`, `prune/params`."""
+    """The Trainer's log: losses, evaluations (`eval_text_loss`, `eval_other_loss`), `prune/sparsity`,
+    `prune/params`."""
 
 
 def recover(
@@ -64,19 +77,23 @@ def recover(
     *,
     train: Text,
     eval: Text | None = None,
+    other: Text | None = GENERAL,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    lora: bool | LoraConfig = True,
+    preset: str = "lora",
+    lora: LoraConfig | None = None,
     teacher: PreTrainedModel | str | Path | None = None,
+    teacher_cache: str | Path | None = None,
     temperature: float = 1.0,
-    alpha: float = 0.5,
+    alpha: float = 1.0,
     hidden_weight: float = 0.0,
-    steps: int = 300,
+    steps: int | None = None,
+    tokens: int | None = None,
     seq_len: int = 256,
     resume: bool = False,
     overwrite: bool = False,
     **options: Any,
 ) -> RecoveryResult:
-    """Train a pruned model on text and save it: LoRA or all weights, with or without the dense model as teacher.
+    """Train a pruned model on text and save it: adapters, norms or all weights, with or without the dense model.
 
     The Trainer's checkpoints go to `<output_dir>-training`, which stays; the result goes to `output_dir`, whole or not
     at all, with plan, tokenizer and model card. Started by `accelerate launch`, it runs on all processes.
@@ -84,17 +101,26 @@ def recover(
     Args:
         model: a pruned model (or any causal LM): in memory (it is modified in place), or its directory or Hub id.
         output_dir: where the recovered model goes: new or empty, and never where something is read from.
-        train: text to train on, cut into windows of `seq_len` tokens; or rows ready for a Trainer.
+        train: text to train on, or a weighted mixture of several, in windows of `seq_len` tokens; or rows ready for a
+            Trainer.
         eval: text to choose the best checkpoint by, in windows of `seq_len` tokens; never text that results are
             reported on.
+        other: text of another kind than `train`, never trained on or chosen by: a warning says if the model gets
+            worse on it. Default: the bundled mixture, unless that is trained on; `None`: none.
         tokenizer: for a model in memory; default: the one in the model's directory.
-        lora: train adapters, and merge them at the end: by LLM-Pruner's recipe, or a `peft.LoraConfig`. `False`: all
-            weights.
-        teacher: dense model to distil from, see `DistillationTrainer` (also for the next three).
+        preset: what is trained, and how: `lora` (adapters, merged at the end: LLM-Pruner's recipe), `norms` (norms and
+            biases), `full` (all weights), `distill` (all weights, towards the dense model, at a learning rate for
+            size and cut: `distillation_rate`).
+        lora: other adapters for the preset `lora`.
+        teacher: dense model to distil from, see `DistillationTrainer` (also for `temperature`, `alpha` and
+            `hidden_weight`); `base`: the one that `model` was pruned from, the default of the preset `distill`.
+        teacher_cache: directory for what the teacher predicts on `train`, written before training by
+            `write_predictions`: teacher and student then never share a device, and other runs may use it too.
         temperature: of the distributions that are compared, above 0.
         alpha: weight of the teacher against the text, 0 to 1.
         hidden_weight: weight of hidden-state matching, 0 or more.
-        steps: optimizer steps, 1 or more.
+        steps: optimizer steps, 1 or more; default: 300.
+        tokens: of all steps together, in place of `steps`.
         seq_len: tokens of each window, 2 or more.
         resume: go on from the last whole checkpoint in `<output_dir>-training` (from the start if there is none).
         overwrite: `output_dir` may hold a checkpoint, which is replaced at the end.
@@ -111,69 +137,115 @@ def recover(
     """
     directory = Path(output_dir).absolute()
     training_dir = directory.with_name(f"{directory.name}-training")
-    args = training_arguments(training_dir, options, steps=steps, lora=bool(lora), evaluates=eval is not None)
-    for target in (directory, training_dir):
-        check_apart(target, model=model, teacher=teacher, train=train, eval=eval)
+    source = None if isinstance(model, torch.nn.Module) else str(model)
+    config = load_config(source) if source is not None else model.config  # type: ignore[union-attr]
+    other = _other(other, train, tokenizer or source)
+    args = training_arguments(
+        training_dir,
+        options,
+        preset=preset,
+        seq_len=seq_len,
+        steps=steps,
+        tokens=tokens,
+        evaluates=eval is not None or other is not None,
+        chooses=eval is not None,
+    )
+    if teacher is None and preset == "distill":
+        teacher = BASE
+    teacher = dense_source(teacher, config) if isinstance(teacher, str) else teacher
+    recipe = PRESETS[preset]
+    if lora is not None and recipe.trains != "adapters":
+        raise ConfigError(f"lora: preset {preset!r} trains no adapters; leave it out, or take preset 'lora'.")
+    if teacher_cache is not None and (teacher is None or not is_text(train)):
+        raise ConfigError("teacher_cache: found no teacher, or rows in place of text; it is for a teacher and a text.")
+    written = None if teacher_cache is None else Path(teacher_cache).absolute()
+    texts = {
+        f"{name}{number or ''}": part
+        for name, given in (("train", train), ("eval", eval), ("other", other))
+        for number, part in enumerate(_sources(given, name))
+    }
+    for target in (directory, training_dir, *([] if written is None else [written])):
+        check_apart(target, model=model, teacher=teacher, **texts)
     check_directory(directory, overwrite=overwrite)
-    source = None if _in_memory(model) else str(model)
     with reserved_for_all(directory), _full_disk(training_dir):
         checkpoint = of_main_process(_checkpoint(training_dir, resume) if args.process_index == 0 else None)
-        own = load_model(source) if source is not None else model
-        name = source or own.config._name_or_path  # type: ignore[union-attr]
-        tokenizer = tokenizer or load_tokenizer(name, required=isinstance(train, (str, Path)))
+        tokenizer = tokenizer or load_tokenizer(source or config._name_or_path, required=is_text(train))
+        number = args.max_steps * windows_per_step(vars(args))
+        data = _rows(train, tokenizer, seq_len, number)
+        evaluated = {
+            name: _rows(text, tokenizer, seq_len) for name, text in ((TEXT, eval), (OTHER, other)) if text is not None
+        }
+        if OTHER in evaluated:
+            evaluated[OTHER] = evaluated[OTHER][:: max(1, len(evaluated[OTHER]) // OTHER_WINDOWS)][:OTHER_WINDOWS]
+        own: Any = load_model(source) if source is not None else model
         check_directory(directory, own, overwrite=overwrite)
-        rows = {"train_dataset": _rows(train, tokenizer, seq_len)}
-        if eval is not None:
-            rows["eval_dataset"] = _rows(eval, tokenizer, seq_len)
+        if recipe.learning_rate is None and "learning_rate" not in options:
+            args.learning_rate = distillation_rate(own.num_parameters(), _removed(own))
         sharded = launcher(args) in ("FSDP", "DeepSpeed")
         if sharded and source is None:
             raise ConfigError(
                 "under FSDP or DeepSpeed pass the model's directory: its weights are gathered through files."
             )
 
-        use_cache = own.config.use_cache  # type: ignore[union-attr]
+        if written is not None:
+            data = _taught(teacher, own, data, written, temperature, str(args.device))
+            teacher, args.remove_unused_columns = None, False
+        use_cache = own.config.use_cache
         trained: Any = own
-        if lora:
-            trained = add_adapters(own, lora_config(own) if lora is True else lora, seed=args.seed)  # type: ignore[arg-type]
+        frozen: list[torch.nn.Parameter] = []
+        if recipe.trains == "adapters":
+            trained = add_adapters(own, lora_config(own) if lora is None else lora, seed=args.seed)
+        elif recipe.trains == "norms":
+            frozen = [parameter for parameter in own.parameters() if parameter.ndim > 1 and parameter.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         distillation: dict[str, Any] = {}
-        if teacher is not None:
+        if teacher is not None or written is not None:
             distillation = {
                 "temperature": temperature,
                 "alpha": alpha,
                 "hidden_weight": hidden_weight,
                 "teacher": teacher,
             }
-        trainer_class = Trainer if teacher is None else DistillationTrainer
+        trainer_class = DistillationTrainer if distillation else Trainer
         trainer = trainer_class(
             trained,
             args,
+            train_dataset=data,
+            eval_dataset=evaluated or None,
             data_collator=default_data_collator,
             processing_class=tokenizer,
             callbacks=_callbacks(own),
-            **rows,
             **distillation,
         )
         # Not by `trainer.evaluate()` before training: accelerate then takes the model for prepared and never wraps it
         # in DDP, so that each process trains alone.
-        args.eval_on_start = eval is not None and checkpoint is None
+        args.eval_on_start = bool(evaluated) and checkpoint is None
         trainer.train(resume_from_checkpoint=checkpoint)
-        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        before = _perplexity(losses[0]) if losses else None
-        after = _perplexity(trainer.evaluate()["eval_loss"]) if eval is not None else None
+        before = {name: _logged(trainer, name) for name in evaluated}
+        losses = trainer.evaluate() if evaluated else {}
+        after = {name: exp(losses[f"eval_{name}_loss"]) for name in evaluated}
 
         result = _gathered(trainer, source, training_dir) if sharded else trainer.model
-        if lora and result is not None:
+        if recipe.trains == "adapters" and result is not None:
             result = merge_adapters(result)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         if result is not None:
             result.config.use_cache = use_cache
         if args.should_save and result is not None:
-            _save(result, directory, tokenizer, _report(eval, before, after))
+            _save(result, directory, tokenizer, _report(eval, before.get(TEXT), after.get(TEXT)))
         trainer.accelerator.wait_for_everyone()
-        return RecoveryResult(result if result is not None else own, before, after, trainer.state.log_history)  # type: ignore[arg-type]
-
-
-def _in_memory(model: object) -> bool:
-    return isinstance(model, torch.nn.Module)
+        found = (before.get(TEXT), after.get(TEXT), before.get(OTHER), after.get(OTHER))
+        if OTHER in after and not after[OTHER] <= WORSE * before[OTHER]:
+            logger.warning(
+                "perplexity on text of another kind than was trained on went from %.4g to %.4g: train on a mixture of "
+                "texts, for fewer steps, at a lower learning rate, or with the dense model as teacher (preset "
+                "'distill')",
+                before[OTHER],
+                after[OTHER],
+            )
+        return RecoveryResult(result if result is not None else own, *found, trainer.state.log_history)
 
 
 def _checkpoint(training_dir: Path, resume: bool) -> str | None:
@@ -208,26 +280,53 @@ def _full_disk(training_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _rows(text: Text, tokenizer: PreTrainedTokenizerBase | None, seq_len: int) -> Any:
-    """Rows for a Trainer: windows of a text, or what the caller brought."""
-    if not isinstance(text, (str, Path)):
+def _rows(text: Text, tokenizer: PreTrainedTokenizerBase | None, seq_len: int, number: int | None = None) -> Any:
+    """Rows for a Trainer: windows of texts, of a mixture so many, or what the caller brought."""
+    if not is_text(text):
         if not isinstance(text, Sized) or len(text) == 0:
             raise ConfigError(f"rows for training: found {type(text).__name__} without a length or any row.")
         return text
-    check_whole_numbers(seq_len=(seq_len, 2))
     if tokenizer is None:
         raise ConfigError("text for training needs a tokenizer; pass the model's own.")
-    return [{"input_ids": ids, "labels": ids} for ids in training_windows(tokenizer, text, seq_len)]
+    windows = training_windows(tokenizer, text, seq_len, number=number)  # type: ignore[arg-type]
+    return [{"input_ids": ids, "labels": ids} for ids in windows]
+
+
+def _taught(
+    teacher: Any, student: Any, rows: list[dict[str, Tensor]], directory: Path, temperature: float, device: str
+) -> Any:
+    """The same rows with what the teacher predicts; windows that come several times are predicted once."""
+    windows, order = torch.unique(torch.stack([row["input_ids"] for row in rows]), dim=0, return_inverse=True)
+    write_predictions(teacher, windows, directory, temperature=temperature, student=student, device=device)
+    return TaughtRows(windows, order.tolist(), directory)
+
+
+def _other(other: Text | None, train: Text, tokenizer: object) -> Text | None:
+    """The text of another kind, if there is one: not what is trained on, and not without a tokenizer."""
+    if other is not None and is_text(other) and (tokenizer is None or set(_sources(other)) & set(_sources(train))):
+        return None
+    return other
+
+
+def _sources(text: Text | None, what: str = "training text") -> list[str]:
+    return [part.source for part in parts_of(text, what)] if is_text(text) else []  # type: ignore[arg-type]
+
+
+def _removed(model: PreTrainedModel) -> float:
+    """Share of the decoder's parameters that were pruned, as far as the checkpoint tells."""
+    plan = plan_of(model)
+    return 0.0 if plan is None else plan.achieved["decoder"]
+
+
+def _logged(trainer: Trainer, name: str) -> float:
+    """Perplexity before training: all windows have the same number of tokens, so it is `exp` of the loss."""
+    losses = [entry[f"eval_{name}_loss"] for entry in trainer.state.log_history if f"eval_{name}_loss" in entry]
+    return exp(losses[0])
 
 
 def _callbacks(model: Any) -> list[Any]:
     pruned = getattr(model.config, "pruning_config", None)
     return [DivergenceGuard(), *([PruningCallback(mode="report")] if pruned else [])]
-
-
-def _perplexity(loss: float) -> float:
-    """`exp` of the evaluation loss: all windows have the same number of tokens, so it is that of `perplexity`."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _gathered(trainer: Trainer, source: str | None, training_dir: Path) -> Any:
@@ -258,5 +357,5 @@ def _save(model: Any, directory: Path, tokenizer: PreTrainedTokenizerBase | None
 def _report(text: Text | None, before: float | None, after: float | None) -> dict[str, Any]:
     if before is None or after is None:
         return {}
-    name = f"perplexity on {Path(text).name}" if isinstance(text, (str, Path)) else "perplexity"
+    name = " ".join(["perplexity", *(f"on {Path(source).name}" for source in _sources(text))])
     return {name: {"before recovery": before, "after recovery": after}}

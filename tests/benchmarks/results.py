@@ -95,7 +95,7 @@ def measure_zero_shot(cell: Cell | None) -> dict[str, Any]:
     model = dense_model()[0] if cell is None else pruned_model(cell)[0]
     files = SHARED / "data" / "zeroshot"
     found = zero_shot(model, dense_model()[1], [files], limit=ZERO_SHOT_QUESTIONS)
-    return {"config": cell, "accuracy": {report.task: report.accuracy for report in found}}
+    return {"config": cell, "accuracy": {report.task: report.accuracy.value for report in found}}
 
 
 def pruned_model(cell: Cell) -> tuple[PreTrainedModel, PruningPlan]:

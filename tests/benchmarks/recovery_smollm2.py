@@ -1,0 +1,263 @@
+"""Recovery of a real model on several texts, as ratios to the dense one: docs/recovery_smollm2.json and its table.
+
+    python tests/benchmarks/recovery_smollm2.py MODEL --device cuda [--seconds 280] [--rows "distill 30 %;lora 30 %"]
+    python tests/benchmarks/recovery_smollm2.py MODEL --tables-only
+
+MODEL is SmolLM2-135M-Instruct. It is pruned by `OBSConfig(ratio)`, repaired on 128 × 256 tokens of the training
+mixture, and trained on at most 2 M tokens of it: a third each of WikiText-2 train, novels and instructions, 16 windows
+of 256 tokens a step. Perplexity: windows of 256 without overlap, no BOS, float32, spread over each text; the intervals
+are those of `evaluate`. Two of the texts are of kinds that nothing was calibrated, trained or chosen with. Every row is
+written when it is measured, and those that are there are not measured again. With `--seconds` no row is begun that
+would not be done in that time. Data are read from `HF_PRUNE_DATA` (default `../shared`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hf_prune import OBSConfig, prune, recover
+from hf_prune.evaluation import evaluate, flat, markdown_table, read_texts
+from hf_prune.recovery.arguments import distillation_rate
+
+ROOT = Path(__file__).parents[2]
+SHARED = Path(os.environ.get("HF_PRUNE_DATA", ROOT.parent / "shared"))
+PAGE = ROOT / "docs" / "recovery.md"
+TRAIN = ("wikitext2_train", "novels_train", "instructions_train")
+VALID = ("wikitext2_valid", "novels_valid", "instructions_valid")
+JUDGED = ("wikitext2_test", "novels_test", "boolq", "lambada")
+CHARS = {"train": 3_000_000, "valid": 100_000, "test": 600_000}
+NOVELS = {"train": (0, 3_000_000), "valid": (8_000_000, 8_100_000), "test": (10_000_000, 10_600_000)}
+"""Characters, of different books."""
+HELD_OUT_INSTRUCTIONS = 150
+SEQ_LEN, BATCH = 256, 16
+DISTILL = {"preset": "distill"}
+ROWS: dict[str, tuple[float, dict[str, Any]]] = {
+    "distill 30 %": (0.3, DISTILL),
+    "distill 20 %": (0.2, DISTILL),
+    "distill 50 %": (0.5, DISTILL),
+    "full 30 %": (0.3, {"preset": "full", "rate": 1.0}),
+    "lora 30 %": (0.3, {"preset": "lora", "learning_rate": 1e-3}),
+    "norms 30 %": (0.3, {"preset": "norms"}),
+    "distill 30 %, twice the rate": (0.3, {"preset": "distill", "rate": 2.0}),
+    "distill 30 %, half the rate": (0.3, {"preset": "distill", "rate": 0.5}),
+    "distill 30 %, alpha 0.5": (0.3, {"preset": "distill", "alpha": 0.5}),
+    "distill 50 %, twice the rate": (0.5, {"preset": "distill", "rate": 2.0}),
+    "distill 30 %, predictions written before": (0.3, {"preset": "distill", "cached": True}),
+    "lora 30 %, towards the dense model": (0.3, {"preset": "lora", "learning_rate": 1e-3, "taught": True}),
+}
+"""Name → ratio, what is asked of `recover` (`rate`: times that of `distillation_rate`); the most wanted first."""
+
+
+def write_texts(data: Path, folder: Path) -> None:
+    """All texts, as files."""
+
+    def records(path: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (data / path).read_text(encoding="utf-8").splitlines()]
+
+    found = {f"wikitext2_{p}": (data / "wikitext2" / f"{p}.txt").read_text("utf-8")[:most] for p, most in CHARS.items()}
+    novels = (data / "prose" / "novels.txt").read_text(encoding="utf-8")
+    found |= {f"novels_{part}": novels[start:end] for part, (start, end) in NOVELS.items()}
+    names = ("dolly_hhrlhf_1k", "self_instruct_seed175")
+    asked = [
+        "\n".join(filter(None, (row["instruction"], row["input"], row["output"])))
+        for name in names
+        for row in records(f"instruct/{name}.jsonl")
+    ]
+    found["instructions_train"] = "\n\n".join(asked[HELD_OUT_INSTRUCTIONS:])
+    found["instructions_valid"] = "\n\n".join(asked[:HELD_OUT_INSTRUCTIONS])
+    passages = [row["context"].removeprefix("Passage: ") for row in records("zeroshot/boolq_dev.jsonl")]
+    passages = [passage.partition("\nQuestion: ")[0].strip() for passage in passages]
+    endings = [row["context"] + row["choices"][row["answer"]] for row in records("zeroshot/lambada_openai.jsonl")]
+    found |= {name: "\n\n".join(rows)[: CHARS["test"]] for name, rows in (("boolq", passages), ("lambada", endings))}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in found.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+
+
+class Bench:
+    """The dense model, its texts, and pruned models as they were made."""
+
+    def __init__(self, model: str, texts: Path, device: str, windows: int, samples: int, tokens: int) -> None:
+        self.dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.texts, self.device, self.samples, self.tokens = texts, device, samples, tokens
+        self.judged = read_texts(self.tokenizer, self.paths(JUDGED), SEQ_LEN, windows)
+        self.scores: Any = None
+        self.pruned: dict[float, tuple[PreTrainedModel, float]] = {}
+
+    def paths(self, names: tuple[str, ...]) -> list[str]:
+        """The files of some texts."""
+        return [str(self.texts / f"{name}.txt") for name in names]
+
+    def start(self, ratio: float) -> tuple[PreTrainedModel, float]:
+        """A copy of the pruned and repaired model, and the share of the decoder that went."""
+        torch.set_float32_matmul_precision("highest")
+        if ratio not in self.pruned:
+            self.dense.requires_grad_(True)  # a teacher is frozen
+            config = OBSConfig(ratio, num_samples=self.samples, seq_len=SEQ_LEN)
+            result = prune(
+                self.dense,
+                config,
+                tokenizer=self.tokenizer,
+                calibration=self.paths(TRAIN),
+                scores=self.scores,
+            )
+            self.scores = result.scores
+            self.pruned[ratio] = result.model.eval(), result.plan.achieved["decoder"]
+        model, removed = self.pruned[ratio]
+        return copy.deepcopy(model), removed
+
+    def measure(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Ratios to the dense model on the judged texts."""
+        torch.set_float32_matmul_precision("highest")
+        found = flat(evaluate(model.eval(), self.tokenizer, self.judged, dense=self.dense, progress=False))
+        for row in found["texts"]:
+            row["text"] = Path(row["text"]).stem
+        return {"num_parameters": model.num_parameters(), **found}
+
+    def train(self, name: str) -> dict[str, Any]:
+        """One row: prune, train, measure."""
+        ratio, asked = ROWS[name]
+        settings = dict(asked)
+        model, removed = self.start(ratio)
+        rate, taught = settings.pop("rate", None), settings.pop("taught", settings["preset"] == "distill")
+        if rate is not None:
+            settings["learning_rate"] = rate * distillation_rate(model.num_parameters(), removed)
+        if taught:
+            settings["teacher"] = self.dense
+        torch.set_float32_matmul_precision("high")  # TF32 on an accelerator, for training alone
+        with tempfile.TemporaryDirectory() as folder:
+            if settings.pop("cached", False):
+                settings["teacher_cache"] = f"{folder}/cache"
+            began = time.perf_counter()
+            result = recover(
+                model,
+                f"{folder}/out",
+                train=self.paths(TRAIN),
+                eval=self.paths(VALID),
+                tokenizer=self.tokenizer,
+                tokens=self.tokens,
+                seq_len=SEQ_LEN,
+                per_device_train_batch_size=BATCH,
+                per_device_eval_batch_size=2 * BATCH,
+                use_cpu=self.device == "cpu",
+                disable_tqdm=True,
+                save_strategy="no",
+                load_best_model_at_end=False,
+                **settings,
+            )
+        train_s = time.perf_counter() - began
+        curve = [
+            {key: entry[key] for key in ("step", "eval_text_loss", "eval_other_loss") if key in entry}
+            for entry in result.log_history
+            if "eval_text_loss" in entry or "eval_other_loss" in entry
+        ]
+        rates = [entry["learning_rate"] for entry in result.log_history if "learning_rate" in entry]
+        return {
+            "pruning_ratio": ratio,
+            "removed": removed,
+            "settings": asked,
+            "learning_rate": max(rates, default=None),
+            "train_s": train_s,
+            "curve": curve,
+            "other": [result.other_before, result.other_after],
+            **self.measure(result.model),
+        }
+
+
+def run(bench: Bench, output: Path, names: list[str], seconds: float | None, circumstances: dict[str, Any]) -> None:
+    """Measure every row that `output` does not hold yet."""
+    began, longest = time.monotonic(), 0.0
+    results = json.loads(output.read_text()) if output.exists() else {**circumstances, "rows": {}}
+    for name in names:
+        before = f"none {100 * ROWS[name][0]:.0f} %"
+        if name in results["rows"] or (seconds is not None and time.monotonic() - began + longest > seconds):
+            continue
+        start = time.monotonic()
+        if before not in results["rows"]:
+            model, removed = bench.start(ROWS[name][0])
+            prune_s = time.monotonic() - start
+            results["rows"][before] = {"removed": removed, "prune_s": prune_s, **bench.measure(model)}
+            save(results, output)
+            print(before, round(results["rows"][before]["ratio"], 4), f"{prune_s:.0f} s", flush=True)
+            start = time.monotonic()
+        results["rows"][name] = bench.train(name)
+        longest = max(longest, 1.2 * (time.monotonic() - start))
+        save(results, output)
+        print(name, round(results["rows"][name]["ratio"], 4), f"{time.monotonic() - start:.0f} s", flush=True)
+
+
+def save(results: dict[str, Any], output: Path) -> None:
+    """Write the results, by renaming: an interruption leaves the old file."""
+    temporary = output.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.replace(output)
+
+
+def write_table(results: dict[str, Any]) -> None:
+    """Write the table between the markers of docs/recovery.md."""
+    lines = []
+    for name, row in results["rows"].items():
+        ratios = {text["text"]: f"{text['ratio']:.3f}" for text in row["texts"]}
+        lines.append(
+            {
+                "training, removed": name,
+                "learning rate": f"{row['learning_rate']:.2g}" if row.get("learning_rate") else "",
+                "parameters": f"{row['num_parameters']:,}",
+                "mean of ratios": f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})",
+                **{text: ratios[text] for text in JUDGED},
+            }
+        )
+    before, rest = PAGE.read_text().split("<!-- smollm2 -->", 1)
+    after = rest.split("<!-- /smollm2 -->", 1)[1]
+    PAGE.write_text(f"{before}<!-- smollm2 -->\n{markdown_table(lines)}<!-- /smollm2 -->{after}")
+
+
+def main(
+    model: Annotated[str, typer.Argument(help="Directory of SmolLM2-135M-Instruct.")],
+    output: Annotated[Path, typer.Option(help="The results.")] = ROOT / "docs" / "recovery_smollm2.json",
+    texts: Annotated[Path, typer.Option(help="Folder of the texts; made if missing.")] = ROOT / "build" / "texts",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    rows: Annotated[str, typer.Option(help="Names, separated by semicolons. Default: all.")] = "",
+    seconds: Annotated[float | None, typer.Option(help="Begin no row that would not be done by then.")] = None,
+    windows: Annotated[int, typer.Option(help="Of each judged text.")] = 96,
+    samples: Annotated[int, typer.Option(help="Windows to calibrate with.")] = 128,
+    tokens: Annotated[int, typer.Option(help="To train on.")] = 2_000_000,
+    texts_only: Annotated[bool, typer.Option(help="Only write the texts.")] = False,
+    tables_only: Annotated[bool, typer.Option(help="Only write the table.")] = False,
+) -> None:
+    """Measure recovery on SmolLM2, and write the table."""
+    if not texts.exists():
+        write_texts(SHARED / "data", texts)
+    if texts_only:
+        return
+    if not tables_only:
+        circumstances = {
+            "model": "SmolLM2-135M-Instruct",
+            "calibration": f"{samples} x {SEQ_LEN} tokens",
+            "training": f"{tokens} tokens, {BATCH} x {SEQ_LEN} a step, AdamW, linear decay",
+            "windows": windows,
+            "device": torch.cuda.get_device_name(0) if device != "cpu" else f"{platform.machine()} CPU",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        bench = Bench(model, texts, device, windows, samples, tokens)
+        run(bench, output, [name for name in rows.split(";") if name] or list(ROWS), seconds, circumstances)
+    if tables_only or output.parent == PAGE.parent:
+        write_table(json.loads(output.read_text()))
+
+
+if __name__ == "__main__":
+    typer.run(main)
