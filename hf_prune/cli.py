@@ -101,9 +101,7 @@ def main(
         raise typer.Exit
 
 
-Model = Annotated[
-    str, typer.Argument(help="Directory or Hub id of a causal LM, or of one that reads images.", metavar="MODEL")
-]
+Model = Annotated[str, typer.Argument(help="Directory or Hub id of a language model.", metavar="MODEL")]
 Device = Annotated[
     str | None, typer.Option(help="cpu (the default), cuda, cuda:1, ...", metavar="NAME", rich_help_panel=RUN)
 ]
@@ -194,7 +192,7 @@ def _with_config_flags(command: Callable[..., None], without: tuple[str, ...] = 
 def prune(
     model: Model,
     output: Annotated[
-        Path | None, typer.Argument(help="New directory for the pruned checkpoint.", metavar="[OUTPUT]")
+        Path | None, typer.Argument(help="New directory for the pruned checkpoint.", metavar="OUTPUT")
     ] = None,
     *,
     fit: Annotated[
@@ -233,7 +231,7 @@ def prune(
     ] = None,
     recover: Annotated[
         str | None,
-        typer.Option(help="Then train it on the text, towards MODEL.", metavar="TOKENS", rich_help_panel=RUN),
+        typer.Option(help="Then train so long, towards MODEL.", metavar="TOKENS", rich_help_panel=RUN),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, save nothing.", rich_help_panel=RUN)
@@ -244,7 +242,7 @@ def prune(
     dequantise: Dequantise = False,
     **fields: Any,
 ) -> None:
-    """Prune a model and save it: weights, widths in config.json, plan, tokenizer, card.
+    """Prune a model and save it: weights, widths, plan, tokenizer, card.
 
     `hf-prune prune my-model smaller --method obs --pruning-ratio 0.3`
     """

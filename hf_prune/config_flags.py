@@ -26,7 +26,7 @@ UNITS, METHOD, TEXT, RUN = "How much, of what", "Which units", "Calibration", "H
 """Panels of `--help`."""
 _SHOWN = {
     "pruning_ratio": (UNITS, "Fraction to remove, above 0 and below 1.", "FRACTION"),
-    "budget": (UNITS, "Of: decoder, model, units, latency or memory.", "NAME"),
+    "budget": (UNITS, "Of decoder, model, active, memory, ...", "NAME"),
     "axes": (UNITS, "mlp, attention, hidden, layer and others.", "KIND,KIND"),
     "layers": (UNITS, "Only these decoder layers, from 0.", "4-29,31"),
     "protect": (UNITS, "Axes that stay whole: layers.0.*, ...", "PATTERN"),
