@@ -114,7 +114,7 @@ def inspect_config(config: PreTrainedConfig, cls: type[PreTrainedModel] | None =
         n: dataclasses.replace(a, blocker=a.blocker or refused.get(family(a), "")) for n, a in structure.axes.items()
     }
     structure = dataclasses.replace(structure, axes=axes)
-    knobs = {name: str(knob) for name, knob in find_knobs(config, structure, cls).items()}
+    knobs = {name: str(knob) for name, knob in find_knobs(config, structure, cls, structure.axes).items()}
     counted = frozenset(structure.counted("model"))
     alike: dict[tuple[Any, ...], list[Axis]] = {}
     for axis in structure.axes.values():
@@ -248,8 +248,8 @@ def _parameters_per_unit(structure: Structure, axis: Axis, counted: frozenset[st
         )
         return round(owned / axis.num_units)
     names = {member.parameter for member in structure.members[axis.name]} & counted
-    one_less = {axis.name: axis.num_units - 1}
-    return sum(structure.numel(name) - structure.numel(name, one_less) for name in names)
+    less = {axis.name: axis.num_units - axis.num_blocks}
+    return sum(structure.numel(name) - structure.numel(name, less) for name in names) // axis.num_blocks
 
 
 def _reason(axis: Axis) -> str:

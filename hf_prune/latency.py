@@ -111,10 +111,10 @@ class LatencyTable:
         """`predict` for what a plan leaves.
 
         Raises:
-            PlanError: the plan is for another model, or prunes the hidden axis.
+            PlanError: the plan is for another model, or prunes the hidden axis or query heads inside of KV groups.
         """
-        if "hidden" in plan.kept_indices:
-            raise PlanError("the table says nothing about the hidden axis, which the plan prunes; measure the model.")
+        for name in plan.kept_indices.keys() - self.num_units.keys() - set(LAYER_AXES.values()):
+            raise PlanError(f"the table says nothing about the axis {name}, which the plan prunes; measure the model.")
         self._check(plan.model_type, plan.num_units)
         widths = {name: width for name, width in plan.widths.items() if name not in plan.vanished_axes}
         return self.predict(widths, plan.removed_layers, plan.removed_branches)

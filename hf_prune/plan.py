@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -121,8 +122,16 @@ class PruningPlan:
         for name in sorted((found.keys() - experts) ^ (self.num_units.keys() - (experts & found.keys()))):
             where = "the plan" if name in found else "this model"
             raise PlanError(f"{name}: {where} has no such prunable axis. {remedy}")
+        for name, units in self.kept_indices.items():
+            if (num_blocks := structure.axes[name].num_blocks) == 1:
+                continue
+            of_block = Counter(unit * num_blocks // self.num_units[name] for unit in units)
+            counts = [of_block[block] for block in range(num_blocks)]
+            if len(set(counts)) > 1:
+                raise PlanError(f"{name}: the plan keeps {counts} units of its blocks, expected equally many of each.")
         for name, num_units in self.num_units.items():
-            kept, least = len(self.kept_indices.get(name, range(num_units))), structure.axes[name].least
+            kept, axis = len(self.kept_indices.get(name, range(num_units))), structure.axes[name]
+            least = axis.least * axis.num_blocks
             if kept < least:
                 raise PlanError(
                     f"{name}: the plan keeps {kept} experts, expected {least} or more: each token is sent to so many. "
@@ -229,10 +238,11 @@ def make_plan(
     base_model_name_or_path: str | None,
 ) -> PruningPlan:
     """A plan for a model of `structure`, its achieved ratios counted exactly."""
+    names = [axis.name for axis in selected_axes(structure, config)] if config.pruning_ratio else []
     plan = PruningPlan(
         model_type=structure.model_type,
         base_model_name_or_path=base_model_name_or_path,
-        num_units=counted_units(structure, kept_indices),
+        num_units=counted_units(structure, {*kept_indices, *names}),
         kept_indices=kept_indices,
         config=config,
         achieved=dict.fromkeys(_MEANINGS, 0.0),
@@ -242,7 +252,6 @@ def make_plan(
     for budget in budgets if config.budget == "active" else budgets[:2]:
         dense = structure.num_parameters(budget=budget)
         achieved[budget] = (dense - plan.num_parameters(structure, budget)) / dense if dense else 0.0
-    names = [axis.name for axis in selected_axes(structure, config)] if config.pruning_ratio else []
     units = sum(plan.num_units[name] for name in names)
     achieved["units"] = (units - sum(plan.widths[name] for name in names)) / units if units else 0.0
     return dataclasses.replace(plan, achieved=achieved)
@@ -271,15 +280,18 @@ def with_tokens(plan: PruningPlan, structure: Structure, kept: tuple[int, ...]) 
 
 
 def prunable_units(structure: Structure) -> dict[str, int]:
-    """Units of every axis of the dense model that is pruned by score."""
-    return {name: axis.num_units for name, axis in structure.axes.items() if axis.prunable}
+    """Units of every axis of the dense model that is pruned by score, those inside of the units of others left out."""
+    return {name: axis.num_units for name, axis in structure.axes.items() if axis.prunable and not axis.block}
 
 
 def counted_units(structure: Structure, names: Container[str]) -> dict[str, int]:
-    """What `PruningPlan.num_units` holds: `prunable_units`, and the tokens where `names` has the vocabulary."""
-    vocab = structure.axes.get("vocab")
-    tokens = {"vocab": vocab.num_units} if vocab is not None and not vocab.blocker and "vocab" in names else {}
-    return prunable_units(structure) | tokens
+    """What `PruningPlan.num_units` holds: `prunable_units`, and of the other axes those in `names`."""
+    others = {
+        name: axis.num_units
+        for name, axis in structure.axes.items()
+        if (axis.block or axis.kind == "vocab") and not axis.blocker and name in names
+    }
+    return prunable_units(structure) | others
 
 
 def vanishes(axis_name: str, layers: frozenset[int], branches: frozenset[tuple[int, str]]) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_prune.config import PruningConfig, RandomConfig
-from hf_prune.plan import PruningPlan, prunable_units
+from hf_prune.plan import PruningPlan, counted_units
 from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.layouts import Fixed, Layout, Product, Units
 
@@ -170,7 +170,7 @@ def make_plan(
     return PruningPlan(
         model_type=structure.model_type,
         base_model_name_or_path=None,
-        num_units=prunable_units(structure),
+        num_units=counted_units(structure, kept),
         kept_indices=kept,
         config=config or RandomConfig(0.3),
         achieved={"decoder": 0.3, "model": 0.3, "units": 0.3},
@@ -178,13 +178,15 @@ def make_plan(
 
 
 def random_kept(
-    structure: Structure, rng: random.Random, kinds: tuple[str, ...] = ("attention", "mlp")
+    structure: Structure, rng: random.Random, kinds: tuple[str, ...] = ("attention", "query_heads", "mlp")
 ) -> dict[str, tuple[int, ...]]:
-    """Any number of units, from one to all, of every prunable axis of these kinds."""
+    """Any number of units, from one to all, of every prunable axis of these kinds; equally many of each block."""
     kept = {}
     for name, axis in structure.axes.items():
         if axis.prunable and axis.kind in kinds:
-            chosen = tuple(sorted(rng.sample(range(axis.num_units), rng.randint(1, axis.num_units))))
+            each = axis.num_units // axis.num_blocks
+            width, starts = rng.randint(1, each), range(0, axis.num_units, each)
+            chosen = tuple(start + unit for start in starts for unit in sorted(rng.sample(range(each), width)))
             if len(chosen) < axis.num_units:
                 kept[name] = chosen
     return kept

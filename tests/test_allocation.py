@@ -79,7 +79,7 @@ def latency_table(structure, seed=0):
     """A made-up table: convex in the widths, layers alike."""
     axes = {}
     for axis in structure.axes.values():
-        if axis.layer == 0:
+        if axis.layer == 0 and not axis.block:
             n, suffix = axis.num_units, axis.name.split(".", 2)[2]
             widths = sorted({1, (n + 1) // 2, n - 1} - {0, n})
             axes[suffix] = tuple((w, 0.01 * (n - w), 0.002 * (n - w) ** 1.5) for w in widths)
@@ -88,7 +88,9 @@ def latency_table(structure, seed=0):
     num_layers = len(structure.layer_paths)
     return LatencyTable(
         model_type=structure.model_type,
-        num_units={name: axis.num_units for name, axis in structure.axes.items() if axis.layer is not None},
+        num_units={
+            name: axis.num_units for name, axis in structure.axes.items() if axis.layer is not None and not axis.block
+        },
         dense=tuple(0.5 + num_layers * value for value in layer),
         family_of=(0,) * num_layers,
         whole=({**saved, "layer": layer},),

@@ -192,7 +192,7 @@ def heterogeneous_plan(family, structure) -> PruningPlan:
         for name in [name for name in kept if name.endswith("mlp")]:
             kept[name] = kept[name][: len(kept[name]) // 4 * 4] or (0, 1, 2, 3)
     if len(structure.layer_paths) == 3:
-        kept = {name: units for name, units in kept.items() if name != "layers.2.attention"}
+        kept = {name: units for name, units in kept.items() if not name.startswith("layers.2.attention")}
         kept.update(without(structure, "layers.attention", 2))
     return make_plan(structure, kept)
 
@@ -389,7 +389,7 @@ def first_plan(structure) -> PruningPlan:
     """Different widths, at least two units of everything, in layer 0 one unit more; layer 1 keeps its first units."""
     kept = {}
     for name, axis in structure.axes.items():
-        if axis.prunable and axis.layer is not None:
+        if axis.prunable and axis.layer is not None and not axis.block:
             width = max(2, axis.num_units // 2 + (axis.layer == 0))
             if width < axis.num_units:
                 kept[name] = tuple(range(axis.num_units - width, axis.num_units))

@@ -332,7 +332,7 @@ def test_modes_mix_in_one_plan(axes, criterion):
     dearest = max(
         structure.num_parameters() - structure.num_parameters({name: axis.num_units - 1})
         for name, axis in structure.axes.items()
-        if axis.layer is not None or name == "hidden"
+        if (axis.layer is not None and not axis.block) or name == "hidden"
     )
     layer = sum(structure.numel(name) for name in structure.parameters_of_layer("layers", 0))
     assert abs(plan.achieved["model"] - 0.45) * structure.num_parameters() <= max(dearest, layer)

@@ -69,7 +69,7 @@ def unit_costs(
     """What goes with each unit of an otherwise dense model `[num_units]`: parameters, nanoseconds, or bytes.
 
     Raises:
-        ConfigError: `budget="latency"` without a table, or for the hidden axis.
+        ConfigError: `budget="latency"` without a table, or for the hidden axis or query heads inside of KV groups.
         PlanError: the table was measured on another model.
     """
     if config.budget == "memory":
@@ -80,8 +80,9 @@ def unit_costs(
         return _parameters(structure, axes, counted, structure.size_in(counted))
     if latency is None:
         raise ConfigError("budget 'latency' needs a table of measured latencies: pass one from `measure_latency`.")
-    if any(axis.kind == "hidden" for axis in axes):
-        raise ConfigError("budget 'latency' cannot price the hidden axis: use another budget, or other axes.")
+    for axis in axes:
+        if axis.kind == "hidden" or axis.block:
+            raise ConfigError(f"budget 'latency' cannot price {axis.name}: use another budget, or other axes.")
     latency.check(structure)
     return {axis.name: 1e9 * latency.seconds_per_unit(axis.name, axis.num_units) for axis in axes}
 
@@ -90,7 +91,8 @@ def _cache(structure: Structure, axis: Axis, config: PruningConfig) -> Floats:
     """Bytes of the cache that go with each unit `[num_units]`."""
     dense = cache_bytes(structure, config)
     if axis.kind != "layer":
-        return np.full(axis.num_units, float(dense - cache_bytes(structure, config, {axis.name: axis.num_units - 1})))
+        less = cache_bytes(structure, config, {axis.name: axis.num_units - axis.num_blocks})
+        return np.full(axis.num_units, (dense - less) / axis.num_blocks)
     branch = axis.name.partition(".")[2]
     left = []
     for layer in range(axis.num_units):
@@ -117,9 +119,9 @@ def _parameters(
                 owned[axis_name][owner.layer] += size(name, {})
     costs = {}
     for axis in axes:
-        one_less = {axis.name: axis.num_units - 1}
-        each = sum(size(name, {}) - size(name, one_less) for name in carriers[axis.name])
-        costs[axis.name] = owned.get(axis.name, np.full(axis.num_units, float(each)))
+        less = {axis.name: axis.num_units - axis.num_blocks}
+        each = sum(size(name, {}) - size(name, less) for name in carriers[axis.name]) / axis.num_blocks
+        costs[axis.name] = owned.get(axis.name, np.full(axis.num_units, each))
     return costs
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -75,14 +75,18 @@ class State:
 
 
 def rounding(axis: Axis, config: PruningConfig, structure: Structure) -> int:
-    """Number that pruned widths of `axis` are multiples of: what the model, the targets and `round_to` ask for."""
+    """Number that pruned widths of `axis` are multiples of: what the model, the targets and `round_to` ask for.
+
+    Of an axis in blocks, a multiple for each block.
+    """
     needed = math.lcm(axis.multiple_of, multiple_for(config.target, structure, axis))
     if axis.kind not in ("mlp", "hidden") or config.round_to is None:
-        return needed
+        return needed * axis.num_blocks
     if config.round_to == "auto":
-        auto = next((multiple for multiple in (128, 64, 32, 16, 8) if 32 * multiple <= axis.num_units), 1)
-        return math.lcm(auto, needed)
-    return math.lcm(config.round_to, needed)
+        num_units = axis.num_units // axis.num_blocks
+        auto = next((multiple for multiple in (128, 64, 32, 16, 8) if 32 * multiple <= num_units), 1)
+        return math.lcm(auto, needed) * axis.num_blocks
+    return math.lcm(config.round_to, needed) * axis.num_blocks
 
 
 def make_ladders(
@@ -172,13 +176,13 @@ def _ladder(
     before: Bools,
     multiple: int,
 ) -> Ladder:
-    floor = math.ceil(max(config.min_units, axis.least) / multiple) * multiple
+    floor = math.ceil(max(config.min_units, axis.least) * axis.num_blocks / multiple) * multiple
     most = min(int(movable.sum()), axis.num_units - floor)
     first = axis.num_units % multiple or multiple
-    order = np.lexsort((scores, ~before))
+    order = _order(axis, scores, ~before)
     may_go = np.zeros(axis.num_units, dtype=bool)
     may_go[order[movable[order]][:most]] = True
-    order = np.lexsort((scores, ~may_go, ~taken))
+    order = _order(axis, scores, ~may_go, ~taken)
     order = order[movable[order]]
     ends = np.arange(first, most + 1, multiple, dtype=np.int64)
     num_gone = int(taken.sum())
@@ -198,6 +202,14 @@ def _ladder(
         total_cost=float(costs.sum()),
         num_taken=int(np.searchsorted(ends, num_gone, side="right")),
     )
+
+
+def _order(axis: Axis, *keys: npt.NDArray[Any]) -> Ints:
+    """Units by the last of these keys, then the one before it; of an axis in blocks the first of each block first."""
+    each = np.lexsort([key.reshape(axis.num_blocks, -1) for key in keys], axis=-1)
+    starts = np.arange(axis.num_blocks)[:, None] * each.shape[1]
+    order: Ints = (starts + each).T.reshape(-1)
+    return order
 
 
 def _sums(values: Floats, starts: Ints, ends: Ints) -> Floats:

@@ -140,8 +140,10 @@ def in_dense_numbering(scores: Mapping[str, Tensor], structure: Structure, done:
     found = {}
     for name, values in scores.items():
         dense = _dense_name(name, stay)
-        num_units = structure.axes[dense].num_units
+        axis, num_units = structure.axes[dense], structure.axes[dense].num_units
         kept = stay if name in LAYER_AXES.values() else done.kept_indices.get(dense, range(num_units))
+        blocks = done.kept_indices.get(axis.block, range(axis.num_blocks))
+        kept = [unit for unit in kept if axis.kind == "layer" or unit * axis.num_blocks // num_units in blocks]
         found[dense] = torch.full((num_units,), torch.nan)
         # of one KV group that is left the units are its query heads; in the dense model they are one unit
         found[dense][list(kept)] = values.detach().to("cpu", torch.float32).view(len(kept), -1).sum(1)

@@ -560,14 +560,15 @@ def apply_surgery(model: Any) -> None:
 
 
 def _set_size(module: nn.Module, path: str, name: str, value: int, changes: Iterable[tuple[int, int]]) -> None:
-    """Set a number that `module` keeps, such as its head count: only if a tensor near it shrank in that proportion."""
+    """Set a number that `module` keeps, such as its head count: only if a tensor near it shrank by as much, or more."""
     found = vars(module).get(name)
     if type(found) is not int or hasattr(type(module), name):
         raise refusal(
             f"pruning_config['surgery'] sets {path}.{name}, but {type(module).__name__} keeps no whole number of that "
             "name. Save or download the checkpoint again."
         )
-    if found != value and not any(old * value == new * found for old, new in changes):
+    shrinks = value < found and any(new < old and old * value >= new * found for old, new in changes)
+    if found != value and not shrinks:
         raise refusal(
             f"pruning_config['surgery'] changes {path}.{name} from {found} to {value}, but no tensor there shrinks "
             "by as much. Save or download the checkpoint again."

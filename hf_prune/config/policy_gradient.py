@@ -88,6 +88,8 @@ class PolicyGradientConfig(PruningConfig):
         self._check(not paired or self.num_masks % 2 == 0, "num_masks", "an even number: masks come in pairs")
         whole = self.windows_per_step % self.windows_per_mask == 0
         self._check(whole, "windows_per_mask", f"a divisor of windows_per_step={self.windows_per_step}")
+        both = {"attention", "query_heads"}.issubset(self.axes)
+        self._check(not both, "axes", "attention or query_heads: a policy cannot count units inside of others")
         nested = self.separate_budgets and not {"mlp", "attention"}.issuperset(self.axes)
         self._check(not nested, "axes", "mlp and attention only where separate_budgets is set")
 

@@ -76,11 +76,12 @@ def multiple_for(target: Target, structure: Structure, axis: Axis) -> int:
     """Number that pruned widths of `axis` must be multiples of for `target`: each device's share is whole blocks."""
     if axis.kind == "layer":
         return 1
-    shards = target.shards if axis.kind in ("attention", "mlp") else 1
-    one_less = {axis.name: axis.num_units - 1}
+    shards = target.shards // math.gcd(target.shards, axis.num_blocks) if axis.branch is not None else 1
+    one_less = {axis.name: axis.num_units - axis.num_blocks}
     multiple = shards
     for member in structure.members[axis.name] if target.block > 1 else ():
         if member.role == "consumer":
             dense, fewer = (structure.shape(member.parameter, w)[member.dim] for w in (None, one_less))
-            multiple = math.lcm(multiple, shards * target.block // math.gcd(target.block, dense - fewer))
+            one = (dense - fewer) // axis.num_blocks
+            multiple = math.lcm(multiple, shards * target.block // math.gcd(target.block, one))
     return multiple

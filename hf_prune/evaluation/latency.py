@@ -92,7 +92,9 @@ def measure_latency(
     own = next(model.parameters())
     return LatencyTable(
         model_type=structure.model_type,
-        num_units={name: axis.num_units for name, axis in structure.axes.items() if axis.layer is not None},
+        num_units={
+            name: axis.num_units for name, axis in structure.axes.items() if axis.layer is not None and not axis.block
+        },
         dense=_typical(alone),
         family_of=tuple(
             next(family for family, layers in enumerate(families) if layer in layers)
@@ -155,7 +157,9 @@ class _Sample:
     def trials(self, num_widths: int) -> list[_Trial]:
         """Each axis at each width in all layers of the family; the later layers without a branch, or gone."""
         found = []
-        for axis in (axis for axis in self.structure.axes.values() if axis.layer == self.layers[0] and axis.prunable):
+        for axis in self.structure.axes.values():
+            if axis.layer != self.layers[0] or not axis.prunable or axis.block:
+                continue
             suffix = axis.name.split(".", 2)[2]
             for width in _widths(axis, num_widths):
                 kept = {f"layers.{layer}.{suffix}": tuple(range(width)) for layer in self.layers}

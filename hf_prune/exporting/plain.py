@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.structure import Axis, Structure
 
 # Classes with the same weights and the same computation whose configs take sizes that the first one's refuses, and the
 # values that make them compute the same.
@@ -123,21 +123,29 @@ def plan_between(structure: Structure, found: Shapes) -> PruningPlan:
     for name, owner in structure.owners.items():
         if owner.branch is not None and name not in found:
             removed[owner.branch].add(owner.layer)
-    num_units = prunable_units(structure)
     kept: dict[str, tuple[int, ...]] = {}
     for branch, layers in removed.items():
         if layers:
             kept[f"layers.{branch}"] = tuple(i for i in range(len(structure.layer_paths)) if i not in layers)
-    for name, total in num_units.items():
-        for member in structure.members[name]:
-            if member.parameter not in found:
-                continue
-            layout = structure.layouts[member.parameter][member.dim]
+    for name in prunable_units(structure):
+        axis = structure.axes[name]
+        inner = next((other for other in structure.axes.values() if other.block == name and other.prunable), None)
+        sizes = [
+            (structure.layouts[member.parameter][member.dim], found[member.parameter][member.dim])
+            for member in structure.members[name]
+            if member.parameter in found
+        ]
+        widths: dict[str, int] = {}
+        if inner is not None:  # two unknowns, of few values
+            pairs = ({name: w, inner.name: v} for v in _widths_of(inner) for w in range(axis.num_units, 0, -1))
+            widths = next((w for w in pairs if all(lay.size(layout, w) == size for layout, size in sizes)), {})
+        elif sizes:
+            layout, size = sizes[0]
             one, two = (lay.size(layout, {name: width}) for width in (1, 2))
-            width = 1 + (found[member.parameter][member.dim] - one) // (two - one)
-            if 0 < width < total:
-                kept[name] = tuple(range(width))
-            break
+            widths = {name: 1 + (size - one) // (two - one)}
+        kept.update(
+            (own, structure.axes[own].first(w)) for own, w in widths.items() if 0 < w < structure.axes[own].num_units
+        )
     plan = bare_plan(structure, kept)
     expected = predicted_shapes(structure, plan)
     wrong = next((name for name in {**expected, **found} if expected.get(name) != found.get(name)), None)
@@ -147,6 +155,11 @@ def plan_between(structure: Structure, found: Shapes) -> PruningPlan:
             "the numbers of their units only."
         )
     return plan
+
+
+def _widths_of(axis: Axis) -> range:
+    """Widths of an axis in blocks, the largest first."""
+    return range(axis.num_units, 0, -axis.num_blocks)
 
 
 def _attempts(config: Any, found: Shapes) -> Iterator[tuple[Any, Structure, PruningPlan]]:
@@ -176,7 +189,7 @@ def _attempts(config: Any, found: Shapes) -> Iterator[tuple[Any, Structure, Prun
         for wide in itertools.combinations(names, count):
             for base, structure, plan, widest in narrowed:
                 kept = {
-                    name: tuple(range(widest[key]))
+                    name: structure.axes[name].first(widest[key])
                     for name, total in plan.num_units.items()
                     if (key := family(structure.axes[name])) in widest and key not in wide and widest[key] < total
                 }

@@ -175,7 +175,7 @@ class _Counts:
         for axis in selected_axes(structure, config):
             for member in structure.members[axis.name]:
                 name = member.parameter
-                if name not in self.numel or axis.kind not in ("mlp", "attention"):
+                if name not in self.numel or axis.branch is None:
                     continue
                 shape = structure.shape(name)
                 if len(shape) < 2 or name in found:

@@ -12,6 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_prune.layers.statistics import ridges
@@ -33,6 +34,7 @@ def removal_costs(
     width: int,
     ridge: float,
     worth: Sequence[float] = (1.0,),
+    num_blocks: int = 1,
 ) -> Tensor:
     """Remove units until `width` are left.
 
@@ -44,6 +46,7 @@ def removal_costs(
         width: units that stay, 0 or more.
         ridge: added to H, as a fraction of its mean diagonal; more of it if H is not positive definite.
         worth: factor on the squared error of each.
+        num_blocks: runs of units of which equally many stay; a divisor of `width` and of their number.
 
     Returns:
         float64 `[units]`: what the squared error of the repaired outputs grows by as the unit goes, at least as much as
@@ -54,12 +57,17 @@ def removal_costs(
     left = int(owner.max()) + 1
     result, highest = tables[0].values.new_full((left,), math.inf), 0.0
     at_once = math.ceil((left - width) / ROUNDS)
+    room = torch.full((num_blocks,), (left - width) // num_blocks, device=owner.device)  # of each block, to go
     while left > width:
         groups = _rows_of_units(owner, len(result))
         costs = torch.stack([factor * table.costs(groups) for table, factor in zip(tables, worth, strict=True)]).sum(0)
         order = torch.cat([unit for unit, _ in groups])
         costs = torch.full_like(result, math.inf).index_copy_(0, order, costs)
-        cheapest = costs.argsort(stable=True)[: min(at_once, left - width)]
+        cheapest = costs.argsort(stable=True)
+        blocks = cheapest * num_blocks // len(result)
+        place = F.one_hot(blocks, num_blocks).cumsum(0).gather(1, blocks[:, None])[:, 0]  # in its block, from 1
+        cheapest = cheapest[place <= room[blocks]][: min(at_once, left - width)]
+        room -= torch.bincount(cheapest * num_blocks // len(result), minlength=num_blocks)
         result[cheapest] = costs[cheapest].cummax(0).values.clamp_min(highest)
         highest = float(result[cheapest[-1]])
         goes = torch.isin(owner, cheapest)

@@ -155,8 +155,9 @@ def costs_of(
     grams = (_shrunk(found.symmetric_gram(centred), shrinkage) for found in statistics)
     matrices = consumer.matrices(model.get_parameter(consumer.parameter).detach())
     loss_weights = loss_weights or [1.0] * len(statistics)
+    units, num_blocks = consumer.units(structure), structure.axes[consumer.axis].num_blocks
     with solving(consumer.axis):
-        return removal_costs(grams, matrices, consumer.units(structure), width, ridge, loss_weights)
+        return removal_costs(grams, matrices, units, width, ridge, loss_weights, num_blocks)
 
 
 def _shrunk(gram: Tensor, shrinkage: float) -> Tensor:

@@ -7,7 +7,7 @@ With H = Σ x xᵀ over the dense inputs of a consumer, K the inputs that stay a
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from hf_prune.layers.statistics import factorise_, solving
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import is_on_disk
 from hf_prune.methods.obs import collecting
+from hf_prune.structure import layouts as lay
 from hf_prune.structure.consumers import Consumer, only_consumer
 
 if TYPE_CHECKING:
@@ -64,28 +65,30 @@ class RepairPreview:
         walk.check_layered()
         self._model, self._structure, self._ridge = model, structure, ridge
         found = [only_consumer(model, structure, axis.name) for axis in structure.axes.values() if axis.prunable]
-        linear = {consumer.axis: consumer for consumer in found if consumer is not None and consumer.kind == "linear"}
-        self._cache: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        linear = {one.parameter: one for one in found if one is not None and one.kind == "linear"}
+        self._cache: dict[tuple[Any, ...], Tensor] = {}
 
         def visit(part: Part) -> Found:
             here = [consumer for consumer in linear.values() if part.holds(consumer.parameter)]
             with collecting(model, structure, here) as grams:
                 part.run()
-            sums = {consumer.axis: own[0].over_processes() for consumer, own in grams.items()}
-            found = {axis: own.symmetric_gram(centred=False) for axis, own in sums.items() if own.num_tokens}
-            return {axis: on_disk(gram) if is_on_disk(model) else gram for axis, gram in found.items()}
+            sums = {consumer.parameter: own[0].over_processes() for consumer, own in grams.items()}
+            found = {name: own.symmetric_gram(centred=False) for name, own in sums.items() if own.num_tokens}
+            return {name: on_disk(gram) if is_on_disk(model) else gram for name, gram in found.items()}
 
         self._grams = walk.forward(visit, "repair preview", layered=True)
-        self._consumers: dict[str, Consumer] = {axis: linear[axis] for axis in self._grams}
+        self._consumers: dict[str, Consumer] = {name: linear[name] for name in self._grams}
 
     @contextlib.contextmanager
     def applied(self, plan: PruningPlan, layer: int | None = None) -> Iterator[None]:
         """Within, the consumers of the dense model (of one layer) have the weights that repair would give them."""
         originals: dict[nn.Parameter, Tensor] = {}
         try:
-            for name, kept in plan.kept_indices.items():
-                if name in self._consumers and layer in (None, self._structure.axes[name].layer):
-                    weight = self._model.get_parameter(self._consumers[name].parameter)
+            for name, consumer in self._consumers.items():
+                layout = self._structure.layouts[name][consumer.dim]
+                kept = {axis: plan.kept_indices[axis] for axis in lay.axes(layout) if axis in plan.kept_indices}
+                if kept and layer in (None, self._structure.owners[name].layer):
+                    weight = self._model.get_parameter(name)
                     originals[weight] = weight.data
                     weight.data = self._repaired(name, kept)
             yield
@@ -93,17 +96,16 @@ class RepairPreview:
             for weight, data in originals.items():
                 weight.data = data
 
-    def _repaired(self, name: str, kept: tuple[int, ...]) -> Tensor:
-        """The weight of an axis's consumer, zero where units are gone, in its own layout and dtype."""
-        key = (name, kept)
+    def _repaired(self, name: str, kept: dict[str, tuple[int, ...]]) -> Tensor:
+        """The weight of a consumer, zero where units are gone, in its own layout and dtype."""
+        key = (name, *kept.items())
         if key not in self._cache:
             consumer = self._consumers[name]
             stored = self._model.get_parameter(consumer.parameter).data
-            ids = consumer.units(self._structure).to(stored.device)
             gram = self._grams[name].to(stored.device)
             weight = consumer.matrix(stored).to(gram)
-            stays = torch.isin(ids, torch.tensor(kept, device=ids.device)) | (ids < 0)
-            inside, outside = torch.nonzero(stays)[:, 0], torch.nonzero(~stays)[:, 0]
+            inside = lay.indices(self._structure.layouts[name][consumer.dim], kept).to(stored.device)
+            outside = torch.ones(len(gram), device=stored.device).index_fill_(0, inside, 0).nonzero()[:, 0]
             factor = gram[inside][:, inside]
             with solving(name):
                 factorise_(factor, self._ridge)

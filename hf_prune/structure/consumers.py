@@ -68,7 +68,7 @@ def consumers_of(model: nn.Module, structure: Structure, axis: str) -> list[Cons
 def only_consumer(model: nn.Module, structure: Structure, axis: str) -> Consumer | None:
     """What consumes an attention or MLP axis; `None` if that is neither just one linear layer nor experts."""
     found = consumers_of(model, structure, axis)
-    fits = len(found) == 1 and structure.axes[axis].kind in ("attention", "mlp") and found[0].kind != "other"
+    fits = len(found) == 1 and structure.axes[axis].branch is not None and found[0].kind != "other"
     return found[0] if fits else None
 
 

@@ -151,6 +151,9 @@ class _Naming:
                     found[name] = (axis_found, axis)
                     if axis.num_units == axis_found.atom.size:
                         named[id(axis_found.atom)] = axis
+                    for inner in self._inside(axis_found, here) if kind == "attention" else ():
+                        found[f"{name}.queries"] = inner, self._in_blocks(f"{name}.queries", inner, axis)
+                        named[id(inner.atom)] = found[f"{name}.queries"][1]
         hidden = self._hidden(named)
         owners, roots = self._owners(found)
         branch_modules = self._branch_modules(found, roots)
@@ -227,6 +230,26 @@ class _Naming:
 
     def _is_inside(self, path: str, layer: int) -> bool:
         return f"{path}.".startswith(f"{self.layers[layer]}.")
+
+    def _inside(self, outer: _Found, here: list[_Found]) -> list[_Found]:
+        """The axis of heads inside of the units of `outer`, if there is one: the query heads of KV groups."""
+        return [
+            entry
+            for entry in here
+            if entry.atom.heads
+            and entry.consumers
+            and entry is not outer
+            and all(_is_inside(self.terms[name][dim], outer.atom, entry.atom) for name, dim in entry.places)
+        ][:1]
+
+    def _in_blocks(self, name: str, entry: _Found, block: Axis) -> Axis:
+        """The axis of the units inside of another axis's."""
+        why = entry.atom.fixed
+        if not why and entry.atom.origins:
+            why = "a constant of the model differs along it"
+        n = block.num_units
+        exact = not entry.atom.mixed
+        return Axis(name, "query_heads", entry.layer, n * entry.atom.size, exact, why, num_blocks=n, block=block.name)
 
     def _leads(self, entry: _Found, name: str, dim: int) -> bool:
         """Whether `entry` is the outermost axis of heads of one dimension of a parameter."""
@@ -443,6 +466,17 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
+def _is_inside(term: Term, outer: Atom, inner: Atom) -> bool:
+    """Whether `inner` is, wherever it is in `term`, a later factor than `outer`."""
+    found = factors(term)
+    before = found[: found.index(outer)] if outer in found else found
+    return all(
+        isinstance(factor, Cat) and all(_is_inside(part, outer, inner) for part in factor.parts)
+        for factor in before
+        if inner in leaves(factor)
+    )
+
+
 def _atom_ids(terms: list[Term]) -> set[int]:
     return {id(atom) for atom in _all(terms)}
 
@@ -479,7 +513,7 @@ def _freeze(term: Term, named: dict[int, Axis]) -> Layout:
     term = resolve(term)
     if isinstance(term, Atom):
         axis = named.get(id(term))
-        return Units(axis.name, axis.num_units) if axis is not None else Fixed(term.size)
+        return Units(axis.name, term.size, axis.block, axis.num_blocks) if axis is not None else Fixed(term.size)
     children = [_freeze(child, named) for child in (term.factors if isinstance(term, Prod) else term.parts)]
     assert isinstance(term, (Prod, Cat))
     if all(isinstance(child, Fixed) for child in children):

@@ -30,10 +30,16 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Units:
-    """One whole axis with `num_units` units, one entry each."""
+    """One whole axis with `num_units` units, one entry each; of an axis in blocks, the units of one block.
+
+    Which block that is says the axis `block`, an earlier factor of the same product: query heads inside of a KV group.
+    Units of such an axis are numbered through all blocks, of which each keeps equally many.
+    """
 
     axis: str
     num_units: int
+    block: str = ""
+    num_blocks: int = 1
 
     def __str__(self) -> str:
         return self.axis
@@ -62,16 +68,21 @@ class Concat:
 Layout = Fixed | Units | Product | Concat
 
 
-def axes(layout: Layout) -> Iterator[str]:
-    """Yield the axis names of `layout`, in order, with repetition."""
+def units(layout: Layout) -> Iterator[Units]:
+    """Yield the axes of `layout`, in order, with repetition."""
     if isinstance(layout, Units):
-        yield layout.axis
+        yield layout
     elif isinstance(layout, Product):
         for factor in layout.factors:
-            yield from axes(factor)
+            yield from units(factor)
     elif isinstance(layout, Concat):
         for part in layout.parts:
-            yield from axes(part)
+            yield from units(part)
+
+
+def axes(layout: Layout) -> Iterator[str]:
+    """Yield the axis names of `layout`, in order, with repetition."""
+    return (found.axis for found in units(layout))
 
 
 def size(layout: Layout, widths: Widths) -> int:
@@ -79,7 +90,7 @@ def size(layout: Layout, widths: Widths) -> int:
     if isinstance(layout, Fixed):
         return layout.length
     if isinstance(layout, Units):
-        return widths.get(layout.axis, layout.num_units)
+        return widths.get(layout.axis, layout.num_units * layout.num_blocks) // layout.num_blocks
     if isinstance(layout, Product):
         return math.prod(size(factor, widths) for factor in layout.factors)
     return sum(size(part, widths) for part in layout.parts)
@@ -90,31 +101,49 @@ def indices(layout: Layout, kept: KeptIndices) -> Tensor:
 
     Args:
         layout: layout of the dimension.
-        kept: sorted unit indices per axis; an axis not named keeps all units.
+        kept: sorted unit indices per axis, of an axis in blocks equally many of each; one not named keeps all units.
 
     Returns:
         int64 `[size(layout, widths)]`, ascending if the unit indices are.
     """
+    found = _indices(layout, kept)
+    for axis in {node.axis for node in units(layout) if node.block and node.axis in kept}:
+        ids = unit_ids(layout, axis)[found]
+        found = found[(ids < 0) | torch.isin(ids, torch.as_tensor(list(kept[axis])))]
+    return found
+
+
+def _indices(layout: Layout, kept: KeptIndices) -> Tensor:
+    """`indices` with the units of all blocks."""
     if isinstance(layout, Fixed):
         return torch.arange(layout.length)
     if isinstance(layout, Units):
-        if layout.axis in kept:
+        if layout.axis in kept and not layout.block:
             return torch.as_tensor(list(kept[layout.axis]), dtype=torch.int64)
         return torch.arange(layout.num_units)
     if isinstance(layout, Product):
         result = torch.zeros(1, dtype=torch.int64)
         for factor in layout.factors:
-            result = (result[:, None] * size(factor, {}) + indices(factor, kept)[None, :]).reshape(-1)
+            result = (result[:, None] * size(factor, {}) + _indices(factor, kept)[None, :]).reshape(-1)
         return result
     offset, found = 0, []
     for part in layout.parts:
-        found.append(indices(part, kept) + offset)
+        found.append(_indices(part, kept) + offset)
         offset += size(part, {})
     return torch.cat(found)
 
 
 def unit_ids(layout: Layout, axis: str) -> Tensor:
     """For each position of the dimension the unit of `axis` it carries, or -1 where it carries none: int64 `[size]`."""
+    ids = _unit_ids(layout, axis)
+    for node in units(layout):
+        if node.axis == axis and node.block:
+            return torch.where(ids >= 0, _unit_ids(layout, node.block) * node.num_units + ids, -1)
+    return ids
+
+
+def _unit_ids(layout: Layout, axis: str) -> Tensor:
+    """`unit_ids`, those of an axis in blocks within their block."""
     if isinstance(layout, Units) and layout.axis == axis:
         return torch.arange(layout.num_units)
     if isinstance(layout, (Fixed, Units)):
@@ -122,10 +151,10 @@ def unit_ids(layout: Layout, axis: str) -> Tensor:
     if isinstance(layout, Product):
         result = torch.full((1,), -1)
         for factor in layout.factors:
-            ids = unit_ids(factor, axis)
+            ids = _unit_ids(factor, axis)
             result = torch.where(ids[None, :] >= 0, ids[None, :], result[:, None]).reshape(-1)
         return result
-    return torch.cat([unit_ids(part, axis) for part in layout.parts])
+    return torch.cat([_unit_ids(part, axis) for part in layout.parts])
 
 
 def reduce(values: Tensor, layouts: Sequence[Layout], axis: str) -> Tensor:

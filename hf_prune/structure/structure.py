@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Kind = Literal["attention", "mlp", "expert", "hidden", "layer", "vocab"]
+Kind = Literal["attention", "mlp", "query_heads", "expert", "hidden", "layer", "vocab"]
 Branch = Literal["attention", "mlp"]
 Role = Literal["producer", "consumer", "other"]
 Counted = Literal["decoder", "model", "active"]
@@ -35,6 +35,9 @@ class Axis:
     with their rows of the router; masked: the router never chooses them). The others are `hidden`, `layers` (units:
     whole decoder layers), `layers.attention` and `layers.mlp` (units: the attention, or the MLP, of each layer), and
     `vocab` (units: tokens, rows of the embedding and of the head).
+
+    Of an axis in blocks each block keeps equally many units, each its own: `layers.{i}.attention.queries`, the query
+    heads of all KV groups. Its units are numbered through all blocks, in order, those of removed blocks included.
     """
 
     name: str
@@ -47,20 +50,30 @@ class Axis:
     blocker: str = ""
     """Why the axis cannot be pruned; empty if it can."""
     multiple_of: int = 1
-    """Widths must be multiples of this to run: 8 where experts are multiplied as one grouped product, whose rows must
-    be aligned to 16 bytes."""
+    """Widths (of each block) must be multiples of this to run: 8 where experts are multiplied as one grouped product,
+    whose rows must be aligned to 16 bytes."""
     least: int = 1
-    """Units that must stay: as many experts as each token is sent to."""
+    """Units (of each block) that must stay: as many experts as each token is sent to."""
+    num_blocks: int = 1
+    """Blocks of `num_units / num_blocks` units, that keep equally many."""
+    block: str = ""
+    """The axis whose units the blocks are. Only what a plan removes of such an axis is listed in it."""
 
     @property
     def branch(self) -> Branch | None:
         """The branch of its layer that goes with all of its units; `None` for axes of the whole model."""
-        return None if self.layer is None else "attention" if self.kind == "attention" else "mlp"
+        return None if self.layer is None else "attention" if self.kind in ("attention", "query_heads") else "mlp"
 
     @property
     def prunable(self) -> bool:
         """Whether units of this axis can be removed by score; tokens never are: a text or a list says which stay."""
-        return not self.blocker and self.num_units > self.least and self.kind != "vocab"
+        return not self.blocker and self.num_units > self.least * self.num_blocks and self.kind != "vocab"
+
+    def first(self, width: int) -> tuple[int, ...]:
+        """The first units that `width` units may be: as many of each block."""
+        each = self.num_units // self.num_blocks
+        starts = range(0, self.num_units, each)
+        return tuple(start + unit for start in starts for unit in range(width // self.num_blocks))
 
 
 @dataclass(frozen=True)

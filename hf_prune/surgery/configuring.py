@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_prune.checkpoint.loud import make_loud
 from hf_prune.checkpoint.per_layer import surgery_of
 from hf_prune.errors import CheckpointError, StructureError
-from hf_prune.plan import PruningPlan, bare_plan
+from hf_prune.plan import PruningPlan, bare_plan, vanishes
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.building import build_empty, decoder_config, decoder_values, fresh_config
 from hf_prune.structure.forward import Forward, TraceError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
+    from hf_prune.structure.layouts import Widths
     from hf_prune.structure.structure import Axis, Structure
 
 Shapes = dict[str, tuple[int, ...]]
@@ -51,7 +52,7 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
         StructureError: no config describes the pruned model.
     """
     wanted = predicted_shapes(structure, plan)
-    knobs = find_knobs(config, structure, cls) if _touched(structure, plan) else {}
+    knobs = find_knobs(config, structure, cls, plan.kept_indices) if _touched(structure, plan) else {}
     start, reason = _without_layers(config, structure, plan, cls)
     if "vocab" in plan.kept_indices:
         config, start = renumbered(config, plan), _with_fewer_tokens(start, structure, plan, cls)
@@ -365,11 +366,15 @@ def _candidates(trimmed: Any, structure: Structure, plan: PruningPlan, knobs: di
             if all(widths[layer] == structure.axes[f"layers.{layer}.{name}"].num_units for layer in widths):
                 continue
             per_layer[None].update(knob.pins)
+            inside = any(structure.axes[f"layers.{layer}.{name}"].block for layer in widths)
             if len(set(widths.values())) == 1 and hoist:
                 per_layer[None].update(knob.values(next(iter(widths.values()))))
+                for layer in widths if inside else ():  # the axis outside has spoken of the same attributes
+                    for attribute in knob.values(1):
+                        per_layer.get(new_index[layer], {}).pop(attribute, None)
                 continue
             for layer, width in widths.items():
-                if width != structure.axes[f"layers.{layer}.{name}"].num_units:
+                if inside or width != structure.axes[f"layers.{layer}.{name}"].num_units:
                     per_layer.setdefault(new_index[layer], {}).update(knob.values(width))
         for layer, branches in skips.items():
             per_layer.setdefault(layer, {})["skip"] = branches
@@ -379,12 +384,14 @@ def _candidates(trimmed: Any, structure: Structure, plan: PruningPlan, knobs: di
 
 
 def _family_widths(name: str, structure: Structure, plan: PruningPlan) -> dict[int, int]:
-    """Width by layer of the axes of one family, removed ones left out."""
-    widths = plan.widths
+    """Width by layer of the axes of one family, removed ones left out; in blocks, what is left in those that stay."""
+    widths = {**structure.widths, **plan.widths}
     return {
-        axis.layer: widths.get(axis.name, axis.num_units)
+        axis.layer: widths[axis.name] * widths.get(axis.block, axis.num_blocks) // axis.num_blocks
         for axis in structure.axes.values()
-        if axis.layer is not None and family(axis) == name and axis.name not in plan.vanished_axes
+        if axis.layer is not None
+        and family(axis) == name
+        and not vanishes(axis.name, plan.removed_layers, plan.removed_branches)
     }
 
 
@@ -455,27 +462,33 @@ def _surgery(
             if use.name in inputs:  # selected before: `kept` counts among what was kept then
                 record = {**inputs[use.name], "kept": [inputs[use.name]["kept"][unit] for unit in kept]}
             inputs[use.name] = record
-        pairs, name = _resized(structure, axis, len(kept)), family(structure.axes[axis])
+        pairs, name = _resized(structure, axis, plan.widths), family(structure.axes[axis])
         for path, matched in _attributes(model, sorted(p for p in places if p), pairs).items():
-            if len(set(matched.values())) < len(matched):  # sizes that coincide
+            if len(set(matched.values())) < len(matched) or structure.axes[axis].block:  # sizes that coincide
                 if name not in wider:
                     wider[name] = _wider(dense, structure, axis, cls)
                 if (probe := wider[name]) is not None:
                     here = probe.get_submodule(_old_path(path, layer, structure, plan))
-                    sizes = _resized(structure, axis, 2 * structure.axes[axis].num_units)
+                    sizes = _resized(structure, axis, {axis: 2 * structure.axes[axis].num_units})
                     matched = {k: size for k, size in matched.items() if getattr(here, k) == sizes[size]}
+                elif structure.axes[axis].block:  # rather the number of blocks than that of units in each
+                    matched = {k: size for k, size in matched.items() if size != structure.axes[axis].num_blocks}
             attributes.setdefault(path, {}).update({k: pairs[size] for k, size in matched.items()})
     return _that_runs(config, judge, model, modules, attributes)
 
 
-def _resized(structure: Structure, axis: str, width: int) -> dict[int, int]:
-    """Sizes in which `axis` takes part (heads, heads × head_dim, a fused projection) → their pruned sizes."""
+def _resized(structure: Structure, axis: str, widths: Widths) -> dict[int, int]:
+    """Sizes in which `axis` takes part (heads, heads × head_dim, a fused projection) → those at `widths`."""
+    layouts = [structure.layouts[member.parameter][member.dim] for member in structure.members[axis]]
+    runs = [run for layout in layouts for run in _runs_with(layout, axis)]
     pairs: dict[int, int] = {}
-    for member in structure.members[axis]:
-        layout = structure.layouts[member.parameter][member.dim]
-        for part in (layout, *_runs_with(layout, axis)):
-            pairs.setdefault(lay.size(part, {}), lay.size(part, {axis: width}))
+    for part in (*layouts, *sorted(runs, key=_has_parts)):  # of equal sizes the likelier one to be kept as a number
+        pairs.setdefault(lay.size(part, {}), lay.size(part, widths))
     return pairs
+
+
+def _has_parts(layout: Layout) -> bool:
+    return isinstance(layout, Concat) or (isinstance(layout, Product) and any(map(_has_parts, layout.factors)))
 
 
 def _runs_with(layout: Layout, axis: str) -> Iterator[Layout]:
@@ -521,7 +534,7 @@ def _old_path(path: str, layer: int, structure: Structure, plan: PruningPlan) ->
 def _wider(config: Any, structure: Structure, axis: str, cls: type | None) -> nn.Module | None:
     """The dense model with twice the units of `axis` (and whatever else the same attributes hold), if one is found."""
     num_units, decoder = structure.axes[axis].num_units, decoder_config(config)
-    values, sizes = decoder.to_dict(), _resized(structure, axis, num_units)
+    values, sizes = decoder.to_dict(), _resized(structure, axis, {})
     hidden = decoder.attribute_map.get("hidden_size", "hidden_size")
     places = [(m.parameter, m.dim, structure.layouts[m.parameter][m.dim]) for m in structure.members[axis]]
     dense, wanted = ([lay.size(layout, {axis: n}) for *_, layout in places] for n in (num_units, 2 * num_units))

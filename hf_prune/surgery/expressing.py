@@ -16,7 +16,7 @@ from hf_prune.structure.building import build_empty, decoder_config, decoder_val
 from hf_prune.structure.structure import Kind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from hf_prune.structure.structure import Axis, Structure
 
@@ -58,21 +58,25 @@ def family(axis: Axis) -> str:
     return axis.name if axis.layer is None else axis.name.removeprefix(f"layers.{axis.layer}.")
 
 
-def find_knobs(config: Any, structure: Structure, cls: type | None) -> dict[str, Knob]:
+def find_knobs(config: Any, structure: Structure, cls: type | None, pruned: Iterable[str] = ()) -> dict[str, Knob]:
     """Config attributes that hold the width of each family of axes in one layer, found by probing.
+
+    Axes inside of the units of others are only looked at, and come last, if one of them is in `pruned`.
 
     Returns:
         Family (`mlp`, `attention`, `mlp.experts`, ...) → knob; families whose width no attribute holds are absent.
     """
-    return structure.once(("knobs", repr(config.to_dict()), cls), lambda: _find_knobs(config, structure, cls))
+    inner = any(structure.axes[name].block for name in pruned)
+    key = ("knobs", repr(config.to_dict()), cls, inner)
+    return structure.once(key, lambda: _find_knobs(config, structure, cls, inner))
 
 
-def _find_knobs(config: Any, structure: Structure, cls: type | None) -> dict[str, Knob]:
+def _find_knobs(config: Any, structure: Structure, cls: type | None, inner: bool) -> dict[str, Knob]:
     knobs = {}
     for kind in get_args(Kind):
         first: dict[str, Axis] = {}
         for axis in structure.axes_of(kind):
-            if axis.prunable and axis.layer is not None:
+            if axis.prunable and axis.layer is not None and (inner or not axis.block):
                 first.setdefault(family(axis), axis)
         for name, axis in first.items():
             if (knob := _probe(config, structure, cls, axis)) is not None:
@@ -81,7 +85,7 @@ def _find_knobs(config: Any, structure: Structure, cls: type | None) -> dict[str
 
 
 def _probe(config: Any, structure: Structure, cls: type | None, axis: Axis) -> Knob | None:
-    width = max(axis.least, axis.num_units // 2)
+    width = max(axis.least, axis.num_units // axis.num_blocks // 2) * axis.num_blocks
     wanted = {name: structure.shape(name, {axis.name: width}) for name in structure.layouts}
     for knob in itertools.islice(_candidates(config, axis), _MOST_PROBES):
         probe = with_layer_values(config, {None: dict(knob.pins), axis.layer: knob.values(width)})
@@ -122,7 +126,7 @@ def _candidates(config: Any, axis: Axis) -> Iterator[Knob]:
         everything.update(overrides.get(axis.layer, {}))
     values = {k: v for k, v in everything.items() if isinstance(v, int) and not isinstance(v, bool) and v > 0}
     whole = {name: v // n for name, v in values.items() if v % n == 0}
-    if axis.kind == "attention":
+    if axis.branch == "attention":
         heads = [name for name in whole if "head" in name and "dim" not in name]
         usual = {config.attribute_map.get(name, name) for name in ("num_attention_heads", "num_key_value_heads")}
         heads.sort(key=lambda name: (name not in usual, whole[name]))

@@ -182,8 +182,8 @@ def initial_widths(units: Units, scores: Mapping[str, Tensor], config: PolicyGra
 def lowest_widths(units: Units, config: PolicyGradientConfig) -> Tensor:
     """Fraction of each axis that has to stay `[A]`: `min_units`, what it needs, or the layers that may not go."""
     stay = torch.stack([part.sum() for part in units.split(units.must_stay).values()])
-    least = torch.tensor([max(config.min_units, axis.least) for axis in units.axes], device=stay.device)
-    return torch.maximum(stay, least).float() / units.sizes
+    least = [max(config.min_units, axis.least) * axis.num_blocks for axis in units.axes]
+    return torch.maximum(stay, torch.tensor(least, device=stay.device)).float() / units.sizes
 
 
 def project_widths(units: Units, widths: Tensor, low: Tensor, ranks: Tensor) -> Tensor:
@@ -248,10 +248,10 @@ def as_scores(units: Units, keep_probs: Tensor) -> dict[str, Tensor]:
     return {name: part.float().cpu() for name, part in units.split(values * relative).items()}
 
 
-def _parameters_of_unit(structure: Structure, axis: Axis, counted: list[str]) -> int:
-    one_less = {axis.name: axis.num_units - 1}
+def _parameters_of_unit(structure: Structure, axis: Axis, counted: list[str]) -> float:
+    less = {axis.name: axis.num_units - axis.num_blocks}
     carriers = [n for n in counted if any(axis.name in lay.axes(layout) for layout in structure.layouts[n])]
-    return sum(structure.numel(name) - structure.numel(name, one_less) for name in carriers)
+    return sum(structure.numel(name) - structure.numel(name, less) for name in carriers) / axis.num_blocks
 
 
 def _groups(axes: tuple[Axis, ...], device: torch.device) -> tuple[Tensor, ...]:

@@ -69,8 +69,8 @@ class _Job:
     def __init__(self, walk: Walk, structure: Structure, config: PruneNetConfig, generator: torch.Generator) -> None:
         self.walk, self.structure, self.config, self.generator = walk, structure, config, generator
         self.axes = selected_axes(structure, config)
-        if not set(config.axes) <= {"mlp", "attention"}:
-            raise ConfigError(f"axes: found {config.axes}; 'prunenet' scores rows of 'mlp' and 'attention' axes only.")
+        if any(axis.branch is None for axis in self.axes):
+            raise ConfigError(f"axes: found {config.axes}; 'prunenet' scores rows of MLP and attention axes only.")
         last = max(len(structure.layer_paths) - 1, 1)
         self.depths = {axis.name: (axis.layer or 0) / last for axis in self.axes}
         tokens = torch.Generator().manual_seed(config.seed)
