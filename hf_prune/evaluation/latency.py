@@ -93,7 +93,9 @@ def measure_latency(
     return LatencyTable(
         model_type=structure.model_type,
         num_units={
-            name: axis.num_units for name, axis in structure.axes.items() if axis.layer is not None and not axis.block
+            name: axis.num_units
+            for name, axis in structure.axes.items()
+            if axis.layer is not None and not axis.is_inner
         },
         dense=_typical(alone),
         family_of=tuple(
@@ -158,7 +160,7 @@ class _Sample:
         """Each axis at each width in all layers of the family; the later layers without a branch, or gone."""
         found = []
         for axis in self.structure.axes.values():
-            if axis.layer != self.layers[0] or not axis.prunable or axis.block:
+            if axis.layer != self.layers[0] or not axis.prunable or axis.is_inner:
                 continue
             suffix = axis.name.split(".", 2)[2]
             for width in _widths(axis, num_widths):

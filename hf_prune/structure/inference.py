@@ -152,8 +152,11 @@ class _Naming:
                     if axis.num_units == axis_found.atom.size:
                         named[id(axis_found.atom)] = axis
                     for inner in self._inside(axis_found, here) if kind == "attention" else ():
-                        found[f"{name}.queries"] = inner, self._in_blocks(f"{name}.queries", inner, axis)
+                        found[f"{name}.queries"] = inner, self._queries(f"{name}.queries", inner, axis)
                         named[id(inner.atom)] = found[f"{name}.queries"][1]
+            for name, (entry, axis) in list(found.items()):
+                if axis.kind == "mlp" and axis.layer == layer and (num_blocks := self._num_stacked(entry)) > 1:
+                    found[f"{name}.channels"] = entry, self._channels(entry, axis, num_blocks, named)
         hidden = self._hidden(named)
         owners, roots = self._owners(found)
         branch_modules = self._branch_modules(found, roots)
@@ -163,7 +166,8 @@ class _Naming:
         axes.update(self._vocabulary(named))
         axes.update(self._layer_axes(branch_modules))
         axes.update(self._shared_attention(axes))
-        frozen = {name: tuple(_freeze(term, named) for term in terms) for name, terms in self.terms.items()}
+        own = {axis.tied: axis for axis in axes.values() if axis.tied}
+        frozen = {name: tuple(_freeze(term, named, own) for term in terms) for name, terms in self.terms.items()}
         return Structure(
             model_type=model_type,
             axes=axes,
@@ -242,8 +246,28 @@ class _Naming:
             and all(_is_inside(self.terms[name][dim], outer.atom, entry.atom) for name, dim in entry.places)
         ][:1]
 
-    def _in_blocks(self, name: str, entry: _Found, block: Axis) -> Axis:
-        """The axis of the units inside of another axis's."""
+    def _num_stacked(self, entry: _Found) -> int:
+        """Experts, where all tensors of an axis are stacked by them; else 0."""
+        places = [self.terms[name] if dim > 0 else [] for name, dim in entry.places]
+        sizes = {terms[0].size if terms else 0 for terms in places}
+        return sizes.pop() if len(sizes) == 1 and any(len(terms) > 2 for terms in places) else 0
+
+    def _channels(self, entry: _Found, tied: Axis, num_blocks: int, named: dict[int, Axis]) -> Axis:
+        """The axis of the channels of all experts, each with its own, where `tied` has the same ones of all."""
+        experts = resolve(self.terms[entry.places[0][0]][0])
+        block = named[id(experts)].name if id(experts) in named else ""
+        return replace(
+            tied,
+            name=f"{tied.name}.channels",
+            kind="expert_channels",
+            num_units=num_blocks * tied.num_units,
+            num_blocks=num_blocks,
+            block=block,
+            tied=tied.name,
+        )
+
+    def _queries(self, name: str, entry: _Found, block: Axis) -> Axis:
+        """The axis of the query heads inside of KV groups."""
         why = entry.atom.fixed
         if not why and entry.atom.origins:
             why = "a constant of the model differs along it"
@@ -441,8 +465,8 @@ class _Naming:
         return axes
 
     def _members(self, frozen: dict[str, tuple[Layout, ...]], named: dict[int, Axis]) -> dict[str, tuple[Member, ...]]:
-        members: dict[str, list[Member]] = {axis.name: [] for axis in named.values()}
-        atoms = {axis.name: key for key, axis in named.items()}
+        members: dict[str, list[Member]] = {}
+        atoms = {name: key for key, axis in named.items() for name in (axis.name, f"{axis.name}.channels")}
         for name, found in frozen.items():
             if name in self.aliases:
                 continue
@@ -453,7 +477,7 @@ class _Naming:
                         role = "consumer"
                     elif atoms[axis] in self.produced.get(name, ()):
                         role = "producer"
-                    members[axis].append(Member(name, dim, role))
+                    members.setdefault(axis, []).append(Member(name, dim, role))
         return {name: tuple(found) for name, found in members.items()}
 
 
@@ -508,13 +532,17 @@ def _use(constant: ConstantInput, origin: Atom, origins: set[int]) -> SelectedIn
     return None
 
 
-def _freeze(term: Term, named: dict[int, Axis]) -> Layout:
+def _freeze(term: Term, named: dict[int, Axis], own: dict[str, Axis]) -> Layout:
     """The frozen layout of one dimension: named axes, everything else fixed."""
     term = resolve(term)
     if isinstance(term, Atom):
         axis = named.get(id(term))
-        return Units(axis.name, term.size, axis.block, axis.num_blocks) if axis is not None else Fixed(term.size)
-    children = [_freeze(child, named) for child in (term.factors if isinstance(term, Prod) else term.parts)]
+        if axis is None:
+            return Fixed(term.size)
+        if axis.name in own:
+            return Units(axis.name, term.size, num_blocks=own[axis.name].num_blocks, own=own[axis.name].name)
+        return Units(axis.name, term.size, axis.block, axis.num_blocks)
+    children = [_freeze(child, named, own) for child in (term.factors if isinstance(term, Prod) else term.parts)]
     assert isinstance(term, (Prod, Cat))
     if all(isinstance(child, Fixed) for child in children):
         return Fixed(term.size)

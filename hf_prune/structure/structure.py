@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Kind = Literal["attention", "mlp", "query_heads", "expert", "hidden", "layer", "vocab"]
+Kind = Literal["attention", "mlp", "query_heads", "expert_channels", "expert", "hidden", "layer", "vocab"]
 Branch = Literal["attention", "mlp"]
 Role = Literal["producer", "consumer", "other"]
 Counted = Literal["decoder", "model", "active"]
@@ -37,7 +37,9 @@ class Axis:
     `vocab` (units: tokens, rows of the embedding and of the head).
 
     Of an axis in blocks each block keeps equally many units, each its own: `layers.{i}.attention.queries`, the query
-    heads of all KV groups. Its units are numbered through all blocks, in order, those of removed blocks included.
+    heads of all KV groups, and `layers.{i}.mlp.channels` (`layers.{i}.mlp.{name}.channels`), the channels of all
+    experts, of which `layers.{i}.mlp` takes the same ones of each. Its units are numbered through all blocks, in order,
+    those of removed blocks included.
     """
 
     name: str
@@ -57,12 +59,19 @@ class Axis:
     num_blocks: int = 1
     """Blocks of `num_units / num_blocks` units, that keep equally many."""
     block: str = ""
-    """The axis whose units the blocks are. Only what a plan removes of such an axis is listed in it."""
+    """The axis whose units the blocks are, if they are units."""
+    tied: str = ""
+    """The axis that has one unit for the same unit of all blocks, if there is one."""
 
     @property
     def branch(self) -> Branch | None:
         """The branch of its layer that goes with all of its units; `None` for axes of the whole model."""
         return None if self.layer is None else "attention" if self.kind in ("attention", "query_heads") else "mlp"
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether its units are parts of another axis's: a plan lists it only where it is asked for."""
+        return bool(self.block or self.tied)
 
     @property
     def prunable(self) -> bool:

@@ -386,6 +386,9 @@ def _candidates(trimmed: Any, structure: Structure, plan: PruningPlan, knobs: di
 def _family_widths(name: str, structure: Structure, plan: PruningPlan) -> dict[int, int]:
     """Width by layer of the axes of one family, removed ones left out; in blocks, what is left in those that stay."""
     widths = {**structure.widths, **plan.widths}
+    for axis in (structure.axes[name] for name in plan.kept_indices):
+        if axis.tied:
+            widths[axis.tied] = widths[axis.name] // axis.num_blocks
     return {
         axis.layer: widths[axis.name] * widths.get(axis.block, axis.num_blocks) // axis.num_blocks
         for axis in structure.axes.values()
@@ -448,7 +451,8 @@ def _surgery(
         modules.setdefault(path, {}).setdefault("shapes", {})[tensor] = list(wanted[name])
     attributes: dict[str, dict[str, int]] = {}
     wider: dict[str, nn.Module | None] = {}
-    for axis, kept in plan.kept_indices.items():
+    for name, kept in plan.kept_indices.items():
+        axis = structure.axes[name].tied or name
         layer = structure.axes[axis].layer
         if layer is None:
             continue
