@@ -288,7 +288,7 @@ def test_exports(tmp_path):
 def test_what_cannot_be_done_is_refused():
     with pytest.raises(ConfigError, match="a policy cannot count units inside of others"):
         PolicyGradientConfig(0.2, axes=("attention", "query_heads"))
-    with pytest.raises(ConfigError, match="none of query_heads where the budget is latency"):
+    with pytest.raises(ConfigError, match="none of query_heads and expert_channels where"):
         RandomConfig(0.2, axes=("mlp", "query_heads"), budget="latency")
     with pytest.raises(StructureError, match="no axis of kind 'query_heads'"):
         prune(shared_model("gpt2"), RandomConfig(0.2, axes=("query_heads",)))

@@ -149,7 +149,7 @@ class _Naming:
                 for name, axis_found in self._names(layer, "experts" if kind == "expert" else kind, chosen):
                     axis = self._axis(name, kind, axis_found)
                     found[name] = (axis_found, axis)
-                    if axis.num_units == axis_found.atom.size:
+                    if axis.num_units == axis_found.atom.size * axis.num_blocks:
                         named[id(axis_found.atom)] = axis
                     for inner in self._inside(axis_found, here) if kind == "attention" else ():
                         found[f"{name}.queries"] = inner, self._queries(f"{name}.queries", inner, axis)
@@ -243,7 +243,7 @@ class _Naming:
             if entry.atom.heads
             and entry.consumers
             and entry is not outer
-            and all(_is_inside(self.terms[name][dim], outer.atom, entry.atom) for name, dim in entry.places)
+            and all(_follows(self.terms[name][dim], outer.atom, entry.atom) for name, dim in entry.places)
         ][:1]
 
     def _num_stacked(self, entry: _Found) -> int:
@@ -254,7 +254,7 @@ class _Naming:
 
     def _channels(self, entry: _Found, tied: Axis, num_blocks: int, named: dict[int, Axis]) -> Axis:
         """The axis of the channels of all experts, each with its own, where `tied` has the same ones of all."""
-        experts = resolve(self.terms[entry.places[0][0]][0])
+        experts = factors(self.terms[entry.places[0][0]][0])[-1]
         block = named[id(experts)].name if id(experts) in named else ""
         return replace(
             tied,
@@ -356,9 +356,12 @@ class _Naming:
         if not blocker and atom.size < 2:
             blocker = "it has one unit"
         if kind == "expert":
-            if not blocker and any(len(factors(self.terms[n][d])) > 1 for n, d in entry.places):
-                blocker = "its experts are chosen in groups, each of which must keep equally many"
-            return Axis(name, kind, entry.layer, atom.size, True, blocker, least=atom.chosen)
+            totals = {self.terms[n][d].size for n, d in entry.places}  # more where they are chosen in groups
+            if len(totals) > 1 or any(factors(self.terms[n][d])[-1] is not atom for n, d in entry.places):
+                blocker = blocker or "not all of its tensors hold its experts in the same groups"
+            num_units, least = max(totals), atom.least
+            num_blocks = num_units // atom.size
+            return Axis(name, kind, entry.layer, num_units, True, blocker, 1, least, atom.chosen, num_blocks)
         stacked = any(len(self.terms[parameter]) == 3 and dim > 0 for parameter, dim in entry.consumers)
         multiple_of = math.gcd(atom.size, EXPERT_ALIGNMENT) if stacked else 1
         return Axis(name, kind, entry.layer, atom.size, not atom.mixed, blocker, multiple_of)
@@ -490,12 +493,12 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _is_inside(term: Term, outer: Atom, inner: Atom) -> bool:
+def _follows(term: Term, outer: Atom, inner: Atom) -> bool:
     """Whether `inner` is, wherever it is in `term`, a later factor than `outer`."""
     found = factors(term)
     before = found[: found.index(outer)] if outer in found else found
     return all(
-        isinstance(factor, Cat) and all(_is_inside(part, outer, inner) for part in factor.parts)
+        isinstance(factor, Cat) and all(_follows(part, outer, inner) for part in factor.parts)
         for factor in before
         if inner in leaves(factor)
     )
@@ -542,6 +545,9 @@ def _freeze(term: Term, named: dict[int, Axis], own: dict[str, Axis]) -> Layout:
         if axis.name in own:
             return Units(axis.name, term.size, num_blocks=own[axis.name].num_blocks, own=own[axis.name].name)
         return Units(axis.name, term.size, axis.block, axis.num_blocks)
+    experts = named.get(id(term.factors[-1])) if isinstance(term, Prod) and term.factors else None
+    if experts is not None and experts.kind == "expert":
+        return Units(experts.name, experts.num_units)  # of groups of experts, all of them
     children = [_freeze(child, named, own) for child in (term.factors if isinstance(term, Prod) else term.parts)]
     assert isinstance(term, (Prod, Cat))
     if all(isinstance(child, Fixed) for child in children):

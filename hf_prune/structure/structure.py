@@ -55,7 +55,9 @@ class Axis:
     """Widths (of each block) must be multiples of this to run: 8 where experts are multiplied as one grouped product,
     whose rows must be aligned to 16 bytes."""
     least: int = 1
-    """Units (of each block) that must stay: as many experts as each token is sent to."""
+    """Units (of each block) that must stay: as many experts as each token is sent to, or finds in each group."""
+    num_chosen: int = 0
+    """Of experts: how many each token is sent to."""
     num_blocks: int = 1
     """Blocks of `num_units / num_blocks` units, that keep equally many."""
     block: str = ""
@@ -237,7 +239,7 @@ class Structure:
         for layout in self.layouts[name]:
             for axis in lay.axes(layout):
                 if self.axes[axis].kind == "expert" and self._is_looked_up(name, axis):
-                    numel = numel // max(1, lay.size(layout, widths)) * self.axes[axis].least
+                    numel = numel // max(1, lay.size(layout, widths)) * self.axes[axis].num_chosen
         return numel
 
     def _is_looked_up(self, name: str, axis: str) -> bool:

@@ -135,9 +135,12 @@ def unresizable(config: Any, structure: Structure, cls: type | None = None, *, h
     knobs = {} if held else find_knobs(config, structure, cls)
     first: dict[str, Axis] = {}
     for axis in structure.axes.values():
-        if axis.layer is not None and axis.prunable and axis.num_units - axis.multiple_of >= axis.least:
+        less = axis.num_units // axis.num_blocks - axis.multiple_of
+        if axis.layer is not None and axis.prunable and not axis.is_inner and less >= axis.least:
             first.setdefault(family(axis), axis)
-    kept = {a.name: tuple(range(a.num_units - a.multiple_of)) for name, a in first.items() if name not in knobs}
+    kept = {
+        a.name: a.first(a.num_units - a.multiple_of * a.num_blocks) for name, a in first.items() if name not in knobs
+    }
     reasons: dict[str, str] = {}
     for chosen in [[*kept], *[[name] for name in kept]] if kept else []:
         try:
