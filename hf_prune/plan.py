@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 _KEYS = ("model_type", "base_model_name_or_path", "num_units", "kept_indices", "config", "achieved")
+_MANY = ".channels"
+"""How the axes of the channels of all experts are called."""
 _MEANINGS = ("decoder", "model", "units")
 _PER_LAYER = re.compile(r"layers\.(\d{1,4})\.(attention|mlp|experts)(\..+)?")
 _MOST_UNITS = {"layer": 10_000, "other": 2**24}
@@ -123,6 +125,8 @@ class PruningPlan:
             where = "the plan" if name in found else "this model"
             raise PlanError(f"{name}: {where} has no such prunable axis. {remedy}")
         for name, units in self.kept_indices.items():
+            if (tied := structure.axes[name].tied) in self.kept_indices:
+                raise PlanError(f"{name}: the plan keeps channels of each expert, and of {tied} the same ones of all.")
             if (num_blocks := structure.axes[name].num_blocks) == 1:
                 continue
             of_block = Counter(unit * num_blocks // self.num_units[name] for unit in units)
@@ -180,8 +184,9 @@ class PruningPlan:
         kept_indices = {
             name: tuple(kept) if isinstance(kept, list) else kept for name, kept in values["kept_indices"].items()
         }
-        if "vocab" in kept_indices:
-            kept_indices["vocab"] = _tokens(kept_indices["vocab"], values["num_units"].get("vocab"))
+        for name in kept_indices:
+            if name == "vocab" or (name.endswith(_MANY) and isinstance(kept_indices[name], str)):
+                kept_indices[name] = _bits(name, kept_indices[name], values["num_units"].get(name))
         return cls(
             model_type=values["model_type"],
             base_model_name_or_path=base,
@@ -218,8 +223,8 @@ class PruningPlan:
         return cls.from_json(load_text_file(path, "plan", PlanError))
 
     def _as_json(self, name: str, kept: tuple[int, ...]) -> list[int] | str:
-        """Units as they are written: a list; of the many tokens of a vocabulary one bit each, in base 64."""
-        if name != "vocab":
+        """Units as they are written: a list; of many, tokens and channels of experts, one bit each, in base 64."""
+        if name != "vocab" and not name.endswith(_MANY):
             return list(kept)
         bits = bytearray(-(-self.num_units[name] // 8))
         for token in kept:
@@ -281,7 +286,7 @@ def with_tokens(plan: PruningPlan, structure: Structure, kept: tuple[int, ...]) 
 
 def prunable_units(structure: Structure) -> dict[str, int]:
     """Units of every axis of the dense model that is pruned by score, those inside of the units of others left out."""
-    return {name: axis.num_units for name, axis in structure.axes.items() if axis.prunable and not axis.block}
+    return {name: axis.num_units for name, axis in structure.axes.items() if axis.prunable and not axis.is_inner}
 
 
 def counted_units(structure: Structure, names: Container[str]) -> dict[str, int]:
@@ -289,7 +294,7 @@ def counted_units(structure: Structure, names: Container[str]) -> dict[str, int]
     others = {
         name: axis.num_units
         for name, axis in structure.axes.items()
-        if (axis.block or axis.kind == "vocab") and not axis.blocker and name in names
+        if (axis.is_inner or axis.kind == "vocab") and not axis.blocker and name in names
     }
     return prunable_units(structure) | others
 
@@ -330,14 +335,14 @@ def remaining_parameters(
     return [name for name in structure.counted(budget) if stays(name)]
 
 
-def _tokens(text: object, num_units: object) -> tuple[int, ...]:
-    """The inverse of `PruningPlan._as_json` for a vocabulary."""
+def _bits(name: str, text: object, num_units: object) -> tuple[int, ...]:
+    """The inverse of `PruningPlan._as_json` for many units."""
     try:
         bits = base64.b64decode(text, validate=True)  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:
-        raise PlanError(f"vocab: kept tokens must be bits in base 64 ({error}).") from error
+        raise PlanError(f"{name}: kept units must be bits in base 64 ({error}).") from error
     if type(num_units) is not int or len(bits) != -(-num_units // 8):
-        raise PlanError(f"vocab: found {8 * len(bits)} bits of kept tokens for {num_units!r} tokens.")
+        raise PlanError(f"{name}: found {8 * len(bits)} bits of kept units for {num_units!r} units.")
     return tuple(8 * index + bit for index, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1)
 
 

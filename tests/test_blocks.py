@@ -1,15 +1,19 @@
-"""Axes in blocks, each of which keeps equally many units of its own: query heads inside of KV groups."""
+"""Axes in blocks, each of which keeps equally many units of its own: query heads of KV groups, channels of experts."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import json
+import random
 
 import pytest
 import torch
 from models import (
     logits,
     make_plan,
+    random_kept,
     shared_model,
     shared_structure,
     tiny_config,
@@ -35,18 +39,24 @@ from hf_prune.config import (
 )
 from hf_prune.errors import BudgetError, ConfigError, PlanError, StructureError
 from hf_prune.layers.masking import masked
+from hf_prune.layers.watch import watching
+from hf_prune.layers.weights import eager_experts
 from hf_prune.methods import score
 from hf_prune.methods.elimination import removal_costs
 from hf_prune.pipeline import prune
 from hf_prune.plan import PruningPlan
+from hf_prune.repair import select_repairable
 from hf_prune.repair.preview import RepairPreview
 from hf_prune.structure import layouts as lay
+from hf_prune.structure.consumers import consumers_of
 from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.layouts import Concat, Fixed, Product, Units
 from hf_prune.surgery.pruning import apply_plan
+from hf_prune.surgery.slicing import pad_tensor, slice_tensor
 
 GROUPED = ("llama_tied", "qwen2", "gemma3_text", "phi3", "falcon", "mixtral")
 QUERIES = "layers.0.attention.queries"
+MLP, CHANNELS = "layers.0.mlp", "layers.0.mlp.channels"
 BATCHES = [{"input_ids": token_ids(4, 16, seed=seed)} for seed in range(3)]
 
 
@@ -278,10 +288,194 @@ def test_exports(tmp_path):
 def test_what_cannot_be_done_is_refused():
     with pytest.raises(ConfigError, match="a policy cannot count units inside of others"):
         PolicyGradientConfig(0.2, axes=("attention", "query_heads"))
-    with pytest.raises(ConfigError, match="none of query_heads where the budget is latency"):
+    with pytest.raises(ConfigError, match="none of query_heads and expert_channels where"):
         RandomConfig(0.2, axes=("mlp", "query_heads"), budget="latency")
     with pytest.raises(StructureError, match="no axis of kind 'query_heads'"):
         prune(shared_model("gpt2"), RandomConfig(0.2, axes=("query_heads",)))
     table = latency_table(shared_structure("llama"))
     with pytest.raises(PlanError, match=f"says nothing about the axis {QUERIES}"):
         table.predict_plan(make_plan(shared_structure("llama"), {QUERIES: (0, 2, 4)}))
+
+
+# --- channels of experts, each with its own ---------------------------------------------------------------------------
+
+_MIXTURE = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+}
+MIXTURES = {
+    "mixtral": {**_MIXTURE, "num_local_experts": 4, "sliding_window": None},
+    "qwen2_moe": {
+        **_MIXTURE,
+        "num_experts": 5,
+        "moe_intermediate_size": 12,
+        "shared_expert_intermediate_size": 24,
+        "mlp_only_layers": [0],
+    },
+    "gpt_oss": {**_MIXTURE, "num_local_experts": 4, "head_dim": 8, "sliding_window": 5},
+    "deepseek_v3": {
+        **_MIXTURE,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 12,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+}
+
+
+@functools.cache
+def mixture(family, dtype=torch.float64):
+    from transformers import CONFIG_MAPPING
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**MIXTURES[family]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.set_experts_implementation("eager")  # grouped products want float32 and rows of whole 16 bytes
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_keep_channels_of_their_own(family, tmp_path):
+    """Alone, and with whole experts and query heads gone too."""
+    model = mixture(family)
+    structure, rng = infer_structure(model), random.Random(family)
+    own = random_kept(structure, rng, ("expert_channels",))
+    assert own
+    assert all(structure.axes[name].kind == "mlp" for name in (structure.axes[name].tied for name in own))
+    others = random_kept(structure, rng, ("query_heads",))
+    for axis in structure.axes_of("expert"):
+        if axis.prunable:
+            others[axis.name] = tuple(sorted(rng.sample(range(axis.num_units), axis.num_units - 1)))
+    for kept in (own, {**own, **others}) if others else (own,):
+        plan = make_plan(structure, kept)
+        plan.check(structure)
+        assert PruningPlan.from_json(plan.to_json()) == plan
+        pruned = apply_plan(model, structure, plan)
+        assert sum(p.numel() for p in pruned.parameters()) == plan.num_parameters(structure)
+        with masked(model, structure, plan):
+            expected = logits(model)
+        torch.testing.assert_close(logits(pruned), expected, rtol=1e-9, atol=1e-12)
+        assert (expected - logits(model)).abs().max() > 1e-3
+        for name, tensor in model.state_dict().items():
+            sliced = slice_tensor(name, tensor, structure, plan)
+            padded = pad_tensor(name, sliced, structure, plan)
+            assert padded.shape == tensor.shape
+            assert torch.equal(slice_tensor(name, padded, structure, plan), sliced)
+            assert torch.equal(padded, torch.where(padded == 0, 0, tensor))
+    pruned.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    loaded.set_experts_implementation("eager")
+    torch.testing.assert_close(logits(loaded), logits(pruned), rtol=1e-5, atol=1e-6)
+    tokens = [loaded.generate(token_ids(1, 5), max_new_tokens=4, do_sample=False, use_cache=c) for c in (True, False)]
+    assert torch.equal(*tokens)
+
+
+def test_the_same_channels_of_all_experts_are_a_case_of_their_own():
+    """A plan with the same sets everywhere leaves the same tensors as the axis of all experts; both do not go."""
+    model = mixture("mixtral")
+    structure = infer_structure(model)
+    tied, own = (0, 3, 4, 17), tuple(20 * expert + unit for expert in range(4) for unit in (0, 3, 4, 17))
+    plans = [make_plan(structure, {name: kept}) for name, kept in ((MLP, tied), (CHANNELS, own))]
+    assert plans[0].num_parameters(structure) == plans[1].num_parameters(structure)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(*(slice_tensor(name, tensor, structure, plan) for plan in plans))
+    scores = [
+        score(model, structure, MagnitudeConfig(0.2, axes=kind, norm="l1"))[name]
+        for kind, name in ((("mlp",), MLP), (("mlp", "expert_channels"), CHANNELS))
+    ]
+    torch.testing.assert_close(scores[1].view(4, 20).sum(0), scores[0])
+    assert [axis.name for axis in selected_axes(structure, RandomConfig(0.2, axes=("mlp", "expert_channels")))] == [
+        f"layers.{layer}.mlp.channels" for layer in range(2)
+    ]
+    with pytest.raises(PlanError, match=r"keeps channels of each expert, and of layers\.0\.mlp the"):
+        make_plan(structure, {MLP: tied, CHANNELS: own}).check(structure)
+    damaged = json.loads(plans[1].to_json())
+    damaged["kept_indices"][CHANNELS] = "AAAA"
+    with pytest.raises(PlanError, match="found 24 bits of kept units for 80 units"):
+        PruningPlan.from_dict(damaged)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("policy_gradient", "prunenet")])
+def test_methods_score_channels_of_each_expert(name):
+    """Channels that change places within their experts, in each in another way, take their scores along."""
+    model = copy.deepcopy(mixture("mixtral", torch.float32))
+    structure, config = infer_structure(model), dataclasses.replace(METHODS[name], axes=("expert_channels",))
+    before = score(model, structure, config, BATCHES)[CHANNELS].view(4, 20)
+    orders = torch.stack([torch.randperm(20, generator=torch.Generator().manual_seed(e)) for e in range(4)])
+    experts = model.model.layers[0].mlp.experts
+    for expert, order in enumerate(orders):
+        both = torch.cat([order, 20 + order])
+        experts.gate_up_proj.data[expert] = experts.gate_up_proj.data[expert][both]
+        experts.down_proj.data[expert] = experts.down_proj.data[expert][:, order]
+    after = score(model, structure, config, BATCHES)[CHANNELS].view(4, 20)
+    torch.testing.assert_close(after, before.gather(1, orders), rtol=1e-3, atol=1e-7)
+    assert before.std(1).min() > 0
+
+
+def test_own_sets_are_better_than_tied_ones(tmp_path):
+    """At the same width, by the same method, repaired alike; in steps, with whole experts; the same bits from disk."""
+    dense = mixture("qwen2_moe", torch.float32)
+    dense.save_pretrained(tmp_path / "dense")
+    ids, errors = torch.cat([batch["input_ids"] for batch in BATCHES]), {}
+    for kind in ("mlp", "expert_channels"):
+        config = OBSConfig(0.15, axes=(kind,), protect=("*.shared_expert", "layers.0.*"))
+        found = prune(dense, config, calibration=BATCHES)
+        found.model.set_experts_implementation("eager")
+        errors[kind] = (logits(found.model, ids) - logits(dense, ids)).square().mean().item()
+    assert errors["expert_channels"] < 0.9 * errors["mlp"]
+    config = LLMPrunerConfig(
+        0.4, axes=("mlp", "expert_channels", "expert"), selection="obs", repair="least_squares", num_steps=2
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    wanted = prune(loaded, config, calibration=BATCHES)
+    found = prune(tmp_path / "dense", config, calibration=BATCHES, layers_on="disk")
+    assert any(name.endswith(".channels") for name in wanted.plan.kept_indices)
+    assert found.plan.kept_indices == wanted.plan.kept_indices
+    assert all(torch.equal(found.scores[name], values) for name, values in wanted.scores.items())
+    for name, tensor in found.model.state_dict().items():
+        assert tensor.is_meta or torch.equal(tensor, wanted.model.state_dict()[name])
+
+
+def test_experts_that_saw_nothing_keep_the_units_of_the_plan():
+    """And those that did choose by what they saw."""
+    dense = mixture("mixtral", torch.float32)
+    structure = infer_structure(dense)
+    plan = make_plan(structure, {CHANNELS: structure.axes[CHANNELS].first(40)})
+    batches = [{"input_ids": token_ids(1, 2)}]
+    seen = [0] * 4
+
+    def see(_, first, x):
+        for expert, own in enumerate(x, first):
+            seen[expert] += len(own)
+
+    with eager_experts(dense), watching(dense, consumers_of(dense, structure, MLP), given=see):
+        for batch in batches:
+            dense(**batch)
+    assert 0 in seen
+    chosen = select_repairable(dense, structure, plan, batches).kept_indices[CHANNELS]
+    for expert, count in enumerate(seen):
+        own = [unit - 20 * expert for unit in chosen if unit // 20 == expert]
+        assert len(own) == 10
+        assert (own == list(range(10))) == (not count)
+
+
+def test_rows_cannot_be_masked_in_experts():
+    config = PolicyGradientConfig(0.2, axes=("expert_channels",), **LEARN)
+    with pytest.raises(StructureError, match="is not a linear layer that sees one row after another"):
+        prune(mixture("mixtral", torch.float32), config, calibration=BATCHES)

@@ -140,14 +140,30 @@ def test_an_expert_goes_with_its_rows_of_the_router(family):
     assert members == expected[family] | {"experts.gate_up_proj", "experts.down_proj"}
 
 
-def test_numbers_of_experts_that_are_computed_with_fix_them():
-    """Groups of experts are positions inside of groups: which one goes is not the same question."""
-    structure = infer_structure(tiny("deepseek_v3", n_group=2, topk_group=1, num_experts_per_tok=2).config)
-    axes = structure.axes_of("expert")
-    assert axes
-    assert not any(axis.prunable for axis in axes)
-    with pytest.raises(StructureError, match="chosen in groups"):
-        hf_prune.prune(tiny("deepseek_v3", n_group=2, topk_group=1), RandomConfig(0.3, axes=("expert",)))
+@pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2"])
+def test_groups_of_experts_keep_equally_many_each(family):
+    """Tokens choose groups, then experts in them: 3 in 2 of 4 groups, so that 2 of each group must stay."""
+    changes = {"n_routed_experts": 12, "n_group": 4, "topk_group": 2, "topk_method": "group_limited_greedy"}
+    model = tiny(family, **{**_DEEPSEEK, **changes})
+    structure = infer_structure(model)
+    axis = structure.axes_of("expert")[0]
+    assert (axis.num_units, axis.num_blocks, axis.least, axis.num_chosen) == (12, 4, 2, 3)
+    assert not axis.is_inner
+    with pytest.raises(PlanError, match=r"keeps \[2, 3, 3, 3\] units of its blocks, expected equally many"):
+        make_plan(structure, {axis.name: tuple(range(1, 12))}).check(structure)
+    with pytest.raises(PlanError, match="keeps 4 experts, expected 8 or more"):
+        make_plan(structure, {axis.name: (0, 3, 6, 9)}).check(structure)
+    result = hf_prune.prune(model, RandomConfig(1 / 3, axes=("expert",), budget="units"))
+    assert len(result.plan.kept_indices[axis.name]) == 8
+    assert result.model.config.n_routed_experts == 8
+    with masked(model, structure, result.plan):
+        expected = logits(model)
+    torch.testing.assert_close(logits(result.model), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+    assert (expected - logits(model)).abs().max() > 1e-3 * expected.abs().max()
+    active = structure.num_parameters(budget="active")
+    assert active == infer_structure(result.model).num_parameters(budget="active") + 4 * 32 * (
+        len(structure.layer_paths) - 1
+    )
 
 
 def test_experts_that_are_chosen_as_maxima():

@@ -81,7 +81,7 @@ def unit_costs(
     if latency is None:
         raise ConfigError("budget 'latency' needs a table of measured latencies: pass one from `measure_latency`.")
     for axis in axes:
-        if axis.kind == "hidden" or axis.block:
+        if axis.kind == "hidden" or axis.is_inner:
             raise ConfigError(f"budget 'latency' cannot price {axis.name}: use another budget, or other axes.")
     latency.check(structure)
     return {axis.name: 1e9 * latency.seconds_per_unit(axis.name, axis.num_units) for axis in axes}

@@ -80,7 +80,7 @@ def rounding(axis: Axis, config: PruningConfig, structure: Structure) -> int:
     Of an axis in blocks, a multiple for each block.
     """
     needed = math.lcm(axis.multiple_of, multiple_for(config.target, structure, axis))
-    if axis.kind not in ("mlp", "hidden") or config.round_to is None:
+    if axis.kind not in ("mlp", "expert_channels", "hidden") or config.round_to is None:
         return needed * axis.num_blocks
     if config.round_to == "auto":
         num_units = axis.num_units // axis.num_blocks

@@ -129,7 +129,7 @@ def allocate(
     if config.budget == "memory":
         whole, less = count_memory(structure, config).total, memory_of(plan, structure).total
         plan = dataclasses.replace(plan, achieved=plan.achieved | {"memory": (whole - less) / whole})
-    if latency is None or any(structure.axes[name].kind == "hidden" or structure.axes[name].block for name in kept):
+    if latency is None or any(structure.axes[name].kind == "hidden" or structure.axes[name].is_inner for name in kept):
         return plan
     dense, pruned = latency.predict({}).total_s, latency.predict_plan(plan).total_s
     return dataclasses.replace(plan, achieved=plan.achieved | {"latency": (dense - pruned) / dense if dense else 0.0})

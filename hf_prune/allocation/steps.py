@@ -49,7 +49,8 @@ def next_plan(
         allocate: `planning.allocate` with all of its arguments but scores, `config` and `gone`.
         config: what was asked; its own ratio is the final one.
         score: scores of what the plan it is given leaves (`None`: of the dense model), `[num_units]` per selected axis.
-            Entries of units that are gone do not matter, NaN included; an axis that is missing keeps its last scores.
+            Entries of units that are gone do not matter, NaN included, nor do those of −∞; an axis that is missing
+            keeps its last scores.
         done: the step before, if any.
         ratio: fraction of the dense model that is to be gone after this step.
 
@@ -78,7 +79,7 @@ def _with_last_scores(scores: Mapping[str, Tensor], done: Stage) -> dict[str, Te
         if name in scores and scores[name].shape == last.shape:
             gone = torch.zeros(len(last), dtype=torch.bool)
             gone[gone_units(done.plan, name)] = True
-            found[name] = torch.where(gone, last, scores[name].detach().to(last))
+            found[name] = torch.where(gone | scores[name].isneginf(), last, scores[name].detach().to(last))
     return found
 
 
@@ -135,18 +136,21 @@ def for_pruned(
 
 
 def in_dense_numbering(scores: Mapping[str, Tensor], structure: Structure, done: PruningPlan) -> dict[str, Tensor]:
-    """Scores of the model that `done` gives, put where its units are in the dense one; NaN for those that are gone."""
+    """Scores of the model that `done` gives, put where its units are in the dense one.
+
+    NaN for those that are gone, −∞ for those that are gone with the units of another axis that they were parts of.
+    """
     stay = _remaining_layers(structure, done)
     found = {}
     for name, values in scores.items():
         dense = _dense_name(name, stay)
         axis, num_units = structure.axes[dense], structure.axes[dense].num_units
         kept = stay if name in LAYER_AXES.values() else done.kept_indices.get(dense, range(num_units))
-        blocks = done.kept_indices.get(axis.block, range(axis.num_blocks))
-        kept = [unit for unit in kept if axis.kind == "layer" or unit * axis.num_blocks // num_units in blocks]
-        found[dense] = torch.full((num_units,), torch.nan)
+        blocks = set(done.kept_indices.get(axis.block, range(axis.num_blocks)))
+        kept = [unit for unit in kept if unit * axis.num_blocks // num_units in blocks]
+        found[dense] = torch.full((num_units,), -torch.inf if axis.is_inner else torch.nan)
         # of one KV group that is left the units are its query heads; in the dense model they are one unit
-        found[dense][list(kept)] = values.detach().to("cpu", torch.float32).view(len(kept), -1).sum(1)
+        found[dense][kept] = values.detach().to("cpu", torch.float32).view(len(kept), -1).sum(1)
     return found
 
 

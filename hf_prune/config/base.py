@@ -22,7 +22,17 @@ Standardise = Literal["none", "sum", "mean", "zscore"]
 Repair = Literal["none", "least_squares", "data_free"]
 Selection = Literal["scores", "obs"]
 RepairTarget = Literal["own", "asymmetric", "residual"]
-AxisKind = Literal["mlp", "attention", "query_heads", "expert", "hidden", "layer", "layer_attention", "layer_mlp"]
+AxisKind = Literal[
+    "mlp",
+    "attention",
+    "query_heads",
+    "expert_channels",
+    "expert",
+    "hidden",
+    "layer",
+    "layer_attention",
+    "layer_mlp",
+]
 
 
 @dataclass(frozen=True)
@@ -51,8 +61,9 @@ class PruningConfig:
     (units of each touched axis), `latency` (predicted seconds of a request: prompt and new tokens) or `memory` (bytes
     of weights and key-value cache at `bits`, `context` and `batch`)."""
     axes: tuple[AxisKind, ...] = ("mlp", "attention")
-    """Kinds of axes to prune: `mlp` channels, `attention` KV groups with their query heads, `query_heads` (the same
-    number in each KV group, each its own), whole experts (`expert`), `hidden` channels, whole decoder layers (`layer`),
+    """Kinds of axes to prune: `mlp` channels (of stacked experts the same ones of all), `attention` KV groups with
+    their query heads, `query_heads` (the same number in each KV group, each its own), `expert_channels` (the same
+    number in each expert, each its own), whole experts (`expert`), `hidden` channels, whole decoder layers (`layer`),
     or only their attention or MLP (`layer_attention`, `layer_mlp`)."""
     allocation: Allocation = "uniform"
     """`uniform`: the same fraction from every axis; `global`: scores per parameter removed compete across axes;
@@ -142,7 +153,8 @@ class PruningConfig:
         for kind in sorted(self.target.keeps & set(self.axes)):
             raise ConfigError(f"axes: found {kind!r}, which {self.target.name} cannot serve: ask for other axes.")
         if self.budget == "latency":
-            self._check("query_heads" not in self.axes, "axes", "none of query_heads where the budget is latency")
+            inner = {"query_heads", "expert_channels"} & set(self.axes)
+            self._check(not inner, "axes", "none of query_heads and expert_channels where the budget is latency")
         if self.target.uniform & set(self.axes):
             self._check(self.allocation != "spectral", "allocation", f"one that {self.target.name} leaves equal widths")
         self._check(type(self.bits) is int and self.bits in (4, 8, 16, 32), "bits", "4, 8, 16 or 32")

@@ -78,9 +78,9 @@ class OBSConfig(PruningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        other = [kind for kind in self.axes if kind not in ("mlp", "attention", "query_heads")]
-        if other:
-            raise ConfigError(f"axes: 'obs' scores 'mlp', 'attention' and 'query_heads' units, found {other}.")
+        known = ("mlp", "attention", "query_heads", "expert_channels")
+        if other := [kind for kind in self.axes if kind not in known]:
+            raise ConfigError(f"axes: 'obs' scores units of {', '.join(known)}, found {other}.")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ LAYER_AXES: dict[str, str] = {"layer": "layers", "layer_attention": "layers.atte
 def selected_axes(structure: Structure, config: PruningConfig) -> list[Axis]:
     """The axes that `config` lets lose units: of its kinds, prunable, in its layers, not protected.
 
+    Where channels of experts are selected with sets of their own, the same channels of all experts are not.
+
     Raises:
         StructureError: the model has no axis of a kind asked for, or all of them are blocked.
         ConfigError: `layers` names a layer, or `protect` an axis, that the model does not have.
@@ -38,7 +40,8 @@ def selected_axes(structure: Structure, config: PruningConfig) -> list[Axis]:
                 f"Ask for other axes than {config.axes}."
             )
         selected += [axis for axis in candidates if axis.prunable and _is_selected(axis, config)]
-    return selected
+    finer = {axis.tied for axis in selected}
+    return [axis for axis in selected if axis.name not in finer]
 
 
 def axes_of_kind(structure: Structure, kind: AxisKind) -> list[Axis]:

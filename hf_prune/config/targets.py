@@ -46,7 +46,9 @@ TARGETS = (
     # vLLM's attention objects are made for every layer, its fused experts from one number
     Target("vllm", uniform=frozenset({"expert"}), keeps=frozenset({"layer_attention"})),
     Target(
-        "plain", uniform=frozenset({"mlp", "attention", "expert"}), keeps=frozenset({"layer_attention", "layer_mlp"})
+        "plain",
+        uniform=frozenset({"mlp", "attention", "query_heads", "expert_channels", "expert"}),
+        keeps=frozenset({"layer_attention", "layer_mlp"}),
     ),
     Target("int4", block=64),  # groups of 32 (torchao) and 64 (bitsandbytes)
 )
@@ -82,6 +84,6 @@ def multiple_for(target: Target, structure: Structure, axis: Axis) -> int:
     for member in structure.members[axis.name] if target.block > 1 else ():
         if member.role == "consumer":
             dense, fewer = (structure.shape(member.parameter, w)[member.dim] for w in (None, one_less))
-            one = (dense - fewer) // axis.num_blocks
+            one = dense - fewer if axis.tied else (dense - fewer) // axis.num_blocks
             multiple = math.lcm(multiple, shards * target.block // math.gcd(target.block, one))
     return multiple

@@ -93,7 +93,9 @@ def measure_latency(
     return LatencyTable(
         model_type=structure.model_type,
         num_units={
-            name: axis.num_units for name, axis in structure.axes.items() if axis.layer is not None and not axis.block
+            name: axis.num_units
+            for name, axis in structure.axes.items()
+            if axis.layer is not None and not axis.is_inner
         },
         dense=_typical(alone),
         family_of=tuple(
@@ -158,11 +160,11 @@ class _Sample:
         """Each axis at each width in all layers of the family; the later layers without a branch, or gone."""
         found = []
         for axis in self.structure.axes.values():
-            if axis.layer != self.layers[0] or not axis.prunable or axis.block:
+            if axis.layer != self.layers[0] or not axis.prunable or axis.is_inner:
                 continue
             suffix = axis.name.split(".", 2)[2]
             for width in _widths(axis, num_widths):
-                kept = {f"layers.{layer}.{suffix}": tuple(range(width)) for layer in self.layers}
+                kept = {f"layers.{layer}.{suffix}": axis.first(width) for layer in self.layers}
                 found.append(_Trial(suffix, width, kept, len(self.layers)))
         later = self.layers[1:]  # the first layer's attention has to stay, and a model keeps one layer
         half = self.layers[(len(self.layers) + 1) // 2 :]
@@ -183,8 +185,9 @@ def _prunable(structure: Structure, axis_name: str) -> bool:
 
 def _widths(axis: Axis, number: int) -> list[int]:
     """Widths below the dense one, evenly spaced, multiples of what the axis needs."""
-    steps = (round(axis.num_units * i / number / axis.multiple_of) * axis.multiple_of for i in range(1, number))
-    return sorted({width for width in steps if axis.least <= width < axis.num_units})
+    step = axis.multiple_of * axis.num_blocks
+    widths = (round(axis.num_units * i / number / step) * step for i in range(1, number))
+    return sorted({width for width in widths if axis.least * axis.num_blocks <= width < axis.num_units})
 
 
 def compare_requests(

@@ -129,7 +129,7 @@ def plan_between(structure: Structure, found: Shapes) -> PruningPlan:
             kept[f"layers.{branch}"] = tuple(i for i in range(len(structure.layer_paths)) if i not in layers)
     for name in prunable_units(structure):
         axis = structure.axes[name]
-        inner = next((other for other in structure.axes.values() if other.block == name and other.prunable), None)
+        inner = next((x for x in structure.axes.values() if x.block == name and not x.tied and x.prunable), None)
         sizes = [
             (structure.layouts[member.parameter][member.dim], found[member.parameter][member.dim])
             for member in structure.members[name]

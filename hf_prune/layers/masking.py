@@ -67,6 +67,15 @@ def keep_mask(num_units: int, kept: tuple[int, ...]) -> Tensor:
     return mask
 
 
+def along_dim(entries: Tensor, num_dims: int, dim: int) -> Tensor:
+    """`[size]`, or `[blocks, size]` with the blocks first, in a shape that broadcasts to a tensor."""
+    shape = [1] * num_dims
+    shape[dim] = entries.shape[-1]
+    if entries.dim() == 2:
+        shape[0] = len(entries)
+    return entries.view(shape)
+
+
 @contextlib.contextmanager
 def mask_axis(model: nn.Module, structure: Structure, axis: str, mask: Tensor) -> Iterator[None]:
     """Multiply what the consumers of `axis` receive by `mask` (`[num_units]`, bool or float; of experts, bool)."""
@@ -187,9 +196,8 @@ def _mask_consumer(model: nn.Module, consumer: Consumer, entries: Tensor) -> Ite
     name = consumer.parameter.rpartition(".")[2]
     original = module._parameters[name]
     assert original is not None
-    shape = [1] * original.dim()
-    shape[consumer.dim] = -1
-    module._parameters[name] = nn.Parameter(_scaled(original.detach(), entries.view(shape)), original.requires_grad)
+    entries = along_dim(entries, original.dim(), consumer.dim)
+    module._parameters[name] = nn.Parameter(_scaled(original.detach(), entries), original.requires_grad)
     try:
         yield
     finally:

@@ -22,7 +22,7 @@ from hf_prune.structure import layouts as lay
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.structure import Axis, Structure
 
 _PRODUCTS = (F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _CHOICES = (torch.topk, Tensor.topk)
@@ -54,7 +54,7 @@ def never_chosen(
 
     def enter(module: nn.Module, args: Any) -> None:
         running.append(contextlib.ExitStack())
-        running[-1].enter_context(_NeverChosen(routers, structure.axes[axis].num_units, mask()))
+        running[-1].enter_context(_NeverChosen(routers, structure.axes[axis], mask()))
 
     def leave(module: nn.Module, args: Any, output: Any) -> None:
         running.pop().close()
@@ -134,13 +134,14 @@ def watching_choices(
 class _NeverChosen(TorchFunctionMode):
     """Fills the logits of masked experts, and leaves them out where top-k chooses."""
 
-    def __init__(self, routers: list[tuple[nn.Module, str, Tensor]], num_units: int, mask: Tensor | None) -> None:
+    def __init__(self, routers: list[tuple[nn.Module, str, Tensor]], axis: Axis, mask: Tensor | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._routers = routers
         """Where weights are, and for each the unit of every logit (-1: of none)."""
         self._copies: list[tuple[Tensor, Tensor]] = []
         """Casts and transposes of them."""
-        self._units = torch.arange(num_units)
+        self._units = torch.arange(axis.num_units)
+        self._groups = self._units.view(axis.num_blocks, -1).shape
         self._gone = None
         if mask is not None:
             self._gone = mask.cpu() <= 0
@@ -150,7 +151,7 @@ class _NeverChosen(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._gone is None:
             return func(*args, **kwargs)
-        if func in _CHOICES and args[0].shape[-1] == len(self._units):
+        if func in _CHOICES and (args[0].shape[-1] == len(self._units) or args[0].shape[1:] == self._groups):
             chosen = func(self._without(args[0], self._units), *args[1:], **kwargs).indices
             return torch.return_types.topk((args[0].gather(-1, chosen), chosen))  # type: ignore[attr-defined]
         result = func(*args, **kwargs)

@@ -133,8 +133,8 @@ class _Importance:
             if axis.kind != "layer" and name in self.groups[axis.name]:
                 for dim, layout in enumerate(self.structure.layouts[name]):
                     if axis.name in lay.axes(layout):
-                        others = [d for d in range(salience.dim()) if d != dim]
-                        self._sum(_key(axis.name, name, dim), (salience.sum(others) if others else salience).float())
+                        line = lay.along(salience, dim, lay.unit_ids(layout, axis.name))
+                        self._sum(_key(axis.name, name, dim), line.float())
 
     def _sum(self, key: str, values: Tensor) -> None:
         self.sums[key] = self.sums[key] + values if key in self.sums else values
@@ -144,8 +144,8 @@ class _Importance:
         total = torch.zeros(axis.num_units)
         for dim, layout in enumerate(self.structure.layouts[name]):
             if axis.name in lay.axes(layout):
-                line = found.get(_key(axis.name, name, dim), torch.zeros(lay.size(layout, {}))).cpu()
                 ids = lay.unit_ids(layout, axis.name)
+                line = found.get(_key(axis.name, name, dim), torch.zeros(ids.shape)).cpu()
                 total.index_add_(0, ids[ids >= 0], sum_over_processes(line).abs()[ids >= 0])
         return total
 

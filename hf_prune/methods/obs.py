@@ -121,7 +121,7 @@ def collecting(
     """Within, sums over the inputs of consumers (of each of their experts) are taken; yields where they come."""
     grams: dict[Consumer, list[Statistics]] = {}
     for consumer in consumers:
-        size, device = len(consumer.units(structure)), model.get_parameter(consumer.parameter).device
+        size, device = consumer.units(structure).shape[-1], model.get_parameter(consumer.parameter).device
         grams[consumer] = [Statistics(size, 0, device) for _ in range(num_matrices(model, consumer))]
 
     def add(consumer: Consumer, first: int, x: Tensor) -> None:
@@ -156,8 +156,15 @@ def costs_of(
     matrices = consumer.matrices(model.get_parameter(consumer.parameter).detach())
     loss_weights = loss_weights or [1.0] * len(statistics)
     units, num_blocks = consumer.units(structure), structure.axes[consumer.axis].num_blocks
+    each = structure.axes[consumer.axis].num_units // num_blocks
     with solving(consumer.axis):
-        return removal_costs(grams, matrices, units, width, ridge, loss_weights, num_blocks)
+        if units.dim() == 1:
+            return removal_costs(grams, matrices, units, width, ridge, loss_weights, num_blocks)
+        costs = [  # each expert by itself
+            removal_costs([gram], [matrix], own, width // num_blocks, ridge, [worth])
+            for gram, matrix, own, worth in zip(grams, matrices, units % each, loss_weights, strict=True)
+        ]
+        return torch.cat(costs)
 
 
 def _shrunk(gram: Tensor, shrinkage: float) -> Tensor:

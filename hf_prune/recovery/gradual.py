@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import ConfigError
-from hf_prune.layers.masking import keep_mask
+from hf_prune.layers.masking import along_dim, keep_mask
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
@@ -109,9 +109,7 @@ def keep_masks(structure: Structure, plan: PruningPlan) -> dict[str, Tensor]:
                 continue
             layouts = structure.layouts[member.parameter]
             ids = lay.unit_ids(layouts[member.dim], axis)
-            shape = [1] * len(layouts)
-            shape[member.dim] = -1
-            entries = ((ids < 0) | keep[ids.clamp_min(0)]).view(shape)
+            entries = along_dim((ids < 0) | keep[ids.clamp_min(0)], len(layouts), member.dim)
             masks[member.parameter] = masks[member.parameter] & entries if member.parameter in masks else entries
     whole = [("layers", layer) for layer in plan.removed_layers]
     whole += [(f"layers.{branch}", layer) for layer, branch in plan.removed_branches]

@@ -28,7 +28,7 @@ class Refit:
     consumer: Consumer
     """Of the dense model."""
     kept_inputs: Tensor
-    """int64 `[K]`: which of the dense inputs the pruned weight has."""
+    """int64 `[K]`: which of the dense inputs the pruned weight has; `[experts, K]` where each expert has its own."""
     kept_outputs: Tensor
     """int64 `[D]`: which of the dense outputs it has."""
     kept_experts: Tensor
@@ -134,7 +134,7 @@ def _consumers(
             new = pruned_name(consumer.parameter, structure, plan)
             found[consumer.parameter] = Refit(
                 consumer=consumer,
-                kept_inputs=lay.indices(layouts[consumer.dim], plan.kept_indices),
+                kept_inputs=lay.kept_positions(layouts, consumer.dim, plan.kept_indices),
                 kept_outputs=lay.indices(layouts[consumer.output_dim], plan.kept_indices),
                 kept_experts=lay.indices(layouts[0], plan.kept_indices) if len(layouts) > 2 else torch.zeros(1).long(),
                 dense=dense.get_submodule(consumer.module_path),

@@ -320,20 +320,20 @@ class LayerRepair:
             logger.warning("%s cannot be given the pruned model's hidden states; it stays as it is.", consumer.name)
             return {}
         weight = consumer.dense.get_parameter(consumer.name.rpartition(".")[2])
-        if len(consumer.kept_inputs) == weight.shape[consumer.consumer.dim]:
+        num_inputs = consumer.kept_inputs.shape[-1]
+        if num_inputs == weight.shape[consumer.consumer.dim]:
             return {}  # nothing was pruned before it: it is its own solution
         statistics = [
-            Statistics(len(consumer.kept_inputs), len(consumer.kept_outputs), consumer.weight.device)
-            for _ in consumer.weight
+            Statistics(num_inputs, len(consumer.kept_outputs), consumer.weight.device) for _ in consumer.weight
         ]
         position = {expert: new for new, expert in enumerate(consumer.kept_experts.tolist())}
+        inputs = consumer.kept_inputs.to(weight.device).expand(len(position), -1)  # of each expert
 
         def see(_: Consumer, start: int, x: Tensor) -> None:
             for expert, own in enumerate(x, start):
                 if len(own) and expert in position:
                     target = own @ consumer.consumer.matrix(weight[expert]).T
-                    kept_inputs = consumer.kept_inputs.to(own.device)
-                    statistics[position[expert]].add(own.index_select(1, kept_inputs), target)
+                    statistics[position[expert]].add(own.index_select(1, inputs[position[expert]]), target)
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             with contextlib.ExitStack() as stack:
@@ -354,7 +354,7 @@ class LayerRepair:
         finally:
             handle.remove()
         statistics = [sums.over_processes() for sums in statistics]
-        enough = math.ceil(MIN_TOKENS_PER_INPUT * len(consumer.kept_inputs))
+        enough = math.ceil(MIN_TOKENS_PER_INPUT * num_inputs)
         few = [expert for expert, sums in enumerate(statistics) if sums.num_tokens < enough]
         if few:
             logger.warning(

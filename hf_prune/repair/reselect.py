@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_prune.errors import CalibrationError
+from hf_prune.layers.masking import keep_mask
 from hf_prune.layers.processes import of_main_process
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import eager_experts
@@ -74,7 +75,11 @@ def select_repairable(
             sums = [one.over_processes() for one in grams.pop(consumer)]
             if any(one.num_tokens for one in sums):
                 costs = costs_of(model, structure, consumer, sums, len(kept[consumer.axis]), ridge)
-                chosen[consumer.axis] = torch.nonzero(costs.isinf())[:, 0].cpu()
+                stay = costs.isinf().cpu().view(structure.axes[consumer.axis].num_blocks, -1)
+                if len(stay) == len(sums):  # an expert that saw nothing keeps the plan's units
+                    unseen = torch.tensor([not one.num_tokens for one in sums])[:, None]
+                    stay = torch.where(unseen, keep_mask(stay.numel(), kept[consumer.axis]).view_as(stay), stay)
+                chosen[consumer.axis] = torch.nonzero(stay.flatten())[:, 0]
         return chosen
 
     with eager_experts(model):

@@ -149,11 +149,14 @@ class _Naming:
                 for name, axis_found in self._names(layer, "experts" if kind == "expert" else kind, chosen):
                     axis = self._axis(name, kind, axis_found)
                     found[name] = (axis_found, axis)
-                    if axis.num_units == axis_found.atom.size:
+                    if axis.num_units == axis_found.atom.size * axis.num_blocks:
                         named[id(axis_found.atom)] = axis
                     for inner in self._inside(axis_found, here) if kind == "attention" else ():
-                        found[f"{name}.queries"] = inner, self._in_blocks(f"{name}.queries", inner, axis)
+                        found[f"{name}.queries"] = inner, self._queries(f"{name}.queries", inner, axis)
                         named[id(inner.atom)] = found[f"{name}.queries"][1]
+            for name, (entry, axis) in list(found.items()):
+                if axis.kind == "mlp" and axis.layer == layer and (num_blocks := self._num_stacked(entry)) > 1:
+                    found[f"{name}.channels"] = entry, self._channels(entry, axis, num_blocks, named)
         hidden = self._hidden(named)
         owners, roots = self._owners(found)
         branch_modules = self._branch_modules(found, roots)
@@ -163,7 +166,8 @@ class _Naming:
         axes.update(self._vocabulary(named))
         axes.update(self._layer_axes(branch_modules))
         axes.update(self._shared_attention(axes))
-        frozen = {name: tuple(_freeze(term, named) for term in terms) for name, terms in self.terms.items()}
+        own = {axis.tied: axis for axis in axes.values() if axis.tied}
+        frozen = {name: tuple(_freeze(term, named, own) for term in terms) for name, terms in self.terms.items()}
         return Structure(
             model_type=model_type,
             axes=axes,
@@ -239,11 +243,31 @@ class _Naming:
             if entry.atom.heads
             and entry.consumers
             and entry is not outer
-            and all(_is_inside(self.terms[name][dim], outer.atom, entry.atom) for name, dim in entry.places)
+            and all(_follows(self.terms[name][dim], outer.atom, entry.atom) for name, dim in entry.places)
         ][:1]
 
-    def _in_blocks(self, name: str, entry: _Found, block: Axis) -> Axis:
-        """The axis of the units inside of another axis's."""
+    def _num_stacked(self, entry: _Found) -> int:
+        """Experts, where all tensors of an axis are stacked by them; else 0."""
+        places = [self.terms[name] if dim > 0 else [] for name, dim in entry.places]
+        sizes = {terms[0].size if terms else 0 for terms in places}
+        return sizes.pop() if len(sizes) == 1 and any(len(terms) > 2 for terms in places) else 0
+
+    def _channels(self, entry: _Found, tied: Axis, num_blocks: int, named: dict[int, Axis]) -> Axis:
+        """The axis of the channels of all experts, each with its own, where `tied` has the same ones of all."""
+        experts = factors(self.terms[entry.places[0][0]][0])[-1]
+        block = named[id(experts)].name if id(experts) in named else ""
+        return replace(
+            tied,
+            name=f"{tied.name}.channels",
+            kind="expert_channels",
+            num_units=num_blocks * tied.num_units,
+            num_blocks=num_blocks,
+            block=block,
+            tied=tied.name,
+        )
+
+    def _queries(self, name: str, entry: _Found, block: Axis) -> Axis:
+        """The axis of the query heads inside of KV groups."""
         why = entry.atom.fixed
         if not why and entry.atom.origins:
             why = "a constant of the model differs along it"
@@ -332,9 +356,12 @@ class _Naming:
         if not blocker and atom.size < 2:
             blocker = "it has one unit"
         if kind == "expert":
-            if not blocker and any(len(factors(self.terms[n][d])) > 1 for n, d in entry.places):
-                blocker = "its experts are chosen in groups, each of which must keep equally many"
-            return Axis(name, kind, entry.layer, atom.size, True, blocker, least=atom.chosen)
+            totals = {self.terms[n][d].size for n, d in entry.places}  # more where they are chosen in groups
+            if len(totals) > 1 or any(factors(self.terms[n][d])[-1] is not atom for n, d in entry.places):
+                blocker = blocker or "not all of its tensors hold its experts in the same groups"
+            num_units, least = max(totals), atom.least
+            num_blocks = num_units // atom.size
+            return Axis(name, kind, entry.layer, num_units, True, blocker, 1, least, atom.chosen, num_blocks)
         stacked = any(len(self.terms[parameter]) == 3 and dim > 0 for parameter, dim in entry.consumers)
         multiple_of = math.gcd(atom.size, EXPERT_ALIGNMENT) if stacked else 1
         return Axis(name, kind, entry.layer, atom.size, not atom.mixed, blocker, multiple_of)
@@ -441,8 +468,8 @@ class _Naming:
         return axes
 
     def _members(self, frozen: dict[str, tuple[Layout, ...]], named: dict[int, Axis]) -> dict[str, tuple[Member, ...]]:
-        members: dict[str, list[Member]] = {axis.name: [] for axis in named.values()}
-        atoms = {axis.name: key for key, axis in named.items()}
+        members: dict[str, list[Member]] = {}
+        atoms = {name: key for key, axis in named.items() for name in (axis.name, f"{axis.name}.channels")}
         for name, found in frozen.items():
             if name in self.aliases:
                 continue
@@ -453,7 +480,7 @@ class _Naming:
                         role = "consumer"
                     elif atoms[axis] in self.produced.get(name, ()):
                         role = "producer"
-                    members[axis].append(Member(name, dim, role))
+                    members.setdefault(axis, []).append(Member(name, dim, role))
         return {name: tuple(found) for name, found in members.items()}
 
 
@@ -466,12 +493,12 @@ def _aliases(model: nn.Module) -> dict[str, str]:
     return aliases
 
 
-def _is_inside(term: Term, outer: Atom, inner: Atom) -> bool:
+def _follows(term: Term, outer: Atom, inner: Atom) -> bool:
     """Whether `inner` is, wherever it is in `term`, a later factor than `outer`."""
     found = factors(term)
     before = found[: found.index(outer)] if outer in found else found
     return all(
-        isinstance(factor, Cat) and all(_is_inside(part, outer, inner) for part in factor.parts)
+        isinstance(factor, Cat) and all(_follows(part, outer, inner) for part in factor.parts)
         for factor in before
         if inner in leaves(factor)
     )
@@ -508,13 +535,20 @@ def _use(constant: ConstantInput, origin: Atom, origins: set[int]) -> SelectedIn
     return None
 
 
-def _freeze(term: Term, named: dict[int, Axis]) -> Layout:
+def _freeze(term: Term, named: dict[int, Axis], own: dict[str, Axis]) -> Layout:
     """The frozen layout of one dimension: named axes, everything else fixed."""
     term = resolve(term)
     if isinstance(term, Atom):
         axis = named.get(id(term))
-        return Units(axis.name, term.size, axis.block, axis.num_blocks) if axis is not None else Fixed(term.size)
-    children = [_freeze(child, named) for child in (term.factors if isinstance(term, Prod) else term.parts)]
+        if axis is None:
+            return Fixed(term.size)
+        if axis.name in own:
+            return Units(axis.name, term.size, num_blocks=own[axis.name].num_blocks, own=own[axis.name].name)
+        return Units(axis.name, term.size, axis.block, axis.num_blocks)
+    experts = named.get(id(term.factors[-1])) if isinstance(term, Prod) and term.factors else None
+    if experts is not None and experts.kind == "expert":
+        return Units(experts.name, experts.num_units)  # of groups of experts, all of them
+    children = [_freeze(child, named, own) for child in (term.factors if isinstance(term, Prod) else term.parts)]
     assert isinstance(term, (Prod, Cat))
     if all(isinstance(child, Fixed) for child in children):
         return Fixed(term.size)

@@ -33,13 +33,16 @@ class Units:
     """One whole axis with `num_units` units, one entry each; of an axis in blocks, the units of one block.
 
     Which block that is says the axis `block`, an earlier factor of the same product: query heads inside of a KV group.
-    Units of such an axis are numbered through all blocks, of which each keeps equally many.
+    Or it is the place in the first dimension of the tensor: channels inside of experts. There `axis` has a unit for the
+    same channel of all experts, and `own` one for each channel of each. Units of an axis in blocks are numbered through
+    all blocks, of which each keeps equally many.
     """
 
     axis: str
     num_units: int
     block: str = ""
     num_blocks: int = 1
+    own: str = ""
 
     def __str__(self) -> str:
         return self.axis
@@ -82,7 +85,7 @@ def units(layout: Layout) -> Iterator[Units]:
 
 def axes(layout: Layout) -> Iterator[str]:
     """Yield the axis names of `layout`, in order, with repetition."""
-    return (found.axis for found in units(layout))
+    return (name for found in units(layout) for name in (found.axis, found.own) if name)
 
 
 def size(layout: Layout, widths: Widths) -> int:
@@ -90,7 +93,9 @@ def size(layout: Layout, widths: Widths) -> int:
     if isinstance(layout, Fixed):
         return layout.length
     if isinstance(layout, Units):
-        return widths.get(layout.axis, layout.num_units * layout.num_blocks) // layout.num_blocks
+        total = layout.num_units * layout.num_blocks
+        own = widths.get(layout.own or layout.axis, total) // layout.num_blocks
+        return min(own, widths.get(layout.axis, layout.num_units)) if layout.own else own
     if isinstance(layout, Product):
         return math.prod(size(factor, widths) for factor in layout.factors)
     return sum(size(part, widths) for part in layout.parts)
@@ -111,6 +116,21 @@ def indices(layout: Layout, kept: KeptIndices) -> Tensor:
         ids = unit_ids(layout, axis)[found]
         found = found[(ids < 0) | torch.isin(ids, torch.as_tensor(list(kept[axis])))]
     return found
+
+
+def kept_positions(layouts: Sequence[Layout], dim: int, kept: KeptIndices) -> Tensor:
+    """`indices` of one dimension of a tensor.
+
+    Returns:
+        int64 `[n]`; `[blocks, n]` where the blocks that stay in the first dimension keep units of their own.
+    """
+    layout = layouts[dim]
+    for node in units(layout):
+        if node.own in kept:
+            table = torch.as_tensor(kept[node.own]).view(node.num_blocks, -1) % node.num_units
+            rows = table[indices(layouts[0], kept)].tolist()
+            return torch.stack([indices(layout, {node.axis: row}) for row in rows])
+    return indices(layout, kept)
 
 
 def _indices(layout: Layout, kept: KeptIndices) -> Tensor:
@@ -134,17 +154,26 @@ def _indices(layout: Layout, kept: KeptIndices) -> Tensor:
 
 
 def unit_ids(layout: Layout, axis: str) -> Tensor:
-    """For each position of the dimension the unit of `axis` it carries, or -1 where it carries none: int64 `[size]`."""
+    """For each position of the dimension the unit of `axis` it carries, or -1 where it carries none.
+
+    Returns:
+        int64 `[size]`; `[blocks, size]` where the places in the first dimension of the tensor are the axis's blocks.
+    """
     ids = _unit_ids(layout, axis)
     for node in units(layout):
-        if node.axis == axis and node.block:
-            return torch.where(ids >= 0, _unit_ids(layout, node.block) * node.num_units + ids, -1)
+        blocks = None
+        if node.own == axis:
+            blocks = torch.arange(node.num_blocks)[:, None]
+        elif node.axis == axis and node.block:
+            blocks = _unit_ids(layout, node.block)
+        if blocks is not None:
+            return torch.where(ids >= 0, blocks * node.num_units + ids, -1)
     return ids
 
 
 def _unit_ids(layout: Layout, axis: str) -> Tensor:
     """`unit_ids`, those of an axis in blocks within their block."""
-    if isinstance(layout, Units) and layout.axis == axis:
+    if isinstance(layout, Units) and axis in (layout.axis, layout.own):
         return torch.arange(layout.num_units)
     if isinstance(layout, (Fixed, Units)):
         return torch.full((size(layout, {}),), -1)
@@ -173,9 +202,8 @@ def reduce(values: Tensor, layouts: Sequence[Layout], axis: str) -> Tensor:
     for dim, layout in enumerate(layouts):
         if axis not in axes(layout):
             continue
-        others = [d for d in range(values.dim()) if d != dim]
-        line = values.sum(dim=others) if others else values
         ids = unit_ids(layout, axis).to(values.device)
+        line = along(values, dim, ids)
         on_axis = ids >= 0
         num_units = int(ids.max()) + 1
         part = line.new_zeros(num_units).index_add_(0, ids[on_axis], line[on_axis])
@@ -183,6 +211,12 @@ def reduce(values: Tensor, layouts: Sequence[Layout], axis: str) -> Tensor:
     if total is None:
         raise KeyError(f"no dimension carries axis {axis!r}")
     return total
+
+
+def along(values: Tensor, dim: int, ids: Tensor) -> Tensor:
+    """Sum a tensor over all dimensions that `unit_ids` of dimension `dim` does not tell apart: the shape of `ids`."""
+    others = [d for d in range(values.dim()) if d != dim and (d > 0 or ids.dim() == 1)]
+    return values.sum(dim=others) if others else values
 
 
 def reduce_dim(values: Tensor, layout: Layout, dim: int, axis: str) -> Tensor:

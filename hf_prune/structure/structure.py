@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Kind = Literal["attention", "mlp", "query_heads", "expert", "hidden", "layer", "vocab"]
+Kind = Literal["attention", "mlp", "query_heads", "expert_channels", "expert", "hidden", "layer", "vocab"]
 Branch = Literal["attention", "mlp"]
 Role = Literal["producer", "consumer", "other"]
 Counted = Literal["decoder", "model", "active"]
@@ -37,7 +37,9 @@ class Axis:
     `vocab` (units: tokens, rows of the embedding and of the head).
 
     Of an axis in blocks each block keeps equally many units, each its own: `layers.{i}.attention.queries`, the query
-    heads of all KV groups. Its units are numbered through all blocks, in order, those of removed blocks included.
+    heads of all KV groups, and `layers.{i}.mlp.channels` (`layers.{i}.mlp.{name}.channels`), the channels of all
+    experts, of which `layers.{i}.mlp` takes the same ones of each. Its units are numbered through all blocks, in order,
+    those of removed blocks included.
     """
 
     name: str
@@ -53,16 +55,25 @@ class Axis:
     """Widths (of each block) must be multiples of this to run: 8 where experts are multiplied as one grouped product,
     whose rows must be aligned to 16 bytes."""
     least: int = 1
-    """Units (of each block) that must stay: as many experts as each token is sent to."""
+    """Units (of each block) that must stay: as many experts as each token is sent to, or finds in each group."""
+    num_chosen: int = 0
+    """Of experts: how many each token is sent to."""
     num_blocks: int = 1
     """Blocks of `num_units / num_blocks` units, that keep equally many."""
     block: str = ""
-    """The axis whose units the blocks are. Only what a plan removes of such an axis is listed in it."""
+    """The axis whose units the blocks are, if they are units."""
+    tied: str = ""
+    """The axis that has one unit for the same unit of all blocks, if there is one."""
 
     @property
     def branch(self) -> Branch | None:
         """The branch of its layer that goes with all of its units; `None` for axes of the whole model."""
         return None if self.layer is None else "attention" if self.kind in ("attention", "query_heads") else "mlp"
+
+    @property
+    def is_inner(self) -> bool:
+        """Whether its units are parts of another axis's: a plan lists it only where it is asked for."""
+        return bool(self.block or self.tied)
 
     @property
     def prunable(self) -> bool:
@@ -228,7 +239,7 @@ class Structure:
         for layout in self.layouts[name]:
             for axis in lay.axes(layout):
                 if self.axes[axis].kind == "expert" and self._is_looked_up(name, axis):
-                    numel = numel // max(1, lay.size(layout, widths)) * self.axes[axis].least
+                    numel = numel // max(1, lay.size(layout, widths)) * self.axes[axis].num_chosen
         return numel
 
     def _is_looked_up(self, name: str, axis: str) -> bool:

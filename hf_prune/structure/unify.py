@@ -21,7 +21,7 @@ class Conflict(Exception):  # noqa: N818  (a signal between rules, never seen by
 class Atom:
     """An unknown run of entries. `bound` points to what it turned out to be."""
 
-    __slots__ = ("attended", "bound", "chosen", "fixed", "heads", "mixed", "origins", "size")
+    __slots__ = ("attended", "bound", "chosen", "fixed", "heads", "least", "mixed", "origins", "size")
 
     def __init__(self, size: int) -> None:
         self.size: int = size
@@ -32,6 +32,8 @@ class Atom:
         """Which operation mixes all its entries, so that removing differs from masking."""
         self.heads = False
         """Attention scores are computed independently for each entry."""
+        self.least = 0
+        """So many of its entries are chosen where it is a part of what is chosen from (experts inside of a group)."""
         self.chosen = 0
         """So many of its entries are chosen by their values (experts, by a router's top-k); 0: none are."""
         self.attended = False
@@ -131,6 +133,7 @@ def bind(atom: Atom, term: Term) -> None:
         leaf.mixed = leaf.mixed or atom.mixed
         leaf.heads = leaf.heads or atom.heads
         leaf.chosen = max(leaf.chosen, atom.chosen)
+        leaf.least = max(leaf.least, atom.least)
         leaf.attended = leaf.attended or atom.attended
         leaf.origins.extend(atom.origins)
 

@@ -135,9 +135,12 @@ def unresizable(config: Any, structure: Structure, cls: type | None = None, *, h
     knobs = {} if held else find_knobs(config, structure, cls)
     first: dict[str, Axis] = {}
     for axis in structure.axes.values():
-        if axis.layer is not None and axis.prunable and axis.num_units - axis.multiple_of >= axis.least:
+        less = axis.num_units // axis.num_blocks - axis.multiple_of
+        if axis.layer is not None and axis.prunable and not axis.is_inner and less >= axis.least:
             first.setdefault(family(axis), axis)
-    kept = {a.name: tuple(range(a.num_units - a.multiple_of)) for name, a in first.items() if name not in knobs}
+    kept = {
+        a.name: a.first(a.num_units - a.multiple_of * a.num_blocks) for name, a in first.items() if name not in knobs
+    }
     reasons: dict[str, str] = {}
     for chosen in [[*kept], *[[name] for name in kept]] if kept else []:
         try:
@@ -386,6 +389,9 @@ def _candidates(trimmed: Any, structure: Structure, plan: PruningPlan, knobs: di
 def _family_widths(name: str, structure: Structure, plan: PruningPlan) -> dict[int, int]:
     """Width by layer of the axes of one family, removed ones left out; in blocks, what is left in those that stay."""
     widths = {**structure.widths, **plan.widths}
+    for axis in (structure.axes[name] for name in plan.kept_indices):
+        if axis.tied:
+            widths[axis.tied] = widths[axis.name] // axis.num_blocks
     return {
         axis.layer: widths[axis.name] * widths.get(axis.block, axis.num_blocks) // axis.num_blocks
         for axis in structure.axes.values()
@@ -448,7 +454,8 @@ def _surgery(
         modules.setdefault(path, {}).setdefault("shapes", {})[tensor] = list(wanted[name])
     attributes: dict[str, dict[str, int]] = {}
     wider: dict[str, nn.Module | None] = {}
-    for axis, kept in plan.kept_indices.items():
+    for name, kept in plan.kept_indices.items():
+        axis = structure.axes[name].tied or name
         layer = structure.axes[axis].layer
         if layer is None:
             continue

@@ -66,7 +66,7 @@ def find_knobs(config: Any, structure: Structure, cls: type | None, pruned: Iter
     Returns:
         Family (`mlp`, `attention`, `mlp.experts`, ...) → knob; families whose width no attribute holds are absent.
     """
-    inner = any(structure.axes[name].block for name in pruned)
+    inner = any(structure.axes[name].is_inner for name in pruned)
     key = ("knobs", repr(config.to_dict()), cls, inner)
     return structure.once(key, lambda: _find_knobs(config, structure, cls, inner))
 
@@ -76,7 +76,7 @@ def _find_knobs(config: Any, structure: Structure, cls: type | None, inner: bool
     for kind in get_args(Kind):
         first: dict[str, Axis] = {}
         for axis in structure.axes_of(kind):
-            if axis.prunable and axis.layer is not None and (inner or not axis.block):
+            if axis.prunable and axis.layer is not None and not axis.tied and (inner or not axis.block):
                 first.setdefault(family(axis), axis)
         for name, axis in first.items():
             if (knob := _probe(config, structure, cls, axis)) is not None:

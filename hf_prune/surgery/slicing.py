@@ -47,7 +47,11 @@ def slice_tensor(name: str, tensor: Tensor, structure: Structure, plan: PruningP
     sliced = tensor.detach()
     for dim, layout in enumerate(structure.layouts[name]):
         if any(axis in plan.kept_indices for axis in lay.axes(layout)):
-            sliced = sliced.index_select(dim, lay.indices(layout, plan.kept_indices).to(tensor.device))
+            kept = lay.kept_positions(structure.layouts[name], dim, plan.kept_indices).to(tensor.device)
+            if kept.dim() == 1:
+                sliced = sliced.index_select(dim, kept)
+            else:  # the first dimension holds the blocks that stay
+                sliced = torch.stack([one.index_select(dim - 1, own) for one, own in zip(sliced, kept, strict=True)])
     return (
         sliced
         if sliced.data_ptr() != tensor.data_ptr() or tensor.is_meta
@@ -61,11 +65,16 @@ def pad_tensor(name: str, tensor: Tensor, structure: Structure, plan: PruningPla
     if found != expected:
         raise PlanError(f"{name}: found shape {found}, the plan leaves {expected}.")
     padded = tensor.detach()
-    for dim, layout in enumerate(structure.layouts[name]):
+    for dim, layout in reversed(list(enumerate(structure.layouts[name]))):
         if any(axis in plan.kept_indices for axis in lay.axes(layout)):
             wider = padded.new_zeros(*padded.shape[:dim], lay.size(layout, {}), *padded.shape[dim + 1 :])
-            kept = lay.indices(layout, plan.kept_indices).to(tensor.device)
-            padded = wider.index_copy_(dim, kept, padded)
+            kept = lay.kept_positions(structure.layouts[name], dim, plan.kept_indices).to(tensor.device)
+            if kept.dim() == 1:
+                padded = wider.index_copy_(dim, kept, padded)
+                continue
+            for one, own, part in zip(wider, kept, padded, strict=True):
+                one.index_copy_(dim - 1, own, part)
+            padded = wider
     return padded
 
 

@@ -31,7 +31,7 @@ from hf_prune.checkpoint.save_hook import install_save_hook
 from hf_prune.config import RandomConfig
 from hf_prune.errors import HFPruneError
 from hf_prune.layers.masking import masked
-from hf_prune.plan import PruningPlan, prunable_units
+from hf_prune.plan import PruningPlan, counted_units
 from hf_prune.structure.building import auto_class
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.configuring import unresizable
@@ -41,7 +41,7 @@ from hf_prune.surgery.pruning import apply_plan
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.structure import Axis, Structure
 
 DOCS = Path(__file__).parents[2] / "docs"
 TIME_CAP_S = 120
@@ -224,16 +224,23 @@ def noted(laws: dict[str, str], name: str, law: Any) -> None:
 
 
 def random_plan(structure: Structure, seed: int, exact: bool = False) -> PruningPlan:
-    """Random units of every attention, MLP and expert axis; only of the exact ones if `exact`."""
+    """Random units of every axis of a layer; only of the exact ones if `exact`."""
     rng = random.Random(seed)
-    units = prunable_units(structure)
     kept: dict[str, tuple[int, ...]] = {}
-    for name, count in units.items():
-        axis = structure.axes[name]
-        width = max(axis.least, rng.randint(1, count))
-        if axis.branch is not None and width < count and (axis.exact or not exact):
-            kept[name] = tuple(sorted(rng.sample(range(count), width)))
+    for name, axis in structure.axes.items():
+        units = random_units(axis, rng)
+        fits = axis.branch is not None and axis.prunable and axis.tied not in kept
+        if fits and len(units) < axis.num_units and (axis.exact or not exact):
+            kept[name] = units
     return plan_of(structure, kept)
+
+
+def random_units(axis: Axis, rng: random.Random) -> tuple[int, ...]:
+    """Random units of an axis, equally many of each of its blocks."""
+    each = axis.num_units // axis.num_blocks
+    width = max(min(axis.least, each), rng.randint(1, each))
+    starts = range(0, axis.num_units, each)
+    return tuple(start + unit for start in starts for unit in sorted(rng.sample(range(each), width)))
 
 
 def removal_plan(structure: Structure, axis: str) -> PruningPlan | None:
@@ -248,7 +255,7 @@ def removal_plan(structure: Structure, axis: str) -> PruningPlan | None:
 def plan_of(structure: Structure, kept: dict[str, tuple[int, ...]]) -> PruningPlan:
     """A plan with made-up bookkeeping."""
     achieved = {"decoder": 0.1, "model": 0.1, "units": 0.1}
-    return PruningPlan(structure.model_type, None, prunable_units(structure), kept, RandomConfig(0.3), achieved)
+    return PruningPlan(structure.model_type, None, counted_units(structure, kept), kept, RandomConfig(0.3), achieved)
 
 
 def identity(model: Any, structure: Structure, ids: torch.Tensor) -> None:

@@ -43,6 +43,7 @@ TEXTS = {"wikitext2": "WikiText-2", "novels": "novels"}
 _EXPERTS: dict[str, Any] = {"axes": ["expert"], "allocation": "uniform"}
 _GLOBAL = {**_EXPERTS, "allocation": "global"}
 _CHANNELS = {"axes": ["mlp"], "allocation": "global"}
+_OWN = {**_CHANNELS, "axes": ["expert_channels"]}
 _REPAIR = {"repair": "least_squares"}
 _FISHER = {"method": "llm_pruner"}
 ROWS: dict[str, dict[str, Any]] = {
@@ -63,6 +64,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "channels of all experts, Fisher": {**_CHANNELS, **_FISHER},
     "channels of all experts, Fisher, repaired": {**_CHANNELS, **_FISHER, **_REPAIR},
     "channels of all experts, OBS, repaired": {**_CHANNELS, "method": "obs"},
+    "channels of each expert, magnitude": {"axes": ["expert_channels"], "allocation": "uniform", "method": "magnitude"},
+    "channels of each expert, Fisher": {**_OWN, **_FISHER},
+    "channels of each expert, Fisher, repaired": {**_OWN, **_FISHER, **_REPAIR},
+    "channels of each expert, OBS, repaired": {**_OWN, "method": "obs"},
     "experts, channels and attention, Fisher": {**_GLOBAL, **_FISHER, "axes": ["expert", "mlp", "attention"]},
     "experts, channels and attention, Fisher, repaired": {
         **_GLOBAL,

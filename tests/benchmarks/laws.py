@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from architectures import Float64, logits, plan_of, quiet, small_model
+from architectures import Float64, logits, plan_of, quiet, random_units, small_model
 from tqdm import tqdm
 
 from hf_prune.allocation import allocate
@@ -34,7 +34,7 @@ from hf_prune.config import RandomConfig
 from hf_prune.errors import HFPruneError
 from hf_prune.layers.masking import masked
 from hf_prune.methods import score
-from hf_prune.plan import PruningPlan, prunable_units
+from hf_prune.plan import PruningPlan
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 
@@ -245,13 +245,12 @@ def random_plan(structure: Structure, family: str, seed: int) -> PruningPlan:
             stay = tuple(sorted(rng.sample(range(num_layers), rng.randint(1, num_layers - 1))))
             kept[f"layers.{branch}"] = stay
             without |= {(layer, branch) for layer in range(num_layers) if layer not in stay}
-    for name, count in prunable_units(structure).items():
-        axis = structure.axes[name]
-        width = max(axis.least, rng.randint(1, count))
-        if axis.branch is None or not axis.exact or width == count or rng.random() < 0.3:
+    for name, axis in structure.axes.items():
+        units = random_units(axis, rng)
+        if axis.branch is None or not axis.prunable or not axis.exact or axis.tied in kept or rng.random() < 0.3:
             continue
-        if axis.layer not in gone and (axis.layer, axis.branch) not in without:
-            kept[name] = tuple(sorted(rng.sample(range(count), width)))
+        if axis.layer not in gone and (axis.layer, axis.branch) not in without and len(units) < axis.num_units:
+            kept[name] = units
     return plan_of(structure, kept)
 
 

@@ -65,11 +65,13 @@ def unit_rows(read: Read, structure: Structure, axis: Axis, state: str) -> UnitR
 def _matrices(weight: Tensor, structure: Structure, axis: Axis, member: Member) -> list[Tensor]:
     """The slices of each unit, `[U, b, rest]`; of an MLP one matrix for each time the axis occurs (`[I + I]`)."""
     ids = lay.unit_ids(structure.layouts[member.parameter][member.dim], axis.name)
+    stacked = list(range(ids.dim() - 1))  # the dimension of the blocks, where they are one
+    flat = weight.detach().movedim([*stacked, member.dim], [*stacked, len(stacked)]).float().cpu()
+    ids, flat = ids.flatten(), flat.flatten(0, len(stacked)).flatten(1)
     where = (ids >= 0).nonzero()[:, 0]
     where = where[ids[where].argsort(stable=True)].reshape(axis.num_units, -1)
-    flat = weight.detach().movedim(member.dim, 0).flatten(1).float().cpu()
     slices = flat[where]
-    return [slices[:, i : i + 1] for i in range(slices.shape[1])] if axis.kind == "mlp" else [slices]
+    return [slices[:, i : i + 1] for i in range(slices.shape[1])] if axis.branch == "mlp" else [slices]
 
 
 def _norms(matrix: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -70,10 +71,17 @@ class Call:
         fix(term, self.why)
 
     def chosen(self, term: Term, number: int, output: int) -> None:
-        """Integers of an output name entries of a dimension, of which this operation chooses so many."""
+        """Integers of an output name entries of a dimension, of which this operation chooses so many.
+
+        Of groups as many of each as it takes to find them in those groups that were chosen before.
+        """
         self.tracer.known[id(self.outputs[output])].chooses = term
-        for atom in leaves(term):
+        found = list(leaves(term))
+        groups = math.prod(atom.chosen or atom.size for atom in found[:-1])
+        for atom in found:
             atom.chosen = max(atom.chosen, number)
+        if found:
+            found[-1].least = max(found[-1].least, math.ceil(number / groups))
 
     def fixed(self, size: int) -> Atom:
         """A new dimension whose entries cannot be removed."""
