@@ -268,7 +268,7 @@ def test_recovery_with_the_dense_teacher(folder, pruned, tmp_path):
     from hf_prune import recover
 
     save_pruned(pruned.model, tmp_path / "pruned", tokenizer=pruned.tokenizer)
-    options = {"steps": 2, "seq_len": 16, "lora": True, "learning_rate": 1e-3, "report_to": "none", "use_cpu": True}
+    options = {"steps": 2, "seq_len": 16, "learning_rate": 1e-3, "report_to": "none", "use_cpu": True}
     found = recover(
         tmp_path / "pruned", tmp_path / "out", train=str(folder / "text.txt"), teacher=str(folder / "dense"), **options
     )
