@@ -21,6 +21,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MptConfig,
+    RobertaConfig,
     Trainer,
     TrainingArguments,
 )
@@ -194,6 +195,12 @@ def test_learned_positions_are_told_from_others(caplog):
         with pytest.raises(ConfigError, match="65 tokens long, but the model has 64 positions"):
             check_windows(model, ids)
         check_windows(model, [{"input_ids": ids[0]["input_ids"][:, :64]}])
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 2, "intermediate_size": 40}
+    offset = RobertaConfig(vocab_size=96, max_position_embeddings=64, is_decoder=True, **sizes)  # its padding is 1
+    roberta = AutoModelForCausalLM.from_config(offset)
+    with pytest.raises(ConfigError, match="row 64 of a table of 64"):
+        check_windows(roberta, [{"input_ids": ids[0]["input_ids"][:, :63]}])
+    check_windows(roberta, [{"input_ids": ids[0]["input_ids"][:, :62]}])
     for family in ("llama", "mixtral", "gpt_neox", "bloom"):
         caplog.clear()
         check_windows(tiny_model(family), [])

@@ -417,6 +417,13 @@ def test_bad_input_is_refused_before_training(material, tmp_path, settings, erro
     assert not (tmp_path / "out").exists()
 
 
+def test_windows_that_the_model_has_no_positions_for_are_refused(material, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(material / "dense")
+    model, options = tiny_model("gpt2", dtype=torch.float32), {"tokenizer": tokenizer, "steps": 1}
+    with pytest.raises(ConfigError, match="65 tokens long, but the model has 64 positions"):
+        recover(model, tmp_path / "out", train=material / "train.txt", seq_len=65, **options, **QUICK)
+
+
 def test_a_directory_in_the_way_is_noticed_before_training(material, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import FAMILIES, logits, make_plan, shared_model, shared_structure, tiny_config
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, CpmAntConfig, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_prune.config import MagnitudeConfig, selected_axes
 from hf_prune.errors import StructureError
@@ -405,6 +405,16 @@ def test_a_single_head_is_attention(family):
     with masked(model, structure, plan):
         expected = logits(model)
     torch.testing.assert_close(logits(apply_plan(model, structure, plan)), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_heads_that_layers_share_are_not_a_single_head():
+    """A table of position biases of all layers: CPM-Ant."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "dim_head": 8, "dim_ff": 40, "num_hidden_layers": 2}
+    structure = infer_structure(CpmAntConfig(vocab_size=96, **sizes))
+    for layer in range(2):
+        axis = structure.axes[f"layers.{layer}.attention"]
+        assert axis.num_units == 6
+        assert axis.blocker.startswith("its heads are shared with ")
 
 
 def test_an_axis_shared_by_layers_is_not_an_axis_of_one_layer():

@@ -86,8 +86,8 @@ def save_pruned(
     """Save a pruned model with plan, tokenizer, model card and pictures. Replaces `save_directory` in one step.
 
     As `save_pretrained` does, it replaces an older checkpoint: training saves again and again. But never one that the
-    model was pruned from: nothing could bring that back. Of several processes the main one writes, and the others that
-    call it wait.
+    model was pruned from: nothing could bring that back. Of several processes that torch.distributed connects the
+    main one writes, and the others that call it wait.
 
     Everything is written beside `save_directory` and swapped in by renames: an error, a full disk or an interruption
     leaves what was there. Weights are safetensors only. From an older checkpoint in `save_directory`, tokenizer files

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from hf_prune.checkpoint.save_hook import plan_of
 from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.evaluation.perplexity import exp
+from hf_prune.gate import check_windows
 from hf_prune.layers.processes import of_main_process, reserved_for_all
 from hf_prune.loading import BASE, dense_source, load_config, load_model, load_tokenizer
 from hf_prune.recovery.arguments import OTHER, PRESETS, TEXT, distillation_rate, training_arguments, windows_per_step
@@ -33,6 +35,7 @@ from hf_prune.recovery.lora import add_adapters, lora_config, merge_adapters
 from hf_prune.recovery.processes import launcher
 from hf_prune.recovery.resuming import checkpoints, is_whole
 from hf_prune.recovery.teacher import TaughtRows, write_predictions
+from hf_prune.structure.building import build_empty
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -171,10 +174,10 @@ def recover(
         checkpoint = of_main_process(_checkpoint(training_dir, resume) if args.process_index == 0 else None)
         tokenizer = tokenizer or load_tokenizer(source or config._name_or_path, required=is_text(train))
         number = args.max_steps * windows_per_step(vars(args))
-        data = _rows(train, tokenizer, seq_len, number)
-        evaluated = {
-            name: _rows(text, tokenizer, seq_len) for name, text in ((TEXT, eval), (OTHER, other)) if text is not None
-        }
+        shell: Any = model if source is None else build_empty(config)
+        rows = partial(_rows, shell, tokenizer, seq_len)
+        data = rows(train, number)
+        evaluated = {name: rows(text) for name, text in ((TEXT, eval), (OTHER, other)) if text is not None}
         if OTHER in evaluated:
             evaluated[OTHER] = evaluated[OTHER][:: max(1, len(evaluated[OTHER]) // OTHER_WINDOWS)][:OTHER_WINDOWS]
         own: Any = load_model(source) if source is not None else model
@@ -280,7 +283,13 @@ def _full_disk(training_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _rows(text: Text, tokenizer: PreTrainedTokenizerBase | None, seq_len: int, number: int | None = None) -> Any:
+def _rows(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None,
+    seq_len: int,
+    text: Text,
+    number: int | None = None,
+) -> Any:
     """Rows for a Trainer: windows of texts, of a mixture so many, or what the caller brought."""
     if not is_text(text):
         if not isinstance(text, Sized) or len(text) == 0:
@@ -289,6 +298,7 @@ def _rows(text: Text, tokenizer: PreTrainedTokenizerBase | None, seq_len: int, n
     if tokenizer is None:
         raise ConfigError("text for training needs a tokenizer; pass the model's own.")
     windows = training_windows(tokenizer, text, seq_len, number=number)  # type: ignore[arg-type]
+    check_windows(model, [{"input_ids": ids[None]} for ids in windows])
     return [{"input_ids": ids, "labels": ids} for ids in windows]
 
 

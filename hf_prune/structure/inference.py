@@ -215,7 +215,12 @@ class _Naming:
             if leads and all(id(atom) in self.local for atom in consumed):
                 chosen[id(entry.atom)] = entry
         # a single head has no axis of its own: its values stand for it
-        return list(chosen.values()) or [f for f in here if f.atom.attended and f.consumers and f.producers]
+        alone = [f for f in here if f.atom.attended and f.consumers and f.producers and not self._has_heads(f)]
+        return list(chosen.values()) or alone
+
+    def _has_heads(self, entry: _Found) -> bool:
+        """Whether some dimension of `entry` holds heads too."""
+        return any(atom.heads for name, dim in entry.places for atom in leaves(self.terms[name][dim]))
 
     def _shared_attention(self, axes: dict[str, Axis]) -> dict[str, Axis]:
         """Attention axes that cannot be pruned because other layers share their heads (a table of position biases)."""
@@ -290,8 +295,7 @@ class _Naming:
             atom = entry.atom
             if atom.heads or atom.chosen or atom.attended or not entry.consumers or not entry.producers:
                 continue
-            dims = [(n, d, term) for n, _ in entry.places for d, term in enumerate(self.terms[n])]
-            if any(atom.heads for n, d, term in dims if (n, d) in entry.places for atom in leaves(term)):
+            if self._has_heads(entry):
                 continue  # value dimensions of attention
             if any(atom.heads for n, _ in entry.consumers for term in self.terms[n] for atom in leaves(term)):
                 continue  # a low-rank query, key or value projection
