@@ -308,7 +308,7 @@ def _other(other: Text | None, train: Text, tokenizer: object) -> Text | None:
     return other
 
 
-def _sources(text: Text | None, what: str = "training text") -> list[str]:
+def _sources(text: Text | None, what: str = "training text") -> list[Any]:
     return [part.source for part in parts_of(text, what)] if is_text(text) else []  # type: ignore[arg-type]
 
 
@@ -357,5 +357,5 @@ def _save(model: Any, directory: Path, tokenizer: PreTrainedTokenizerBase | None
 def _report(text: Text | None, before: float | None, after: float | None) -> dict[str, Any]:
     if before is None or after is None:
         return {}
-    name = " ".join(["perplexity", *(f"on {Path(source).name}" for source in _sources(text))])
+    name = " ".join(["perplexity", *(f"on {Path(str(source)).name}" for source in _sources(text))])
     return {name: {"before recovery": before, "after recovery": after}}
