@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from peft import LoraConfig
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,15 @@ def recover(
     source = None if isinstance(model, torch.nn.Module) else str(model)
     config = load_config(source) if source is not None else model.config  # type: ignore[union-attr]
     other = _other(other, train, tokenizer or source)
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: found {preset!r}, expected one of {tuple(PRESETS)}.")
+    recipe = PRESETS[preset]
+    # Small steps are lost in half-precision weights: they are float32 while they are trained.
+    dtype = _dtype(config) if recipe.trains != "adapters" else torch.float32
+    mixed = {"bf16": True} if dtype == torch.bfloat16 and "fp16" not in options else {}
     args = training_arguments(
         training_dir,
-        options,
+        {**mixed, **options},
         preset=preset,
         seq_len=seq_len,
         steps=steps,
@@ -153,7 +159,6 @@ def recover(
     if teacher is None and preset == "distill":
         teacher = BASE
     teacher = dense_source(teacher, config) if isinstance(teacher, str) else teacher
-    recipe = PRESETS[preset]
     if lora is not None and recipe.trains != "adapters":
         raise ConfigError(f"lora: preset {preset!r} trains no adapters; leave it out, or take preset 'lora'.")
     if teacher_cache is not None and (teacher is None or not is_text(train)):
@@ -190,6 +195,7 @@ def recover(
         if written is not None:
             data = _taught(teacher, own, data, written, temperature, str(args.device))
             teacher, args.remove_unused_columns = None, False
+        own = own.float() if dtype != torch.float32 else own
         use_cache = own.config.use_cache
         trained: Any = own
         frozen: list[torch.nn.Parameter] = []
@@ -233,6 +239,7 @@ def recover(
             parameter.requires_grad_(True)
         if result is not None:
             result.config.use_cache = use_cache
+            result = result if dtype == torch.float32 else result.to(dtype)
         if args.should_save and result is not None:
             _save(result, directory, tokenizer, _report(eval, before.get(TEXT), after.get(TEXT)))
         trainer.accelerator.wait_for_everyone()
@@ -299,6 +306,12 @@ def _taught(
     windows, order = torch.unique(torch.stack([row["input_ids"] for row in rows]), dim=0, return_inverse=True)
     write_predictions(teacher, windows, directory, temperature=temperature, student=student, device=device)
     return TaughtRows(windows, order.tolist(), directory)
+
+
+def _dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Of the weights of a checkpoint."""
+    found = getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, found) if isinstance(found, str) else found
 
 
 def _other(other: Text | None, train: Text, tokenizer: object) -> Text | None:
