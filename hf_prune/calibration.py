@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_prune.config.checks import Range
-from hf_prune.data import CALIBRATION_CHARS, check_source, load_text, pieces, token_stream, windows_of
+from hf_prune.data import CALIBRATION_CHARS, check_source, is_dataset, load_text, pieces, token_stream, windows_of
 from hf_prune.errors import CalibrationError, check_whole_numbers
 from hf_prune.layers.weights import inference, input_device, is_on_disk
 
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Sources = str | Path | Sequence[str] | Mapping[str, float]
-"""A text; several, each as `source` or `source:weight`; or weights by source."""
+Sources = Any
+"""A text (a file, the name of a dataset, a `datasets.Dataset` or `IterableDataset`); several, each as `source` or
+`source:weight`; or weights by source."""
 
 GENERAL = "general"
 """The bundled mixture: exposition, stories, instructions, code, mathematics, other languages."""
@@ -50,7 +51,8 @@ _WEIGHTED = re.compile(r"(.+):(\d+(?:\.\d*)?|\.\d+)")
 class Part:
     """A source and its share of the windows."""
 
-    source: str
+    source: Any
+    """Its name, or a dataset."""
     weight: float
     """As asked, above 0; without any, that of equal parts."""
     share: float
@@ -65,10 +67,10 @@ def parts_of(sources: Sources, what: str = "calibration") -> list[Part]:
             some of the sources only.
     """
     if isinstance(sources, Mapping):
-        found: list[tuple[str, float | None]] = [(str(source), weight) for source, weight in sources.items()]
+        found: list[tuple[Any, float | None]] = [(_named(source), weight) for source, weight in sources.items()]
     else:
-        given = [sources] if isinstance(sources, (str, Path)) else list(sources)
-        found = [_weighted(str(source)) for source in given]
+        given = [sources] if isinstance(sources, (str, Path)) or is_dataset(sources) else list(sources)
+        found = [_weighted(_named(source)) for source in given]
     weights = [1 / len(found) if weight is None else weight for _, weight in found]
     names = [source for source, _ in found]
     if not found or len(set(names)) < len(names):
@@ -136,7 +138,7 @@ def calibration_batches(
             raise CalibrationError(
                 f"{part.source}: its share {part.share:.3g} of {num_samples} windows is none; take more samples."
             )
-        if part.source.partition(":")[0] == SELF:
+        if _is_self(part.source):
             drawn.append(iter(_own_windows(model, tokenizer, part.source, wanted + more, seq_len, batch_size, seed)))
         else:
             drawn.append(iter(_text_windows(tokenizer, part.source, column, wanted, seq_len, seed, more)))
@@ -170,12 +172,12 @@ def training_windows(
     """
     check_whole_numbers(window=(window, 1), number=(1 if number is None else number, 1))
     parts = parts_of(sources, "training text")
-    if any(part.source.partition(":")[0] == SELF for part in parts):
+    if any(_is_self(part.source) for part in parts):
         raise CalibrationError("training text 'self' is not written here; let the model write it, and pass the file.")
     if len(parts) == 1:
         text = text_of(parts[0].source, tokenizer)
         tokens = torch.cat([token_stream(tokenizer, piece) for piece in pieces(text)])
-        return windows_of(tokens, window, num_windows=1, source=parts[0].source)
+        return windows_of(tokens, window, num_windows=1, source=str(parts[0].source))
     _announce(parts)
     shares = [part.share for part in parts]
     most = _MOST if number is None else number
@@ -213,27 +215,35 @@ def _again_and_again(windows: Tensor, seed: int) -> Iterator[Tensor]:
 
 def is_text(calibration: Any) -> bool:
     """Whether `calibration` names texts, and is not batches of token ids."""
-    several = isinstance(calibration, (list, tuple)) and all(isinstance(source, str) for source in calibration)
-    return isinstance(calibration, (str, Path, Mapping)) or (several and len(calibration) > 0)
+    several = calibration if isinstance(calibration, (list, tuple)) else ()
+    all_texts = all(isinstance(source, str) or is_dataset(source) for source in several) and len(several) > 0
+    return all_texts or isinstance(calibration, (str, Path, Mapping)) or is_dataset(calibration)
 
 
 def asks_model(sources: Sources) -> bool:
     """Whether a part of the mixture is what the model itself says."""
-    return any(part.source.partition(":")[0] == SELF for part in parts_of(sources))
+    return any(_is_self(part.source) for part in parts_of(sources))
 
 
-def _weighted(source: str) -> tuple[str, float | None]:
-    match = _WEIGHTED.fullmatch(source)
+def _named(source: Any) -> Any:
+    return source if is_dataset(source) else str(source)
+
+
+def _is_self(source: Any) -> bool:
+    return isinstance(source, str) and source.partition(":")[0] == SELF
+
+
+def _weighted(source: Any) -> tuple[Any, float | None]:
+    match = None if is_dataset(source) else _WEIGHTED.fullmatch(source)
     if match is None or Path(source).is_file():
         return source, None
     return match[1], float(match[2])
 
 
-def _check_part(source: str) -> None:
-    name, _, prompts = source.partition(":")
-    if name == SELF and prompts:
+def _check_part(source: Any) -> None:
+    if _is_self(source) and source != SELF:
         prompts_of(source)
-    elif source not in (GENERAL, SELF):
+    elif not is_dataset(source) and source not in (GENERAL, SELF):
         check_source(source)
 
 
@@ -248,7 +258,7 @@ def _turns(shares: Sequence[float], number: int) -> list[int]:
 
 
 def _text_windows(
-    tokenizer: PreTrainedTokenizerBase, source: str, column: str, number: int, seq_len: int, seed: int, more: int
+    tokenizer: PreTrainedTokenizerBase, source: Any, column: str, number: int, seq_len: int, seed: int, more: int
 ) -> Tensor:
     """`number` random windows of one text, and up to so many `more`: `[N, seq_len]`."""
     text = text_of(source, tokenizer, column)
@@ -267,13 +277,13 @@ def _text_windows(
 
 
 def text_of(
-    source: str,
+    source: Any,
     tokenizer: PreTrainedTokenizerBase,
     column: str = "text",
     max_chars: int | None = CALIBRATION_CHARS,
 ) -> str:
     """The text of one part of a mixture that is no answer of a model; `CalibrationError` if it cannot be read."""
-    path = TEXTS / "general.jsonl" if source == GENERAL else source
+    path = TEXTS / "general.jsonl" if not is_dataset(source) and source == GENERAL else source
     return load_text(path, column=column, max_chars=max_chars, tokenizer=tokenizer)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ CALIBRATION_CHARS = 100_000_000
 
 
 def load_text(
-    source: str | Path,
+    source: Any,
     *,
     column: str = "text",
     max_chars: int | None = None,
@@ -40,7 +41,8 @@ def load_text(
 
     Args:
         source: path of a `.txt`, `.jsonl`, `.json` or `.parquet` file, or the name of a dataset: `name`,
-            `name:config` or `name:config:split` (`name::split` for the default config; the default split is `train`).
+            `name:config` or `name:config:split` (`name::split` for the default config; the default split is `train`);
+            or a dataset itself: a `datasets.Dataset` or `IterableDataset` of records.
         column: the field of each record that holds the text.
         tokenizer: for chats; without one, or a template, each message follows its role and a colon.
         max_chars: stop reading here, in characters. A dataset of the Hub is then streamed (where the Hub can be
@@ -55,15 +57,21 @@ def load_text(
     """
     if max_chars is not None:
         check_whole_numbers(max_chars=(max_chars, 1))
-    check_source(source)
-    path = Path(source)
-    if path.is_file():
-        text = _read_file(path, column, max_chars, tokenizer)
+    if is_dataset(source):
+        text = _join(source, column, max_chars, "the dataset", tokenizer)
     else:
-        text = _read_dataset(str(source), column, max_chars, tokenizer)
+        check_source(source)
+        path = Path(source)
+        read = partial(_read_file, path) if path.is_file() else partial(_read_dataset, str(source))
+        text = read(column, max_chars, tokenizer)
     if not text.strip():
         raise CalibrationError(f"'{source}' holds no text: expected at least one sentence; pass another source")
     return text
+
+
+def is_dataset(source: Any) -> bool:
+    """Whether this is a dataset of the `datasets` library, of records that are not tokenised yet."""
+    return hasattr(source, "column_names") and "input_ids" not in (source.column_names or ())
 
 
 def check_source(source: str | Path) -> None:

@@ -227,3 +227,29 @@ def test_an_answer_ends_at_the_end_token(monkeypatch):
         (6, [5], True),
     ]
     assert TOKENIZER.decode(found[1][0]) == "abcdef"
+
+
+def test_datasets_and_streams_are_texts_too(tmp_path):
+    """Objects of `datasets` give the windows of a file with the same records, alone and in mixtures, chats as well."""
+    import datasets
+
+    records = [{"text": f"{i} " + "word and other " * 9} for i in range(60)]
+    answer = {"role": "assistant", "content": "w " * 30}
+    chats = [{"messages": [{"role": "user", "content": f"say {i}"}, answer]} for i in range(30)]
+    options = {"num_samples": 4, "seq_len": 16, "batch_size": 4, "seed": 0}
+    for rows in (records, chats):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("\n".join(map(json.dumps, rows)))
+        (expected,) = calibration_batches(TOKENIZER, path, **options)
+        whole = datasets.Dataset.from_list(rows)
+        for source in (whole, whole.to_iterable_dataset(), [whole]):
+            (found,) = calibration_batches(TOKENIZER, source, **options)
+            assert torch.equal(found["input_ids"], expected["input_ids"])
+    mixed = {datasets.Dataset.from_list(records): 1.0, datasets.Dataset.from_list(chats).to_iterable_dataset(): 3.0}
+    (found,) = calibration_batches(TOKENIZER, mixed, **options)
+    assert found["input_ids"].shape == (4, 16)
+    assert calibration.is_text(mixed)
+    tokens = datasets.Dataset.from_list([{"input_ids": [1, 2, 3]}])
+    assert not calibration.is_text(tokens)  # rows for a Trainer
+    with pytest.raises(CalibrationError, match="no column 'text'"):
+        calibration_batches(TOKENIZER, datasets.Dataset.from_list([{"body": "x"}]), **options)

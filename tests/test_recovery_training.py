@@ -656,3 +656,17 @@ def test_one_command_from_dense_to_recovered_goes_on_after_a_kill(tmp_path, monk
         run = CliRunner().invoke(app, [*command, *words, "--overwrite"])
         assert run.exit_code == 2
         assert said in run.output
+
+
+def test_half_precision_weights_are_trained_in_single_and_saved_as_they_were(material, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(material / "pruned", dtype=torch.bfloat16)
+    plan, tokenizer = load_plan(material / "pruned"), AutoTokenizer.from_pretrained(material / "pruned")
+    save_pruned(model, tmp_path / "half", plan=plan, tokenizer=tokenizer)
+    texts = {"train": material / "train.txt", "other": None}
+    options = {"preset": "full", "steps": 40, "seq_len": 16, **QUICK, "learning_rate": 1e-6, "warmup_steps": 0}
+    result = recover(tmp_path / "half", tmp_path / "out", **texts, **options)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert saved.dtype == result.model.dtype == torch.bfloat16
+    start = model.get_input_embeddings().weight
+    moved = (saved.get_input_embeddings().weight != start).float().mean()
+    assert moved > 0.02  # steps that each are lost in bfloat16 add up

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hf_prune.calibration import SELF, Sources, parts_of, text_of
+from hf_prune.calibration import Sources, asks_model, parts_of, text_of
 from hf_prune.checkpoint.save_hook import tokens_in_dense
 from hf_prune.data import evaluation_windows
 from hf_prune.errors import CalibrationError
@@ -116,10 +116,11 @@ def read_texts(
     parts = parts_of(texts, "text")
     found = {}
     for part in parts:
-        if part.source.partition(":")[0] == SELF:
+        if asks_model([part.source]):
             raise CalibrationError("text 'self' cannot be measured on: the model would be its own judge.")
         if not math.isclose(part.weight, 1 / len(parts)):
             raise CalibrationError(f"text {part.source!r} has a weight; all texts count the same: leave it out.")
         content = text_of(part.source, tokenizer, max_chars=None)
-        found[part.source] = evaluation_windows(tokenizer, content, window, max_windows, source=part.source)
+        name = str(part.source)
+        found[name] = evaluation_windows(tokenizer, content, window, max_windows, source=name)
     return found

@@ -31,7 +31,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
 
     Args:
         *args: as for `Trainer`.
-        teacher: the dense model, in memory, or its directory or Hub id (loaded in the student's dtype). It is set to
+        teacher: the dense model, in memory, or its directory or Hub id (loaded in its own dtype). It is set to
             evaluation mode and frozen, and moved to the device of the run. `None`: the rows are `TaughtRows`, which
             say what it predicts.
         temperature: T, above 0.
@@ -65,7 +65,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.temperature, self.alpha, self.hidden_weight = temperature, alpha, hidden_weight
         self.teacher: Any = teacher
         if isinstance(teacher, (str, Path)):
-            self.teacher = load_model(str(teacher), dtype=str(self.model.dtype).removeprefix("torch."))
+            self.teacher = load_model(str(teacher))
         self.layer_map: list[int] = []
         self.kept_channels: Tensor | None = None
         self.kept_tokens: Tensor | None = None

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from peft import LoraConfig
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -143,9 +143,15 @@ def recover(
     source = None if isinstance(model, torch.nn.Module) else str(model)
     config = load_config(source) if source is not None else model.config  # type: ignore[union-attr]
     other = _other(other, train, tokenizer or source)
+    if preset not in PRESETS:
+        raise ConfigError(f"preset: found {preset!r}, expected one of {tuple(PRESETS)}.")
+    recipe = PRESETS[preset]
+    # Small steps are lost in half-precision weights: they are float32 while they are trained.
+    dtype = _dtype(config) if recipe.trains != "adapters" else torch.float32
+    mixed = {"bf16": True} if dtype == torch.bfloat16 and "fp16" not in options else {}
     args = training_arguments(
         training_dir,
-        options,
+        {**mixed, **options},
         preset=preset,
         seq_len=seq_len,
         steps=steps,
@@ -156,7 +162,6 @@ def recover(
     if teacher is None and preset == "distill":
         teacher = BASE
     teacher = dense_source(teacher, config) if isinstance(teacher, str) else teacher
-    recipe = PRESETS[preset]
     if lora is not None and recipe.trains != "adapters":
         raise ConfigError(f"lora: preset {preset!r} trains no adapters; leave it out, or take preset 'lora'.")
     if teacher_cache is not None and (teacher is None or not is_text(train)):
@@ -193,6 +198,7 @@ def recover(
         if written is not None:
             data = _taught(teacher, own, data, written, temperature, str(args.device))
             teacher, args.remove_unused_columns = None, False
+        own = own.float() if dtype != torch.float32 else own
         use_cache = own.config.use_cache
         trained: Any = own
         frozen: list[torch.nn.Parameter] = []
@@ -236,6 +242,7 @@ def recover(
             parameter.requires_grad_(True)
         if result is not None:
             result.config.use_cache = use_cache
+            result = result if dtype == torch.float32 else result.to(dtype)
         if args.should_save and result is not None:
             _save(result, directory, tokenizer, _report(eval, before.get(TEXT), after.get(TEXT)))
         trainer.accelerator.wait_for_everyone()
@@ -311,6 +318,12 @@ def _taught(
     return TaughtRows(windows, order.tolist(), directory)
 
 
+def _dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Of the weights of a checkpoint."""
+    found = getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, found) if isinstance(found, str) else found
+
+
 def _other(other: Text | None, train: Text, tokenizer: object) -> Text | None:
     """The text of another kind, if there is one: not what is trained on, and not without a tokenizer."""
     if other is not None and is_text(other) and (tokenizer is None or set(_sources(other)) & set(_sources(train))):
@@ -318,7 +331,7 @@ def _other(other: Text | None, train: Text, tokenizer: object) -> Text | None:
     return other
 
 
-def _sources(text: Text | None, what: str = "training text") -> list[str]:
+def _sources(text: Text | None, what: str = "training text") -> list[Any]:
     return [part.source for part in parts_of(text, what)] if is_text(text) else []  # type: ignore[arg-type]
 
 
@@ -367,5 +380,5 @@ def _save(model: Any, directory: Path, tokenizer: PreTrainedTokenizerBase | None
 def _report(text: Text | None, before: float | None, after: float | None) -> dict[str, Any]:
     if before is None or after is None:
         return {}
-    name = " ".join(["perplexity", *(f"on {Path(source).name}" for source in _sources(text))])
+    name = " ".join(["perplexity", *(f"on {Path(str(source)).name}" for source in _sources(text))])
     return {name: {"before recovery": before, "after recovery": after}}

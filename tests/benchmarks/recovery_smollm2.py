@@ -8,7 +8,8 @@ mixture, and trained on at most 2 M tokens of it: a third each of WikiText-2 tra
 of 256 tokens a step. Perplexity: windows of 256 without overlap, no BOS, float32, spread over each text; the intervals
 are those of `evaluate`. Two of the texts are of kinds that nothing was calibrated, trained or chosen with. Every row is
 written when it is measured, and those that are there are not measured again. With `--seconds` no row is begun that
-would not be done in that time. Data are read from `HF_PRUNE_DATA` (default `../shared`).
+would not be done in that time, and training takes as many tokens (up to 2 M) as the time allows. Texts are tokenised
+once (`--texts-only`). Data are read from `HF_PRUNE_DATA` (default `../shared`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_prune import OBSConfig, prune, recover
+from hf_prune.calibration import calibration_batches, training_windows
 from hf_prune.evaluation import evaluate, flat, markdown_table, read_texts
 from hf_prune.recovery.arguments import distillation_rate
 
@@ -41,7 +43,7 @@ CHARS = {"train": 3_000_000, "valid": 100_000, "test": 600_000}
 NOVELS = {"train": (0, 3_000_000), "valid": (8_000_000, 8_100_000), "test": (10_000_000, 10_600_000)}
 """Characters, of different books."""
 HELD_OUT_INSTRUCTIONS = 150
-SEQ_LEN, BATCH = 256, 16
+SEQ_LEN, BATCH, TOKENS = 256, 16, 2_000_000
 DISTILL = {"preset": "distill"}
 ROWS: dict[str, tuple[float, dict[str, Any]]] = {
     "distill 30 %": (0.3, DISTILL),
@@ -54,7 +56,6 @@ ROWS: dict[str, tuple[float, dict[str, Any]]] = {
     "distill 30 %, half the rate": (0.3, {"preset": "distill", "rate": 0.5}),
     "distill 30 %, alpha 0.5": (0.3, {"preset": "distill", "alpha": 0.5}),
     "distill 50 %, twice the rate": (0.5, {"preset": "distill", "rate": 2.0}),
-    "distill 30 %, predictions written before": (0.3, {"preset": "distill", "cached": True}),
     "lora 30 %, towards the dense model": (0.3, {"preset": "lora", "learning_rate": 1e-3, "taught": True}),
 }
 """Name → ratio, what is asked of `recover` (`rate`: times that of `distillation_rate`); the most wanted first."""
@@ -86,48 +87,78 @@ def write_texts(data: Path, folder: Path) -> None:
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
 
 
-class Bench:
-    """The dense model, its texts, and pruned models as they were made."""
+def write_windows(tokenizer: Any, texts: Path) -> None:
+    """Tokenise all texts once: training, calibration and validation windows of the mixtures, judged texts."""
+    paths = {names: [str(texts / f"{name}.txt") for name in names] for names in (TRAIN, VALID, JUDGED)}
+    found: dict[str, Any] = {
+        "train": training_windows(tokenizer, paths[TRAIN], SEQ_LEN, number=-(-TOKENS // SEQ_LEN)),
+        "valid": training_windows(tokenizer, paths[VALID], SEQ_LEN, number=96),
+        "judged": read_texts(tokenizer, paths[JUDGED], SEQ_LEN, 96),
+    }
+    options = {"num_samples": 128, "seq_len": SEQ_LEN, "batch_size": 128, "seed": 0}
+    found["calibration"] = calibration_batches(tokenizer, paths[TRAIN], **options)[0]["input_ids"]
+    found = {key: value.int() if key != "judged" else value for key, value in found.items()}
+    found["judged"] = {Path(name).stem: ids.int() for name, ids in found["judged"].items()}
+    torch.save(found, texts / "windows.pt")
 
-    def __init__(self, model: str, texts: Path, device: str, windows: int, samples: int, tokens: int) -> None:
+
+class Bench:
+    """The dense model, windows of its texts, and pruned models as they were made."""
+
+    def __init__(self, model: str, texts: Path, device: str, windows: int, samples: int, ends: float | None) -> None:
         self.dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.texts, self.device, self.samples, self.tokens = texts, device, samples, tokens
-        self.judged = read_texts(self.tokenizer, self.paths(JUDGED), SEQ_LEN, windows)
+        self.device, self.ends = device, ends
+        found = torch.load(texts / "windows.pt")
+        self.judged = {
+            name: ids[torch.arange(min(windows, len(ids))) * len(ids) // min(windows, len(ids))].long()
+            for name, ids in found["judged"].items()
+        }
+        self.calibration = [{"input_ids": ids.long()} for ids in found["calibration"][:samples].split(16)]
+        self.train_rows, self.valid_rows = (
+            [{"input_ids": ids.long(), "labels": ids.long()} for ids in found[name]] for name in ("train", "valid")
+        )
         self.scores: Any = None
         self.pruned: dict[float, tuple[PreTrainedModel, float]] = {}
-
-    def paths(self, names: tuple[str, ...]) -> list[str]:
-        """The files of some texts."""
-        return [str(self.texts / f"{name}.txt") for name in names]
 
     def start(self, ratio: float) -> tuple[PreTrainedModel, float]:
         """A copy of the pruned and repaired model, and the share of the decoder that went."""
         torch.set_float32_matmul_precision("highest")
         if ratio not in self.pruned:
             self.dense.requires_grad_(True)  # a teacher is frozen
-            config = OBSConfig(ratio, num_samples=self.samples, seq_len=SEQ_LEN)
-            result = prune(
-                self.dense,
-                config,
-                tokenizer=self.tokenizer,
-                calibration=self.paths(TRAIN),
-                scores=self.scores,
-            )
+            config = OBSConfig(ratio, num_samples=128, seq_len=SEQ_LEN)
+            result = prune(self.dense, config, calibration=self.calibration, scores=self.scores)
             self.scores = result.scores
             self.pruned[ratio] = result.model.eval(), result.plan.achieved["decoder"]
         model, removed = self.pruned[ratio]
         return copy.deepcopy(model), removed
+
+    def affordable(self, model: PreTrainedModel, tokens: int) -> int:
+        """As many tokens, up to `tokens`, as there is time to train on: by four steps that are thrown away."""
+        if self.ends is None:
+            return tokens
+        trial, began = copy.deepcopy(model).train(), 0.0
+        for step in range(5):
+            ids = torch.stack([row["input_ids"] for row in self.train_rows[:BATCH]]).to(self.device)
+            with torch.no_grad():
+                taught = self.dense(input_ids=ids).logits.log_softmax(-1)
+            learnt = trial(input_ids=ids).logits.log_softmax(-1)
+            torch.nn.functional.kl_div(learnt, taught, reduction="sum", log_target=True).backward()
+            float(trial.get_input_embeddings().weight.grad[0, 0])  # waits for the device
+            began = time.monotonic() if step == 0 else began
+        step_s = (time.monotonic() - began) / 4
+        left = self.ends - time.monotonic() - 15
+        return max(0, min(tokens, int(left / (1.2 * step_s)) * BATCH * SEQ_LEN))
 
     def measure(self, model: PreTrainedModel) -> dict[str, Any]:
         """Ratios to the dense model on the judged texts."""
         torch.set_float32_matmul_precision("highest")
         found = flat(evaluate(model.eval(), self.tokenizer, self.judged, dense=self.dense, progress=False))
         for row in found["texts"]:
-            row["text"] = Path(row["text"]).stem
+            row["num_tokens"] = int(row["num_tokens"])
         return {"num_parameters": model.num_parameters(), **found}
 
-    def train(self, name: str) -> dict[str, Any]:
+    def train(self, name: str, most: int) -> dict[str, Any]:
         """One row: prune, train, measure."""
         ratio, asked = ROWS[name]
         settings = dict(asked)
@@ -138,17 +169,18 @@ class Bench:
         if taught:
             settings["teacher"] = self.dense
         torch.set_float32_matmul_precision("high")  # TF32 on an accelerator, for training alone
+        tokens = self.affordable(model, most)
+        if not tokens:
+            return {}
         with tempfile.TemporaryDirectory() as folder:
-            if settings.pop("cached", False):
-                settings["teacher_cache"] = f"{folder}/cache"
             began = time.perf_counter()
             result = recover(
                 model,
                 f"{folder}/out",
-                train=self.paths(TRAIN),
-                eval=self.paths(VALID),
+                train=self.train_rows,
+                eval=self.valid_rows,
                 tokenizer=self.tokenizer,
-                tokens=self.tokens,
+                tokens=tokens,
                 seq_len=SEQ_LEN,
                 per_device_train_batch_size=BATCH,
                 per_device_eval_batch_size=2 * BATCH,
@@ -170,6 +202,7 @@ class Bench:
             "removed": removed,
             "settings": asked,
             "learning_rate": max(rates, default=None),
+            "tokens": tokens,
             "train_s": train_s,
             "curve": curve,
             "other": [result.other_before, result.other_after],
@@ -177,13 +210,12 @@ class Bench:
         }
 
 
-def run(bench: Bench, output: Path, names: list[str], seconds: float | None, circumstances: dict[str, Any]) -> None:
+def run(bench: Bench, output: Path, names: list[str], tokens: int, circumstances: dict[str, Any]) -> None:
     """Measure every row that `output` does not hold yet."""
-    began, longest = time.monotonic(), 0.0
     results = json.loads(output.read_text()) if output.exists() else {**circumstances, "rows": {}}
     for name in names:
         before = f"none {100 * ROWS[name][0]:.0f} %"
-        if name in results["rows"] or (seconds is not None and time.monotonic() - began + longest > seconds):
+        if name in results["rows"]:
             continue
         start = time.monotonic()
         if before not in results["rows"]:
@@ -193,8 +225,10 @@ def run(bench: Bench, output: Path, names: list[str], seconds: float | None, cir
             save(results, output)
             print(before, round(results["rows"][before]["ratio"], 4), f"{prune_s:.0f} s", flush=True)
             start = time.monotonic()
-        results["rows"][name] = bench.train(name)
-        longest = max(longest, 1.2 * (time.monotonic() - start))
+        found = bench.train(name, tokens)
+        if not found:
+            return
+        results["rows"][name] = found
         save(results, output)
         print(name, round(results["rows"][name]["ratio"], 4), f"{time.monotonic() - start:.0f} s", flush=True)
 
@@ -234,13 +268,16 @@ def main(
     seconds: Annotated[float | None, typer.Option(help="Begin no row that would not be done by then.")] = None,
     windows: Annotated[int, typer.Option(help="Of each judged text.")] = 96,
     samples: Annotated[int, typer.Option(help="Windows to calibrate with.")] = 128,
-    tokens: Annotated[int, typer.Option(help="To train on.")] = 2_000_000,
+    tokens: Annotated[int, typer.Option(help="To train on.")] = TOKENS,
     texts_only: Annotated[bool, typer.Option(help="Only write the texts.")] = False,
     tables_only: Annotated[bool, typer.Option(help="Only write the table.")] = False,
 ) -> None:
     """Measure recovery on SmolLM2, and write the table."""
+    began = time.monotonic()
     if not texts.exists():
         write_texts(SHARED / "data", texts)
+    if not (texts / "windows.pt").exists():
+        write_windows(AutoTokenizer.from_pretrained(model), texts)
     if texts_only:
         return
     if not tables_only:
@@ -253,8 +290,8 @@ def main(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        bench = Bench(model, texts, device, windows, samples, tokens)
-        run(bench, output, [name for name in rows.split(";") if name] or list(ROWS), seconds, circumstances)
+        bench = Bench(model, texts, device, windows, samples, None if seconds is None else began + seconds)
+        run(bench, output, [name for name in rows.split(";") if name] or list(ROWS), tokens, circumstances)
     if tables_only or output.parent == PAGE.parent:
         write_table(json.loads(output.read_text()))
 
