@@ -135,7 +135,8 @@ def unresizable(config: Any, structure: Structure, cls: type | None = None, *, h
     knobs = {} if held else find_knobs(config, structure, cls)
     first: dict[str, Axis] = {}
     for axis in structure.axes.values():
-        if axis.layer is not None and axis.prunable and axis.num_units - axis.multiple_of >= axis.least:
+        may_go = axis.prunable and not axis.block and axis.num_units - axis.multiple_of >= axis.least
+        if axis.layer is not None and may_go:
             first.setdefault(family(axis), axis)
     kept = {a.name: tuple(range(a.num_units - a.multiple_of)) for name, a in first.items() if name not in knobs}
     reasons: dict[str, str] = {}
