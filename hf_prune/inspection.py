@@ -109,7 +109,7 @@ def inspect_config(config: PreTrainedConfig, cls: type[PreTrainedModel] | None =
         StructureError: the model cannot be built or traced from its config.
     """
     structure = infer_structure(config)
-    refused = unresizable(config, structure, cls)
+    refused = unresizable(config, structure, cls, held=False)
     axes = {
         n: dataclasses.replace(a, blocker=a.blocker or refused.get(family(a), "")) for n, a in structure.axes.items()
     }
@@ -204,7 +204,7 @@ def verify(model: PreTrainedModel, *, pruning_ratio: float = 0.3, seed: int = 0)
         raise ConfigError(f"verification compares logits; found {model.dtype}, expected float32 or float64.")
     structure = infer_structure(model)
     check_model(model, structure, RandomConfig(pruning_ratio), None)
-    refused = unresizable(model.config, structure, type(model))
+    refused = unresizable(model.config, structure, type(model), held=False)
     generator = torch.Generator().manual_seed(seed)
     vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[assignment]
     ids = torch.randint(vocab_size, (2, 16), generator=generator).to(input_device(model))

@@ -74,10 +74,6 @@ def main() -> None:
         results.append(check(name))
         if only:
             print(json.dumps(results[-1], indent=None, ensure_ascii=False), flush=True)
-    if only and arguments.write:
-        known = json.loads((DOCS / "architectures.json").read_text(encoding="utf-8"))["model_types"]
-        found = {result["model_type"]: result for result in results}
-        results = [found.get(result["model_type"], result) for result in known]
     if not only or arguments.write:
         from architectures_page import write_page
 
