@@ -446,7 +446,10 @@ def test_each_projection_computes_each_batch_once(family):
     with contextlib.ExitStack() as stack:
         for which, model in (("dense", dense), ("pruned", pruned)):
             weights = {
-                member.parameter for axis in structure.members if axis != "hidden" for member in structure.members[axis]
+                member.parameter
+                for axis in structure.members
+                if structure.axes[axis].layer is not None
+                for member in structure.members[axis]
             }
             for path in {name.rpartition(".")[0] for name in weights}:
                 count = lambda module, args, output, key=(which, path): counts.update({key: counts[key] + 1})  # noqa: E731

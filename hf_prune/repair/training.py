@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from hf_prune.layers.processes import copy_of_main_process_, sum_numbers, sum_over_processes
+from hf_prune.layers.processes import copy_of_main_process_, least_of_processes, sum_numbers, sum_over_processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,8 +44,7 @@ def train_layer_(walk: Walk, layer: int, targets: Sequence[Tensor]) -> tuple[flo
     """
     module = walk.model.get_submodule(walk.layer_paths[layer])
     number = len(targets)
-    num_batches = round(sum_numbers(number)[0])
-    first = number - max(1, number // HELD_OUT)
+    first = least_of_processes(number - max(1, number // HELD_OUT))  # as many steps in each
     with _in_float32(module) as parameters:
         rates = [{"params": [p], "lr": LEARNING_RATE * float(p.norm()) / math.sqrt(p.numel())} for p in parameters]
         optimizer = torch.optim.Adam(rates, betas=(0.9, 0.99))
@@ -59,7 +58,7 @@ def train_layer_(walk: Walk, layer: int, targets: Sequence[Tensor]) -> tuple[flo
                     _error(walk, layer, batch, targets[batch]).backward()  # type: ignore[no-untyped-call]
                 for parameter in parameters:
                     if parameter.grad is not None:
-                        parameter.grad = sum_over_processes(parameter.grad) * (number / num_batches)
+                        parameter.grad = sum_over_processes(parameter.grad)  # Adam does not see the scale
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()
