@@ -338,7 +338,7 @@ def decide(
     preview, exponents = None, None
     if config.allocation in ("spectral", "search"):
         exponents = of_main_process(hill_exponents(model, structure))
-    if config.allocation == "search" and config.repair == "least_squares":  # judge plans as repair will leave them
+    if config.allocation == "search" and config.repairs_with_data:  # judge plans as repair will leave them
         preview = RepairPreview(model, structure, batches or (), config.repair_ridge, protocol).applied
     planned = partial(
         allocate,
@@ -408,7 +408,7 @@ def carry_out(
                 with layers.layer(layer):
                     pass
     else:
-        data = batches if config.repair == "least_squares" else None
+        data = batches if config.repairs_with_data else None
         target, ridge = config.repair_target, config.repair_ridge
         repair_(
             layers.model,
@@ -418,6 +418,7 @@ def carry_out(
             data,
             target=target,
             ridge=ridge,
+            train=config.repair == "train",
             seed=config.seed,
             layers=layers,
             work=own,
@@ -491,7 +492,7 @@ def _data(
         parts_of(calibration)  # type: ignore[arg-type]  # wrong ones are named whether they are needed or not
     scored = config.method in METHODS and METHODS[config.method].needs_calibration  # `score` refuses unknown ones
     searched = config.allocation == "search"
-    selected, repaired = config.selection != "scores", config.repair == "least_squares"
+    selected, repaired = config.selection != "scores", config.repairs_with_data
     needed = config.pruning_ratio > 0 and (scored or searched or selected or repaired)
     if not needed and (not is_text(calibration) or tokenizer is None or not num_held_out):
         return None, ()

@@ -322,7 +322,7 @@ def test_temporary_files_go_with_the_models(tmp_path, monkeypatch):
 
 RESUMED = {
     "fisher": LLMPrunerConfig(0.3, num_samples=6, seq_len=16, selection="obs", repair="least_squares"),
-    "obs in steps": OBSConfig(0.4, num_samples=6, seq_len=16, num_steps=2),
+    "obs in steps, trained": OBSConfig(0.4, num_samples=12, seq_len=16, num_steps=2, repair="train"),
     "policy gradient": PolicyGradientConfig(0.3, num_samples=8, seq_len=16, state_steps=1, **LEARN),
     "search": WandaConfig(0.3, num_samples=6, seq_len=16, allocation="search", search_evaluations=8, search_samples=4),
 }

@@ -30,7 +30,7 @@ from hf_prune import plan as plans
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CalibrationError, ConfigError, PlanError, StructureError
 from hf_prune.layers.masking import masked
-from hf_prune.layers.statistics import Statistics, solve_
+from hf_prune.layers.statistics import NO_REFIT, Statistics, best_ridge, solve_
 from hf_prune.layers.walk import LayerCall, Walk, replaced_forward
 from hf_prune.methods.elimination import removal_costs
 from hf_prune.repair import repair_, select_repairable
@@ -155,6 +155,34 @@ def test_halves_are_added_up_in_float32():
     for name in ("gram", "cross", "inputs", "targets"):
         torch.testing.assert_close(getattr(found, name), getattr(wanted, name), rtol=1e-5, atol=1e-3)
     assert found.squares == pytest.approx(wanted.squares, rel=1e-5)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_error_of_any_weight(with_bias):
+    x, t, w, b = problem(0, 60, 7, 4)
+    sums, others = statistics_of(x[:40], t[:40]), statistics_of(x[40:], t[40:])
+    error = (t - x @ w.T - (b if with_bias else 0)).square().sum(1)
+    assert sums.error(w, b if with_bias else None) == pytest.approx(float(error[:40].mean()))
+    sums.add_sums(others)
+    assert sums.error(w, b if with_bias else None) == pytest.approx(float(error.mean()))
+
+
+@pytest.mark.parametrize(("tokens", "least", "most"), [(40, 0.02, NO_REFIT), (4000, 0.01, 0.01)])
+def test_the_ridge_is_the_one_that_others_gain_most_by(tokens, least, most):
+    """Fitted to few tokens, a weight is held back; where there is nothing but noise to fit, it stays."""
+    x, t, w, _ = problem(0, tokens + 2000, 30, 4)
+    t = x @ (1.1 * w).T + 3 * (t - t.mean(0))
+    parts = [statistics_of(x[own], t[own]) for own in (slice(tokens), slice(tokens, None))]
+    ridge = best_ridge(*parts, w, None, 0.01)
+    assert least <= ridge <= most
+    errors = {
+        one: parts[1].error(solve_(statistics_of(x[:tokens], t[:tokens]), w, None, one).weight, None)
+        for one in (0.01, 0.04, 0.16, 0.64, 2.56)
+    }
+    assert errors.get(ridge, parts[1].error(w, None)) == min(*errors.values(), parts[1].error(w, None))
+    noise = t - t.mean(0) + x @ w.T - x @ (1.1 * w).T
+    parts = [statistics_of(x[own], (x @ w.T + noise)[own]) for own in (slice(40), slice(40, None))]
+    assert best_ridge(*parts, w, None, 0.01) >= 0.16
 
 
 def test_inputs_that_are_all_zero_change_nothing():
@@ -530,6 +558,47 @@ def test_the_config_says_how_and_is_checked():
     ):
         with pytest.raises(ConfigError, match="repair"):
             MagnitudeConfig(0.3, **wrong)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_training_lessens_the_error_of_layers_on_held_out_batches(family):
+    dense, structure, batches = tiny_model(family, dtype=torch.float32), shared_structure(family), calibration(8, 2, 16)
+    plan = make_plan(structure, {"layers.1.mlp": tuple(range(0, 30, 2)), "layers.2.attention": (1,)})
+    fitted, trained, again = (apply_plan(dense, structure, plan) for _ in range(3))
+    repair_(fitted, dense, structure, plan, batches)
+    frozen = trained.get_parameter(
+        next(name for name, _ in trained.named_parameters() if "layernorm" in name or "ln_" in name)
+    )
+    frozen.requires_grad_(False)
+    found = repair_(trained, dense, structure, plan, batches, train=True)
+    repair_(again, dense, structure, plan, batches, train=True)
+    layers = {name: item for name, item in found.items() if name in structure.layer_paths}
+    assert set(layers) == set(structure.layer_paths[1:])  # the first layer is as it was
+    assert all(item.error_after <= item.error_before for item in layers.values())
+    assert layers[structure.layer_paths[1]].error_after < layers[structure.layer_paths[1]].error_before
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in trained.named_parameters())
+    path = f"{structure.layer_paths[0]}."
+    assert all(
+        torch.equal(p, dense.get_parameter(name)) for name, p in trained.named_parameters() if name.startswith(path)
+    )
+    assert not frozen.requires_grad
+    assert sum(not p.requires_grad for p in trained.parameters()) == 1
+    assert all(p.grad is None for p in trained.parameters())
+    assert distance(dense, trained) < distance(dense, fitted)
+
+
+def test_training_keeps_dtypes_and_needs_two_batches():
+    dense, structure = tiny_model("llama", dtype=torch.bfloat16), shared_structure("llama")
+    plan = make_plan(structure, {"layers.1.mlp": tuple(range(20))})
+    pruned = apply_plan(dense, structure, plan)
+    found = repair_(pruned, dense, structure, plan, calibration(4), train=True)
+    assert all(p.dtype == torch.bfloat16 for p in pruned.parameters())
+    assert found["model.layers.1"].error_after < found["model.layers.1"].error_before
+    with pytest.raises(CalibrationError, match="found 1 calibration batch, expected 2"):
+        repair_(pruned, dense, structure, plan, calibration(1), train=True)
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------

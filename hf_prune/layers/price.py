@@ -130,7 +130,7 @@ def count_price(
     operations += 2 * held_out * (counts.active * (dense + kept[-1]) // dense + 2 * counts.head)
     gram, solving = gram * len(steps), solving * len(steps)
     if repaired:
-        own = counts.tokens if config.repair == "least_squares" else 0
+        own = counts.tokens if config.repairs_with_data else 0
         operations += sum(2 * counts.active * own * (dense + size) // dense for size in kept)
         share = kept[-1] / dense
         gram += round(len(steps) * own * share * counts.gram(share))
@@ -139,7 +139,7 @@ def count_price(
     widest = max((size for size, *_ in counts.consumers), default=0)
     # repair: hidden states of both models before the layer, the dense ones after it, and what each branch gave and
     # gives; the inputs of one consumer. A backward pass: the gradients
-    held = 7 * hidden + counts.tokens * widest * itemsize if config.repair == "least_squares" else 2 * hidden
+    held = 7 * hidden + counts.tokens * widest * itemsize if config.repairs_with_data else 2 * hidden
     return Price(
         bytes_read=read * itemsize,
         pruned_bytes_read=pruned_read * itemsize,
@@ -235,7 +235,7 @@ class _Counts:
             decoder = self.structure.counted("decoder")
             found += self.sum({name for name in decoder if len(self.structure.layouts[name]) >= 2})
         if config.allocation == "search":
-            first = 2 + (config.repair == "least_squares")  # the dense model, the starts, sums for a preview of repair
+            first = 2 + config.repairs_with_data  # the dense model, the starts, sums for a preview of repair
             found += self.layers * config.num_steps * (first + math.ceil(config.search_evaluations / GENERATION))
         return found
 

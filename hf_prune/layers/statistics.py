@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,6 +26,9 @@ _COLUMNS = 512
 _HALVES = (torch.bfloat16, torch.float16)
 RIDGE_GROWTH, MOST_RIDGE = 10.0, 1e15
 """A matrix that is not positive definite gets so many times the ridge, until it is, or the ridge is this large."""
+
+RIDGE_STEP, NO_REFIT = 4.0, 1e4
+"""What larger ridges are tried in steps of, and one with which a weight stays about as it is."""
 
 
 class Statistics:
@@ -78,6 +82,20 @@ class Statistics:
             self.num_tokens = round(tokens)
         return self
 
+    def add_sums(self, other: Statistics) -> None:
+        """Add what another of the same shapes has seen."""
+        for name in ("gram", "cross", "inputs", "targets", "num_tokens", "squares"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def error(self, weight: Tensor, bias: Tensor | None) -> float:
+        """Squared error of a consumer's output on these tokens, summed over outputs, mean over tokens."""
+        matrix = weight.detach().T.to(self.gram)
+        total = self.squares + float((matrix * (self.symmetric_gram(False) @ matrix - 2 * self.cross)).sum())
+        if bias is not None:
+            own = bias.detach().to(self.gram)
+            total += float(own @ (self.num_tokens * own - 2 * (self.targets - self.inputs @ matrix)))
+        return total / self.num_tokens
+
     def symmetric_gram(self, centred: bool) -> Tensor:
         """Σ x xᵀ, or Σ (x − x̄)(x − x̄)ᵀ, both triangles: in the place where it was summed.
 
@@ -112,6 +130,8 @@ class Solution:
     error_after: float
     ridge: float
     """The ridge that was used: more than asked if the Gram matrix was singular."""
+    asked: float
+    """The ridge that was asked for."""
 
 
 def solve_(statistics: Statistics, weight: Tensor, bias: Tensor | None, ridge: float) -> Solution:
@@ -155,7 +175,27 @@ def solve_(statistics: Statistics, weight: Tensor, bias: Tensor | None, ridge: f
         error_before=max(0.0, before) / n + offset,  # rounding would take errors below 0
         error_after=max(0.0, before - gain) / n,
         ridge=used,
+        asked=ridge,
     )
+
+
+def best_ridge(fitted: Statistics, held_out: Statistics, weight: Tensor, bias: Tensor | None, ridge: float) -> float:
+    """The ridge, `ridge` or more, with which the weight fitted to some tokens has the least error on others.
+
+    `RIDGE_STEP` times as much is tried until the error grows; `NO_REFIT` if none is better than the weight as it is.
+    """
+    least, best, last = held_out.error(weight, bias), NO_REFIT, math.inf
+    while ridge < NO_REFIT:
+        sums = copy.copy(fitted)
+        sums.gram, sums.cross = fitted.gram.clone(), fitted.cross.clone()
+        found = solve_(sums, weight, bias, ridge)
+        error = held_out.error(found.weight, found.bias)
+        if error < least:
+            least, best = error, ridge
+        if error > last:
+            break
+        last, ridge = error, ridge * RIDGE_STEP
+    return best
 
 
 def factorise_(gram: Tensor, ridge: float) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
 from hf_prune.errors import CalibrationError, ScoreError, StructureError
@@ -303,11 +303,18 @@ class Walk:
 
     def run(self, layer: int, batch: int, hidden: Tensor) -> Tensor:
         """Output hidden states of one layer, on the CPU."""
+        return self.held(self.output(layer, batch, hidden))
+
+    def output(self, layer: int, batch: int, hidden: Tensor, at_least: torch.dtype | None = None) -> Tensor:
+        """Output hidden states of one layer, where it is; given halves `at_least` so wide, for weights that are."""
         module = self.model.get_submodule(self.layer_paths[layer])
         device = input_device(module)
         call = self.calls[batch][layer]
         args, kwargs = send_to_device((call.args, call.kwargs), device)
-        return self.held(hidden_of(module(hidden.to(device, copy=True), *args, **kwargs)))  # some add to it in place
+        hidden = hidden.to(device, copy=True)  # some layers add to it in place
+        if at_least is not None:
+            hidden, args, kwargs = tree_map_only(Tensor, partial(_widened, at_least), (hidden, args, kwargs))
+        return hidden_of(module(hidden, *args, **kwargs))
 
     def held(self, values: Tensor, *, copy: bool = False) -> Tensor:
         """What is to be kept of one batch, on the CPU: in a temporary file where the batches together are large."""
@@ -753,6 +760,11 @@ def _looked_at(look: Callable[[], None], layer: nn.Module, forward: Any, *args: 
     with resident(layer):
         look()
         return forward(*args, **kwargs)
+
+
+def _widened(dtype: torch.dtype, values: Tensor) -> Tensor:
+    narrow = values.is_floating_point() and values.dtype.itemsize < dtype.itemsize
+    return values.to(dtype) if narrow else values
 
 
 def _return(output: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

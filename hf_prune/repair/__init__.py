@@ -18,6 +18,7 @@ import logging
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from hf_prune.errors import CalibrationError, PlanError
@@ -62,6 +63,7 @@ def repair_(
     *,
     target: Target = "residual",
     ridge: float = 1e-2,
+    train: bool = False,
     seed: int = 0,
     layers: PrunedLayers | None = None,
     work: WorkDir | None = None,
@@ -84,6 +86,8 @@ def repair_(
             it is (gemma's norm after it, experts weighted by a router) use `asymmetric` instead of `residual`, and
             experts always `own`.
         ridge: λ as a fraction of the mean squared norm of the inputs, 0 or more.
+        train: then train all weights of each layer, from the first with a pruned unit on, towards the dense residual
+            stream (`train_layer_`).
         seed: of the noise.
         layers: makes `pruned` layer by layer, of a model on disk; `None`: both models are in memory.
         work: keeps the hidden states after each layer, so that an interrupted repair is resumed.
@@ -103,8 +107,12 @@ def repair_(
         raise PlanError("repair target 'own' found pruned hidden channels; use 'asymmetric' or 'residual' with them.")
     data = _any_ids(dense) if batches is None else list(batches)
     walk = Walk(dense, structure.layer_paths, data, layered=True, protocol=protocol)
-    if not walk.all_ids:
-        raise CalibrationError("repair found no calibration batch, expected one or more: give a calibration text.")
+    least = 2 * PartialState().num_processes if train else 1
+    if len(walk.all_ids) < least:
+        raise CalibrationError(
+            f"repair found {len(walk.all_ids) or 'no'} calibration batch, expected {least} or more"
+            f"{', one of them to be held out' if train else ''}: give more calibration text, or smaller batches."
+        )
     branches = {found.layer: found for found in find_branches(dense, pruned, structure, plan)}
     result: dict[str, Repaired] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -118,7 +126,8 @@ def repair_(
         other = Walk(pruned, paths, walk.all_ids, layered=True, protocol=LayerProtocol(outputs, True, ""))
         other.ids = walk.ids
         other.start()
-        fit = LayerRepair(walk, other, first_change(structure, plan), structure, plan.kept_indices, target, ridge)
+        change = first_change(structure, plan)
+        fit = LayerRepair(walk, other, change, structure, plan.kept_indices, target, ridge, train)
         done = _resume(work, walk, other, generator, result)
         if layers is not None:
             for layer in range(done):

@@ -11,17 +11,19 @@ import logging
 import math
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_prune.layers.masking import keep_mask, mask_axis
-from hf_prune.layers.processes import of_main_process
-from hf_prune.layers.statistics import Solution, Statistics, solve_, solving
+from hf_prune.layers.processes import my_share, of_main_process
+from hf_prune.layers.statistics import Solution, Statistics, best_ridge, solve_, solving
 from hf_prune.layers.walk import StopForward, Walk, hidden_of, replaced_forward, with_hidden
 from hf_prune.layers.watch import watching
 from hf_prune.repair.consumers import BRANCHES
+from hf_prune.repair.training import train_layer_
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+HELD_OUT = 8
+"""One calibration window of so many tells which ridge is best for a linear consumer; then it is fitted to all."""
 MIN_TOKENS_PER_INPUT = 0.25
 """An expert that saw fewer calibration tokens per input than this stays as it is."""
 ADDITIVE = 1e-2
@@ -75,8 +79,9 @@ class LayerRepair:
         kept: Mapping[str, tuple[int, ...]],
         target: str,
         ridge: float,
+        train: bool = False,
     ) -> None:
-        self.dense, self.pruned = dense, pruned
+        self.dense, self.pruned, self.train = dense, pruned, train
         self.change, self.target, self.ridge = change, target, ridge
         self.kept_hidden = torch.as_tensor(kept["hidden"]) if "hidden" in kept else None
         self.structure = structure
@@ -108,11 +113,19 @@ class LayerRepair:
                 result.update(self._repair_experts(found, branch, consumer, dense, outputs))
             for consumer in shared:
                 result.update(self._repair_shared(found, consumer, dense, outputs))
+        if self.train:
+            errors = train_layer_(self.pruned, found.pruned_layer, [self._kept(hidden) for hidden in dense.outputs])
+            result[self.dense.layer_paths[found.layer]] = Repaired(*errors, self.ridge)
+            outputs = Outputs()
         for batch, hidden in enumerate(self.pruned.hidden):
             with self._repaired(found, dense, outputs, batch):
                 self.pruned.hidden[batch] = self.pruned.run(found.pruned_layer, batch, hidden)
         self.dense.hidden = list(self.pruned.hidden) if self.target == "own" else dense.outputs
         return result
+
+    def _kept(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the dense model, the channels that the pruned one has."""
+        return hidden if self.kept_hidden is None else hidden.index_select(-1, self.kept_hidden)
 
     def _forward_dense(self, layer: int) -> None:
         for batch, hidden in enumerate(self.dense.hidden):
@@ -182,9 +195,13 @@ class LayerRepair:
         """Fit the consumers of one branch; adds the new output of the branch to `outputs` where it has only one."""
         inputs: dict[str, list[Tensor]] = {consumer.name: [] for consumer in consumers}
         statistics = {
-            consumer.name: Statistics(len(consumer.kept_inputs), len(consumer.kept_outputs), consumer.weight.device)
+            (consumer.name, held_out): Statistics(
+                len(consumer.kept_inputs), len(consumer.kept_outputs), consumer.weight.device
+            )
             for consumer in consumers
+            for held_out in (False, True)
         }
+        firsts = my_share(list(accumulate((len(ids) for ids in self.pruned.all_ids), initial=0))[:-1])
         only = _only(found.consumers[branch])
         for batch in range(len(self.pruned.hidden)):
             self._collect(found, consumers, inputs, dense, outputs, batch)
@@ -195,15 +212,23 @@ class LayerRepair:
                 target = _rows(given[batch]).index_select(1, consumer.kept_outputs)
                 if self.target == "residual" and dense.additive and consumer is only:
                     target = target + self._missing(found, branch, dense, outputs, batch)
-                statistics[consumer.name].add(seen[batch], target)
+                windows = (firsts[batch] + torch.arange(len(self.pruned.hidden[batch]))) % HELD_OUT == HELD_OUT - 1
+                others = windows.repeat_interleave(len(target) // len(windows))
+                x = seen[batch].reshape(len(target), -1)
+                for held_out, own in ((False, ~others), (True, others)):
+                    statistics[consumer.name, held_out].add(x[own], target[own])
         solutions = {}
         for consumer in consumers:
-            sums = statistics.pop(consumer.name).over_processes()
-            if sums.num_tokens != self.pruned.num_tokens:
+            sums, held = (statistics.pop((consumer.name, other)).over_processes() for other in (False, True))
+            if sums.num_tokens + held.num_tokens != self.pruned.num_tokens:
                 logger.warning("%s is not given every token once in both models; it stays as it is.", consumer.name)
                 continue
             with solving(consumer.name):
-                solutions[consumer] = solve_(sums, consumer.consumer.matrix(consumer.weight), consumer.bias, self.ridge)
+                weight, ridge = consumer.consumer.matrix(consumer.weight), self.ridge
+                if ridge and held.num_tokens:
+                    ridge = of_main_process(best_ridge(sums, held, weight, consumer.bias, ridge))
+                sums.add_sums(held)
+                solutions[consumer] = solve_(sums, weight, consumer.bias, ridge)
         for consumer, solution in solutions.items():
             consumer.write_(solution.weight, solution.bias)
         if only is not None and only.pruned is not None and only in solutions:
@@ -228,9 +253,7 @@ class LayerRepair:
         sums = Statistics(len(shared.kept_inputs), len(shared.kept_outputs), shared.weight.device)
         for batch, wanted in enumerate(dense.outputs):
             given, whole, x = self._with_shared(found, shared, dense, outputs, batch)
-            target = _rows(wanted)
-            if self.kept_hidden is not None:
-                target = target.index_select(1, self.kept_hidden)
+            target = _rows(self._kept(wanted))
             sums.add(self.pruned.held(x), target - _rows(self.pruned.held(whole)) + _rows(self.pruned.held(given)))
         with solving(shared.name):
             weight = shared.consumer.matrix(shared.weight)
@@ -259,10 +282,7 @@ class LayerRepair:
 
     def _missing(self, found: Branches, branch: Branch, dense: _Dense, outputs: Outputs, batch: int) -> Tensor:
         """What the residual stream of the pruned model lacks before `branch`: `[tokens, D]`."""
-        hidden = _rows(self.dense.hidden[batch])
-        if self.kept_hidden is not None:
-            hidden = hidden.index_select(1, self.kept_hidden)
-        missing = hidden - _rows(self.pruned.hidden[batch])
+        missing = _rows(self._kept(self.dense.hidden[batch])) - _rows(self.pruned.hidden[batch])
         for earlier in BRANCHES[: BRANCHES.index(branch)]:
             only = _only(found.consumers[earlier])
             if only is None or (only.pruned is not None and earlier not in outputs):
@@ -372,7 +392,7 @@ class LayerRepair:
 
     def _report(self, solutions: dict[str, Solution]) -> dict[str, Repaired]:
         for name, found in solutions.items():
-            if found.ridge > self.ridge:
+            if found.ridge > found.asked:
                 logger.warning("%s: its inputs are not independent; the ridge became %g.", name, found.ridge)
         return {name: Repaired(s.error_before, s.error_after, s.ridge) for name, s in solutions.items()}
 

@@ -32,6 +32,7 @@ ROWS = (
     Row("OBS, global", OBS, "obs", repairs=(True, False)),
     Row("OBS, global, 1,024 × 256 tokens", OBS, "long", num_samples=1024, repairs=REPAIRED),
     Row("OBS, global, 512 × 256 tokens", OBS, "long", num_samples=512, repairs=REPAIRED),
+    Row("OBS, global, layers trained", OBS, "train", repairs=REPAIRED, repair={"repair": "train"}),
     Row("LLM-Pruner (Fisher), global", FISHER, "fisher"),
     Row("LLM-Pruner, paper's block preset", {"preset": "paper_block"}, "fisher"),
     Row("LLM-Pruner, recommended preset", {"preset": "recommended"}, "fisher"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from results_rows import RATIOS, README_SECTION, REPAIR, SECTIONS, ZERO_SHOT, ZERO_SHOT_QUESTIONS, Section
@@ -29,9 +29,14 @@ def write_pages(results: Results, root: Path) -> None:
     readme.write_text(f"{before}<!-- results -->\n{short}\n<!-- /results -->{after}", encoding="utf-8")
 
     facts = [f"- {name}: {value}" for name, value in results.items() if isinstance(value, str)]
-    parts = ["# Results", "Made by `tests/benchmarks/results.py`; the numbers are in `docs/results.json`."]
+    parts = [
+        "# Results",
+        "Of the small model, made by `tests/benchmarks/results.py`; the numbers are in `docs/results.json`.",
+    ]
     parts += ["\n".join(facts), "Columns: fraction of decoder parameters removed. Nothing was retrained unless said."]
     parts += ["![Perplexity on WikiText-2 test against the fraction removed](results.svg)"]
+    if (quality := root / "docs" / "quality.json").exists():
+        parts[1:1] = [*real_model(json.loads(quality.read_text(encoding="utf-8"))), "## A small model, every setting"]
     for section in SECTIONS:
         parts += [f"## {section.title}", *([section.note] if section.note else [])]
         for corpus, title in CORPORA.items():
@@ -45,6 +50,49 @@ def write_pages(results: Results, root: Path) -> None:
     parts += ["## Training after pruning", recovery]
     parts += ["## Asked and achieved", achieved_line(results)]
     (root / "docs" / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+QUALITY_TEXTS = {
+    "wikitext2_test": "WikiText-2",
+    "novels_test": "novels",
+    "boolq": "passages of BoolQ",
+    "lambada": "LAMBADA",
+}
+
+
+def real_model(found: Results) -> list[str]:
+    """What quality.py measured: the geometric mean of ratios to dense, and the texts one by one."""
+    columns = ("20 %", "30 %", "50 %")
+
+    def ratios(row: Results) -> list[float]:
+        return [row[text] / found["dense"][text] for text in QUALITY_TEXTS]
+
+    means: dict[str, dict[str, str]] = {}
+    texts = []
+    for row in sorted(found["rows"], key=lambda row: row["repaired"]):
+        name = row["name"] + (" + repair" if row["repaired"] else "")
+        removed = f"{100 * row['ratio']:.0f} %"
+        line = means.setdefault(name, {"": name, **dict.fromkeys(columns, "–")})
+        line[removed] = f"{geometric_mean(ratios(row)):,.4g}"
+        each = {title: f"{ratio:,.4g}" for title, ratio in zip(QUALITY_TEXTS.values(), ratios(row), strict=True)}
+        texts.append({"": name, "removed": removed, **each})
+    dense = ", ".join(f"{title} {found['dense'][text]:.2f}" for text, title in QUALITY_TEXTS.items())
+    windows = sorted({found["windows"][text] for text in QUALITY_TEXTS})
+    note = (
+        f"{found['model']}, {found['dtype']}, {found['device']}. Calibrated with a third each of WikiText-2 train, "
+        "novels and instructions, 128 × 256 tokens unless said; judged by perplexity on windows of 256 tokens spread "
+        f"over each text ({', '.join(map(str, windows))} of each), of which the last two are of kinds that nothing was "
+        "calibrated with or chosen by. Made by `tests/benchmarks/quality.py`; the numbers are in "
+        "`docs/quality.json`. –: not measured."
+    )
+    return [
+        "## A real model",
+        note,
+        f"Dense: {dense}. Geometric mean of the four ratios to it, by the fraction of decoder parameters removed:",
+        markdown_table(list(means.values())).rstrip(),
+        "The ratios one by one:",
+        markdown_table(texts).rstrip(),
+    ]
 
 
 def table(results: Results, section: Section, corpus: str) -> str:
