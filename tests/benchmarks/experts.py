@@ -44,6 +44,7 @@ _EXPERTS: dict[str, Any] = {"axes": ["expert"], "allocation": "uniform"}
 _GLOBAL = {**_EXPERTS, "allocation": "global"}
 _CHANNELS = {"axes": ["mlp"], "allocation": "global"}
 _OWN = {**_CHANNELS, "axes": ["expert_channels"]}
+_OWN = {"axes": ["expert_channels"], "allocation": "global"}
 _REPAIR = {"repair": "least_squares"}
 _FISHER = {"method": "llm_pruner"}
 ROWS: dict[str, dict[str, Any]] = {
@@ -68,6 +69,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "channels of each expert, Fisher": {**_OWN, **_FISHER},
     "channels of each expert, Fisher, repaired": {**_OWN, **_FISHER, **_REPAIR},
     "channels of each expert, OBS, repaired": {**_OWN, "method": "obs"},
+    "channels of each expert by itself, Fisher": {**_OWN, **_FISHER},
+    "channels of each expert by itself, Fisher, repaired": {**_OWN, **_FISHER, **_REPAIR},
+    "channels of each expert by itself, OBS, repaired": {**_OWN, "method": "obs"},
     "experts, channels and attention, Fisher": {**_GLOBAL, **_FISHER, "axes": ["expert", "mlp", "attention"]},
     "experts, channels and attention, Fisher, repaired": {
         **_GLOBAL,
@@ -126,7 +130,8 @@ class Bench:
         result = prune(self.model, config, calibration=self.calibration, scores=self.scores.get(key))
         self.scores[key] = result.scores
         widths = [result.plan.widths[axis.name] for axis in self.structure.axes_of("expert")]
-        return {"achieved": result.plan.achieved["decoder"], "experts": widths, **self.measure(result.model)}
+        found = {"achieved": result.plan.achieved["decoder"], "experts": widths, "commit": commit()}
+        return {**found, **self.measure(result.model)}
 
 
 def main(
@@ -157,17 +162,20 @@ def main(
 
 def circumstances(bench: Bench) -> dict[str, Any]:
     """Where and with what the numbers were made."""
-    command = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "parameters": sum(parameter.numel() for parameter in bench.model.parameters()),
         "experts": bench.experts,
         "tokens": {name: own.numel() for name, own in bench.windows.items()},
-        "commit": commit or "unknown",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": f"{platform.machine()} CPU, one thread",
     }
+
+
+def commit() -> str:
+    """The state of the tree that a row was measured with."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def save(results: dict[str, Any]) -> None:
@@ -180,7 +188,8 @@ def save(results: dict[str, Any]) -> None:
 def write_page(results: dict[str, Any]) -> None:
     """Put the table between the markers of docs/experts.md."""
     rows = []
-    for label, shares in {"dense": {}, **results["rows"]}.items():
+    for label in ("dense", *ROWS):
+        shares = results["rows"].get(label, {})
         row: dict[str, Any] = {"": label}
         for share in SHARES:
             found = results["dense"] if label == "dense" and share == SHARES[0] else shares.get(str(share))
