@@ -43,6 +43,7 @@ KEPT: dict[str, dict[str, tuple[int, ...]]] = {
         "layers.0.mlp": tuple(range(3, 20)),
         "layers.2.mlp": tuple(range(0, 40, 3)),
     },
+    "heads": {"layers.0.attention.queries": (0, 3, 5), "layers.1.attention": (0, 2)},
     "no attention": {"layers.attention": (0, 1), "layers.1.mlp": tuple(range(9))},
     "no mlp": {"layers.mlp": (1,), "layers.1.attention": (2,)},
     "no layer": {"layers": (0, 2), "layers.2.mlp": tuple(range(30))},

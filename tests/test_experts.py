@@ -153,6 +153,9 @@ def test_groups_of_experts_keep_equally_many_each(family):
         make_plan(structure, {axis.name: tuple(range(1, 12))}).check(structure)
     with pytest.raises(PlanError, match="keeps 4 experts, expected 8 or more"):
         make_plan(structure, {axis.name: (0, 3, 6, 9)}).check(structure)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            tensor[::3] += 2.0  # groups are chosen for experts some of which will go
     result = hf_prune.prune(model, RandomConfig(1 / 3, axes=("expert",), budget="units"))
     assert len(result.plan.kept_indices[axis.name]) == 8
     assert result.model.config.n_routed_experts == 8
