@@ -551,6 +551,11 @@ def test_the_divergence_of_the_likeliest_is_a_bound_and_exact_with_all(top_k, te
     full = _kl(student, teacher, temperature)
     found = top_k_divergence(student, *_most_likely(teacher, temperature, top_k), temperature=temperature)
     assert 0 < found <= full * (1 + 1e-3)
+    p, q = ((logits / temperature).softmax(-1) for logits in (teacher, student))
+    first = p.topk(top_k).indices
+    p, q = (torch.cat([own.gather(-1, first), 1 - own.gather(-1, first).sum(-1, True)], -1) for own in (p, q))
+    p, q = (own if top_k < 64 else own[:, :-1] for own in (p, q))
+    torch.testing.assert_close(found, temperature**2 * (p * (p / q).log()).sum(), rtol=5e-3, atol=5e-3)
     if top_k == 64:
         torch.testing.assert_close(found, full, rtol=1e-3, atol=1e-3)
     else:
@@ -663,10 +668,10 @@ def test_half_precision_weights_are_trained_in_single_and_saved_as_they_were(mat
     plan, tokenizer = load_plan(material / "pruned"), AutoTokenizer.from_pretrained(material / "pruned")
     save_pruned(model, tmp_path / "half", plan=plan, tokenizer=tokenizer)
     texts = {"train": material / "train.txt", "other": None}
-    options = {"preset": "full", "steps": 40, "seq_len": 16, **QUICK, "learning_rate": 1e-6, "warmup_steps": 0}
+    options = {"preset": "full", "steps": 40, "seq_len": 16, **QUICK, "learning_rate": 5e-6, "warmup_steps": 0}
     result = recover(tmp_path / "half", tmp_path / "out", **texts, **options)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert saved.dtype == result.model.dtype == torch.bfloat16
     start = model.get_input_embeddings().weight
     moved = (saved.get_input_embeddings().weight != start).float().mean()
-    assert moved > 0.02  # steps that each are lost in bfloat16 add up
+    assert moved > 0.15  # steps that each are lost in bfloat16 add up
