@@ -260,7 +260,8 @@ def prune(
 def _check_resizable(model: PreTrainedModel, structure: Structure, config: PruningConfig) -> None:
     """Refuse axes that are asked for and that the model's code does not let go, before anything is scored."""
     asked = {family(axis): axis.kind for axis in selected_axes(structure, config) if axis.layer is not None}
-    reasons = unresizable(model.config, structure, type(model), held=False) if asked else {}
+    tried = asked and config.pruning_ratio > 0
+    reasons = unresizable(model.config, structure, type(model), held=False) if tried else {}
     for name, reason in reasons.items():
         if name in asked:
             raise StructureError(
