@@ -22,7 +22,8 @@ KINDS = (("attention",), ("query_heads",), ("attention", "query_heads"))
 def main(
     fractions: Annotated[list[float], typer.Option("--fraction", help="Of the attention's parameters.")] = [0.25],  # noqa: B006
     samples: Annotated[int, typer.Option(help="Calibration windows of 256 tokens.")] = 128,
-    characters: Annotated[int, typer.Option(help="Of each text that perplexity is measured on.")] = 100_000,
+    windows: Annotated[int, typer.Option(help="Of each text that perplexity is measured on.")] = 100,
+    only: Annotated[str, typer.Option(help="Only the methods whose name holds this.")] = "",
 ) -> None:
     """Print one row per fraction, method and kind of axes."""
     shared = Path(os.environ.get("HF_PRUNE_DATA", "../shared"))
@@ -34,7 +35,7 @@ def main(
     attention = sum(structure.numel(name) for name in counted if structure.owners[name].branch == "attention")
     share = attention / structure.num_parameters(budget="decoder")
     texts = {
-        name: (shared / "data" / file).read_text(encoding="utf-8")[:characters]
+        name: (shared / "data" / file).read_text(encoding="utf-8")[: 2000 * windows]
         for name, file in (("WikiText-2 test", "wikitext2/test.txt"), ("novels", "prose/novels.txt"))
     }
 
@@ -42,7 +43,10 @@ def main(
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
     def measured(one: torch.nn.Module) -> list[str]:
-        return [f"{perplexity(one, tokenizer, text, progress=False).perplexity:.2f}" for text in texts.values()]
+        return [
+            f"{perplexity(one, tokenizer, text, max_windows=windows, progress=False).perplexity:.2f}"
+            for text in texts.values()
+        ]
 
     row("removed", "method", "axes", "achieved", *texts, "seconds")
     row("dense", "", "", "", *measured(model), "")
@@ -53,7 +57,7 @@ def main(
             ("llm_pruner, selection and repair", LLMPrunerConfig, {"selection": "obs", "repair": "least_squares"}),
             ("obs, repair", OBSConfig, {}),
         ):
-            for axes in KINDS:
+            for axes in KINDS if only in method else ():
                 config = kind(fraction * share, axes=axes, num_samples=samples, **settings)
                 start = time.process_time()
                 text = str(shared / "data" / "wikitext2" / "train.txt")
