@@ -401,6 +401,7 @@ def test_rows_and_dense_models_are_taken_too(tmp_path):
         ({"tokens": 100}, ConfigError, "leave out one"),
         ({"preset": "lore"}, ConfigError, "preset: found 'lore'"),
         ({"preset": "full", "lora": object()}, ConfigError, "trains no adapters"),
+        ({"lora": False}, ConfigError, "preset 'full' trains all weights"),
         ({"teacher_cache": "cache"}, ConfigError, "no teacher"),
         ({"preset": "distill", "teacher": "no/such-teacher"}, CheckpointError, "no/such-teacher"),
         ({"seq_len": 1}, ConfigError, "seq_len"),

@@ -162,6 +162,8 @@ def recover(
     if teacher is None and preset == "distill":
         teacher = BASE
     teacher = dense_source(teacher, config) if isinstance(teacher, str) else teacher
+    if isinstance(lora, bool):
+        raise ConfigError(f"lora: found {lora}, expected a LoraConfig; preset 'full' trains all weights.")
     if lora is not None and recipe.trains != "adapters":
         raise ConfigError(f"lora: preset {preset!r} trains no adapters; leave it out, or take preset 'lora'.")
     if teacher_cache is not None and (teacher is None or not is_text(train)):

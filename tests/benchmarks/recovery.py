@@ -110,7 +110,7 @@ def train(ratio: float, kind: dict[str, Any], rate: float, steps: int, work: Pat
         train=str(TRAIN),
         eval=str(valid),
         tokenizer=tokenizer(),
-        lora=kind["lora"],
+        preset="lora" if kind["lora"] else "full",
         teacher=dense() if kind.get("distil") else None,
         steps=steps,
         seq_len=SEQ_LEN,
