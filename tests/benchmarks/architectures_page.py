@@ -30,7 +30,7 @@ transformers {transformers}, torch {torch}, Python {python}, {minutes:.0f} minut
 | of these, no axis is inexact, so that masked = sliced was checked on all | {exact} |
 | only one kind of axis, or only one that the code lets go, and every law holds | {one_kind} |
 | cannot be pruned, or a law is broken: the last column says what is in the way | {others} |
-| every law holds on sizes that coincide too (hidden and MLP 64, heads and their channels 8) | {coinciding} |
+| of {alike} that were run with sizes that coincide too (64 and 8): every law holds | {coinciding} |
 
 Laws, on two random plans over all attention, MLP and expert axes (weights and biases random, none zero):
 
@@ -46,7 +46,7 @@ Laws, on two random plans over all attention, MLP and expert axes (weights and b
 is built, then resized by the loader). Axes that the code does not let go are found by taking one unit of each family
 away: they count as not prunable, with the cause. *Removal* tells whether a whole layer (L), only its attention (A) or
 only its MLP (M) was removed from the small model, with masked = sliced; it is not needed for passing. *Alike*: the laws
-on sizes that coincide ("–": no such model can be built).
+on sizes that coincide ("–": not run, or no such model can be built).
 """
 
 _COLUMNS = (
@@ -79,6 +79,7 @@ def write_page(found: list[dict[str, Any]], docs: Path, *, coinciding: bool) -> 
         "torch": torch.__version__,
         "python": platform.python_version(),
         "minutes": sum(r["seconds"] for r in results) / 60,
+        "alike": sum(bool(r.get("alike")) for r in results),
         "coinciding": sum(bool(r.get("alike")) and passes(r["alike"]) for r in results),
     }
     summary["others"] = summary["total"] - summary["passed"] - summary["one_kind"]
