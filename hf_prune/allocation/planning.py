@@ -104,8 +104,7 @@ def allocate(
     _warn_blocked(structure, config)
     costs = unit_costs(structure, [structure.axes[name] for name in checked], config, latency)
     ladders = make_ladders(checked, costs, structure, config, gone)
-    if not any(len(ladder.ends) for ladder in ladders):
-        raise nothing_goes(config, "round_to, min_units, layers and protect leave no unit that may go")
+    _check_any(ladders, config)
     if exponents is None and model is not None and config.allocation in ("spectral", "search"):
         exponents = hill_exponents(model, structure)
     if config.allocation == "search":
@@ -136,12 +135,18 @@ def allocate(
 
 
 def check_ratio(structure: Structure, config: PruningConfig, latency: LatencyTable | None = None) -> None:
-    """Raise `BudgetError` if no scores let `allocate` reach the ratio: before anything is scored."""
+    """Raise `BudgetError` if no scores let `allocate` reach the ratio or remove anything: before anything is scored."""
     axes = selected_axes(structure, config)
     scores = {axis.name: torch.ones(axis.num_units) for axis in axes}
     ladders = make_ladders(scores, unit_costs(structure, axes, config, latency), structure, config)
+    _check_any(ladders, config)
     if isinstance(config.allocation, str) and config.budget != "units":  # these have limits for each axis
         check_reach(ladders, spending_of(ladders, structure, config, latency), config)
+
+
+def _check_any(ladders: list[Ladder], config: PruningConfig) -> None:
+    if not any(len(ladder.ends) for ladder in ladders):
+        raise nothing_goes(config, "round_to, min_units, layers and protect leave no unit that may go")
 
 
 def _start(
