@@ -58,9 +58,9 @@ def test_hand_made_structures_have_the_shapes_of_the_models(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "mixtral"])
-@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "reap"])
 class TestContract:
-    """Every method passes this, with the kinds of axes that it scores."""
+    """Every method passes this, with the kinds of axes that it scores (`reap`, of experts: test_experts.py)."""
 
     KINDS = {
         "policy_gradient": ("mlp", "attention", "layer_mlp"),

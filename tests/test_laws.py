@@ -250,7 +250,8 @@ for directory in sys.argv[1:]:
         parameter.data = parameter.data.clone()
     with torch.no_grad():
         logits = model(input_ids=expected["ids"], use_cache=False).logits
-        if not torch.equal(logits, expected["logits"]):
+        # Rounding: what ran before in the other process can change which kernels its products take.
+        if not torch.allclose(logits, expected["logits"], rtol=0, atol=1e-5):
             wrong.append((directory, float((logits - expected["logits"]).abs().max())))
 print("wrong:", wrong)
 """

@@ -74,7 +74,7 @@ def test_what_a_mask_keeps_is_counted_exactly(family, budget, axes):
     rng = random.Random(1)
     layers = len(structure.layer_paths)
     for _ in range(5):
-        kept = random_kept(structure, rng)
+        kept = random_kept(structure, rng, ("attention", "mlp"))
         if "layer" in axes:
             kept["layers.mlp"] = tuple(sorted(rng.sample(range(layers), layers - 1)))
             kept["layers.attention"] = (0, *sorted(rng.sample(range(1, layers), layers - 2)))

@@ -36,7 +36,7 @@ def test_rows_are_masked_each_by_its_own_mask(family):
     rng = random.Random(0)
     axes = [a.name for a in structure.axes.values() if a.prunable and a.kind in ("attention", "mlp")]
     last = len(structure.layer_paths) - 1
-    plans = [make_plan(structure, random_kept(structure, rng)) for _ in range(3)]
+    plans = [make_plan(structure, random_kept(structure, rng, ("attention", "mlp"))) for _ in range(3)]
     layers = tuple(range(last))
     layer_axes = [name for name in ("layers.attention", "layers.mlp", "layers") if structure.axes[name].prunable]
     plans += [make_plan(structure, {name: layers}) for name in layer_axes]

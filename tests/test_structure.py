@@ -147,7 +147,8 @@ def test_axes_and_layouts(family):
     units |= {"layers.attention": num_layers, "layers.mlp": num_layers}
     for layer in range(num_layers):
         units |= {f"layers.{layer}.attention": attention, f"layers.{layer}.mlp": mlp}
-        units |= {f"layers.{layer}.experts": 4} if family == "mixtral" else {}
+        if family == "mixtral":
+            units |= {f"layers.{layer}.experts": 4, f"layers.{layer}.mlp.channels": 4 * 40}
         if (heads := tiny_config(family).num_attention_heads) > attention:
             units[f"layers.{layer}.attention.queries"] = heads
     assert structure.widths == units
