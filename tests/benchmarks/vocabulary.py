@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 DATA = Path(os.environ.get("HF_PRUNE_DATA", "../shared")) / "data"
 DOCS = Path(__file__).parents[2] / "docs"
 COVERAGES = (1.0, 0.9999, 0.999, 0.99)
-NUM_CHARS = 2_000
+NUM_CHARS = 12_000
 """Characters of each text that models are measured on, to the end of a document."""
 SEPARATOR = "<|endoftext|>"
 """Goes before each document, so that its first token is predicted too."""
