@@ -35,7 +35,7 @@ from hf_prune.layers.walk import Walk
 from hf_prune.pipeline import carry_out, decide, scoring_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -50,11 +50,17 @@ CHARS = {"train": 3_000_000, "valid": 600_000, "test": 600_000}
 """So much of WikiText-2, from the start; of passages and of LAMBADA as much as of a test text."""
 NOVELS = {"train": (0, 3_000_000), "valid": (8_000_000, 8_600_000), "test": (10_000_000, 10_600_000)}
 """Characters of the novels, which are of different books."""
+INSTRUCTIONS = ("dolly_hhrlhf_1k",)
 HELD_OUT_INSTRUCTIONS = 150
 Result = dict[str, Any]
 
 
-def texts_of(data: Path) -> dict[str, str]:
+def texts_of(
+    data: Path,
+    chars: Mapping[str, int] = CHARS,
+    novels: Mapping[str, tuple[int, int]] = NOVELS,
+    instructions: Sequence[str] = INSTRUCTIONS,
+) -> dict[str, str]:
     """All texts by name; `*_train` are those to calibrate with."""
 
     def records(path: str) -> list[dict[str, Any]]:
@@ -62,20 +68,21 @@ def texts_of(data: Path) -> dict[str, str]:
 
     found = {
         f"wikitext2_{part}": (data / "wikitext2" / f"{part}.txt").read_text("utf-8")[:most]
-        for part, most in CHARS.items()
+        for part, most in chars.items()
     }
-    novels = (data / "prose" / "novels.txt").read_text(encoding="utf-8")
-    found |= {f"novels_{part}": novels[start:end] for part, (start, end) in NOVELS.items()}
+    whole = (data / "prose" / "novels.txt").read_text(encoding="utf-8")
+    found |= {f"novels_{part}": whole[start:end] for part, (start, end) in novels.items()}
     asked = [
         "\n".join(filter(None, (row["instruction"], row["input"], row["output"])))
-        for row in records("instruct/dolly_hhrlhf_1k.jsonl")
+        for name in instructions
+        for row in records(f"instruct/{name}.jsonl")
     ]
     found["instructions_train"] = "\n\n".join(asked[HELD_OUT_INSTRUCTIONS:])
     found["instructions_valid"] = "\n\n".join(asked[:HELD_OUT_INSTRUCTIONS])
     passages = [row["context"].removeprefix("Passage: ") for row in records("zeroshot/boolq_dev.jsonl")]
     passages = [passage.partition("\nQuestion: ")[0].strip() for passage in passages]
     endings = [row["context"] + row["choices"][row["answer"]] for row in records("zeroshot/lambada_openai.jsonl")]
-    found |= {name: "\n\n".join(rows)[: CHARS["test"]] for name, rows in (("boolq", passages), ("lambada", endings))}
+    found |= {name: "\n\n".join(rows)[: chars["test"]] for name, rows in (("boolq", passages), ("lambada", endings))}
     return found
 
 

@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from quality import texts_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_prune import OBSConfig, prune, recover
@@ -42,7 +43,6 @@ JUDGED = ("wikitext2_test", "novels_test", "boolq", "lambada")
 CHARS = {"train": 3_000_000, "valid": 100_000, "test": 600_000}
 NOVELS = {"train": (0, 3_000_000), "valid": (8_000_000, 8_100_000), "test": (10_000_000, 10_600_000)}
 """Characters, of different books."""
-HELD_OUT_INSTRUCTIONS = 150
 SEQ_LEN, BATCH, TOKENS = 256, 16, 2_000_000
 DISTILL = {"preset": "distill"}
 ROWS: dict[str, tuple[float, dict[str, Any]]] = {
@@ -63,25 +63,7 @@ ROWS: dict[str, tuple[float, dict[str, Any]]] = {
 
 def write_texts(data: Path, folder: Path) -> None:
     """All texts, as files."""
-
-    def records(path: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (data / path).read_text(encoding="utf-8").splitlines()]
-
-    found = {f"wikitext2_{p}": (data / "wikitext2" / f"{p}.txt").read_text("utf-8")[:most] for p, most in CHARS.items()}
-    novels = (data / "prose" / "novels.txt").read_text(encoding="utf-8")
-    found |= {f"novels_{part}": novels[start:end] for part, (start, end) in NOVELS.items()}
-    names = ("dolly_hhrlhf_1k", "self_instruct_seed175")
-    asked = [
-        "\n".join(filter(None, (row["instruction"], row["input"], row["output"])))
-        for name in names
-        for row in records(f"instruct/{name}.jsonl")
-    ]
-    found["instructions_train"] = "\n\n".join(asked[HELD_OUT_INSTRUCTIONS:])
-    found["instructions_valid"] = "\n\n".join(asked[:HELD_OUT_INSTRUCTIONS])
-    passages = [row["context"].removeprefix("Passage: ") for row in records("zeroshot/boolq_dev.jsonl")]
-    passages = [passage.partition("\nQuestion: ")[0].strip() for passage in passages]
-    endings = [row["context"] + row["choices"][row["answer"]] for row in records("zeroshot/lambada_openai.jsonl")]
-    found |= {name: "\n\n".join(rows)[: CHARS["test"]] for name, rows in (("boolq", passages), ("lambada", endings))}
+    found = texts_of(data, CHARS, NOVELS, ("dolly_hhrlhf_1k", "self_instruct_seed175"))
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in found.items():
         (folder / f"{name}.txt").write_text(text, encoding="utf-8")
