@@ -78,7 +78,7 @@ def _run(folder, words, at, what, counted, log):
     sys.addaudithook(watch)
     from transformers.utils import logging
 
-    from hf_prune.cli import app
+    from hf_prune.cli.main import app
 
     logging.disable_progress_bar()
     if words[0] == "demo":  # of a tiny model, one method

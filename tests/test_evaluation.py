@@ -309,7 +309,7 @@ def test_widths_picture_is_a_png(tmp_path: Path, num_layers: int) -> None:
 
 
 def test_widths_picture_draws_the_fractions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report = sys.modules["hf_prune.evaluation.report"]
+    report = sys.modules["hf_prune.report.pictures"]
     figures = []
     monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
     num_units = units(3) | {"layers.1.mlp.experts": 10}
@@ -344,7 +344,7 @@ def test_perplexity_picture_has_a_line_per_method(tmp_path: Path, monkeypatch: p
     ev.perplexity_picture(rows, path)
     assert path.read_text(encoding="utf-8").startswith("<?xml")
     figures = []
-    report = sys.modules["hf_prune.evaluation.report"]
+    report = sys.modules["hf_prune.report.pictures"]
     monkeypatch.setattr(report, "save_figure", lambda figure, _: figures.append(figure))
     ev.perplexity_picture(rows, path)
     drawn = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}

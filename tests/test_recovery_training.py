@@ -30,7 +30,7 @@ from hf_prune import (
 from hf_prune.calibration import training_windows
 from hf_prune.checkpoint.files import load_plan
 from hf_prune.checkpoint.saving import save_pruned
-from hf_prune.cli import app
+from hf_prune.cli.main import app
 from hf_prune.data import load_text
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, DivergenceError, StructureError
 from hf_prune.loading import load_model

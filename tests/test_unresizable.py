@@ -8,7 +8,7 @@ from models import make_plan, tiny_model
 
 from hf_prune import MagnitudeConfig, WandaConfig, infer_structure, inspection, prune
 from hf_prune.errors import StructureError
-from hf_prune.surgery.configuring import pruned_config, unresizable
+from hf_prune.surgery.pruned_config import pruned_config, unresizable
 
 _SIZES = {
     "vocab_size": 64,
