@@ -245,7 +245,7 @@ def prune(
     texts: dict[str, dict[str, str]] = {}
     if output is not None and tokenizer is not None and smaller is not None and not is_on_disk(model):
         before, after = samples(model, tokenizer), samples(pruned, smaller)
-        texts = {prompt: {"dense": before[prompt], "pruned": after[prompt]} for prompt in before.keys() & after.keys()}
+        texts = {prompt: {"dense": before[prompt], "pruned": after[prompt]} for prompt in before if prompt in after}
     pruned._origin = Origin(plan, found, history_of(found), texts)  # type: ignore[assignment]  # for the report
     if is_text(calibration):
         pruned.config.pruning_config["calibration"] = calibration_names(calibration)

@@ -179,6 +179,13 @@ def print_rows(rows: Sequence[Row], output: Path | None = None) -> None:
     _print(f"written to {output}" if output is not None else "")
 
 
+def print_sweep(rows: Sequence[Mapping[str, Any]], output: Path) -> None:
+    """Rows of a sweep in the columns that people compare by, readable at 80 columns."""
+    from hf_prune.cli.sweep import in_short
+
+    print_rows([{**short, "note": row.get("note")} for short, row in zip(in_short(rows), rows, strict=True)], output)
+
+
 def print_texts(rows: Sequence[Mapping[str, str]]) -> None:
     """A table of texts, which wrap where the terminal is narrow."""
     table = _table(*rows[0], numbers=())

@@ -318,8 +318,8 @@ class _Results:
         if changed:
             names = [name.removesuffix("_sha256") for name in changed]  # of a text its name differs, or what is in it
             values = {name: (before.get(name), self._circumstances[name]) for name in changed if name in names}
-            found, now = ([pair[i] for pair in values.values()] for i in (0, 1))
-            said = f" (found {found}, now {now})" if values else ""
+            was, now = ([pair[i] for pair in values.values()] for i in (0, 1))
+            said = f" (found {was}, now {now})" if values else ""
             raise ConfigError(
                 f"{self._path} is of another sweep: {', '.join(dict.fromkeys(names))} differ{said}. Name a new "
                 "directory, or delete this one."

@@ -287,11 +287,12 @@ def command_block(words: Sequence[str]) -> str:
 
 
 def samples_table(samples: Mapping[str, Mapping[str, str]]) -> str:
-    """What each model writes after each prompt, `{prompt: {model: text}}`."""
-    rows = []
+    """What each model writes after each prompt, `{prompt: {model: text}}`: a table for each."""
+    found = []
     for prompt, texts in samples.items():
-        rows += [[f"**{_plain(prompt)}**", ""], *([model, _plain(text)] for model, text in texts.items())]
-    return _table(["prompt, model", "what it writes"], rows)
+        rows = [[model, _plain(text)] for model, text in texts.items()]
+        found += [f"After **{_plain(prompt)}**", _table(["model", "writes"], rows)]
+    return "\n\n".join(found)
 
 
 def _plain(text: str) -> str:

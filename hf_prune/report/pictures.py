@@ -143,7 +143,7 @@ def perplexity_picture(
         ConfigError: no row with all three columns, or an unknown file type.
         HFPruneError: matplotlib is not installed.
     """
-    lines, dense = _lines(_by(x, rows), x, y)
+    lines, dense = _lines(rows, x, y, along=x)
     figure = _new_figure(path, width=7.2, height=4.4)
     ax = figure.subplots()
     _draw_lines(ax, lines, dense, y)
@@ -172,14 +172,12 @@ def tradeoff_picture(
         ConfigError: no row with these columns, or an unknown file type.
         HFPruneError: matplotlib is not installed.
     """
-    rows = _by("decoder_ratio", rows)
     lines, dense = _lines(rows, "decoder_ratio", y)
-    figure = _new_figure(path, width=12.0, height=4.6)
+    figure = _new_figure(path, width=10.4, height=4.2)
     left, right = figure.subplots(1, 2, sharey=True)
-    pruned = [row for row in rows if row.get("decoder_ratio")]
     starts = [row["latency_ms"] for row in rows if row.get("decoder_ratio") == 0 and row.get("latency_ms")]
     _draw_lines(left, lines, dense, y, start=0.0)
-    _draw_lines(right, _lines(pruned, "latency_ms", y)[0], dense, y, start=starts[0] if starts else None)
+    _draw_lines(right, _lines(rows, "latency_ms", y)[0], dense, y, start=starts[0] if starts else None)
     for ax, label in ((left, "decoder parameters removed"), (right, "milliseconds of a request, as measured")):
         ax.set_xlabel(label, color=MUTED, fontsize=9)
         _format_axes(ax, log_y=True)
@@ -294,25 +292,23 @@ def _tick_step(num_layers: int) -> int:
     return next(step for step in (1, 2, 4, 5, 10, 20, 50, num_layers) if num_layers / step <= 24)
 
 
-def _by(column: str, rows: Sequence[Row]) -> list[Row]:
-    return sorted(rows, key=lambda row: float(row.get(column) or 0))
-
-
-def _lines(rows: Sequence[Row], x: str, y: str) -> tuple[dict[str, list[tuple[float, float]]], float | None]:
-    """Points of each method, and the dense perplexity if a row removed nothing."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+def _lines(
+    rows: Sequence[Row], x: str, y: str, along: str = "decoder_ratio"
+) -> tuple[dict[str, list[tuple[float, float]]], float | None]:
+    """Points of each method in the order of their column `along`, and the dense perplexity if a row removed nothing."""
+    lines: dict[str, list[tuple[float, float, float]]] = {}
     dense: float | None = None
     for row in rows:
-        method, removed, value = row.get("method"), row.get(x), row.get(y)
-        if not isinstance(removed, int | float) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        method, place, value, order = (row.get(name) for name in ("method", x, y, along))
+        if not isinstance(place, int | float) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             continue
-        if removed == 0:
+        if order == 0:
             dense = float(value)
-        elif method is not None:
-            lines.setdefault(str(method), []).append((float(removed), float(value)))
+        elif method is not None and isinstance(order, int | float):
+            lines.setdefault(str(method), []).append((float(order), float(place), float(value)))
     if not lines and dense is None:
         raise ConfigError(f"no row has 'method', a number '{x}' and a finite '{y}' above 0: nothing to draw")
-    return lines, dense
+    return {method: [point[1:] for point in sorted(points)] for method, points in lines.items()}, dense
 
 
 def _draw_lines(
