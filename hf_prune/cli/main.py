@@ -152,7 +152,7 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show which axes a model has, what can be pruned, and what cannot and why. Needs config.json only."""
-    from hf_prune import inspection, printing
+    from hf_prune.cli import inspection, printing
     from hf_prune.loading import load_config, load_model
 
     if fit is not None and verify:
@@ -259,10 +259,11 @@ def prune(
     if output is None and not dry_run:
         raise ConfigError("no output directory was given: name one after the model, or pass --dry-run.")
 
-    from hf_prune import pipeline, printing
+    from hf_prune import pipeline
     from hf_prune.calibration import parts_of
     from hf_prune.checkpoint.files import load_plan
     from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
+    from hf_prune.cli import printing
     from hf_prune.format.building import needs_plugin
     from hf_prune.latency import LatencyTable
     from hf_prune.layers.processes import reserved_for_all
@@ -342,7 +343,7 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """Show the methods, or the settings of one: meaning, default, what is allowed."""
-    from hf_prune import printing
+    from hf_prune.cli import printing
     from hf_prune.cli.flags import describe_methods, describe_settings
 
     rows = describe_methods() if name is None else describe_settings(name)
@@ -376,9 +377,9 @@ def sweep(
     **fields: Any,
 ) -> None:
     """Compare methods, allocations and ratios: one table, one picture. Run again to go on where it stopped."""
-    from hf_prune import printing
     from hf_prune.calibration import parts_of
     from hf_prune.checkpoint.saving import check_apart
+    from hf_prune.cli import printing
     from hf_prune.cli.sweep import check_folder
     from hf_prune.cli.sweep import sweep as run_sweep
     from hf_prune.data import check_source
@@ -452,8 +453,9 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure a model, dense or pruned: perplexity on texts, size, speed, zero-shot accuracy, what it writes."""
-    from hf_prune import evaluation, printing
+    from hf_prune import evaluation
     from hf_prune.calibration import text_of
+    from hf_prune.cli import printing
     from hf_prune.format.building import build_empty
     from hf_prune.gate import check_windows
     from hf_prune.loading import dense_source, load_config, load_model, load_tokenizer
@@ -526,7 +528,7 @@ def quantise(
     device: Device = None,
 ) -> None:
     """Quantise a pruned checkpoint: weights of 8 or 4 bits that `from_pretrained` loads."""
-    from hf_prune import printing
+    from hf_prune.cli import printing
     from hf_prune.exporting.quantising import quantise as run
 
     options: dict[str, Any] = {"window": window, "batch_size": batch_size, "device": device, "overwrite": overwrite}
@@ -634,7 +636,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write a pruned or dense checkpoint in a format that other engines read."""
-    from hf_prune import printing
+    from hf_prune.cli import printing
     from hf_prune.exporting import export as run
 
     written = run(checkpoint, output, format=format, dtype=dtype, round_to=round_to, overwrite=overwrite)
@@ -680,7 +682,7 @@ def _vocabulary(sources: list[str] | None) -> Any:
 
 
 def _print_recovered(result: RecoveryResult, output: Path, as_json: bool = False) -> None:
-    from hf_prune import printing
+    from hf_prune.cli import printing
 
     if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints
         return
