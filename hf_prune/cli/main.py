@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hf_prune.recovery.recover import RecoveryResult
 
 
-_GOES_ON = {"prune": "--work-dir", "sweep": "", "recover": "--resume"}
+_GOES_ON = {"auto": "", "prune": "--work-dir", "sweep": "", "recover": "--resume"}
 """Commands that take up what was done when they are given again, with this option."""
 
 
@@ -413,7 +413,49 @@ def sweep(
     )
     if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints
         return
-    _print_json({"rows": rows}) if as_json else printing.print_rows(rows, output)
+    _print_json({"rows": rows}) if as_json else printing.print_sweep(rows, output)
+
+
+@app.command()
+def auto(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Argument(help="Directory for the report. Default: MODEL's name and -auto.", metavar="OUTPUT")
+    ] = None,
+    *,
+    pruning_ratio: Annotated[
+        float | None, typer.Option(help="Fraction of the decoder to remove.", metavar="FRACTION")
+    ] = None,
+    fit: Annotated[str | None, typer.Option(help="Or what must fit, with the cache.", metavar="8GB")] = None,
+    minutes: Annotated[float, typer.Option(help="Time that measuring may take.")] = 10.0,
+    text: Annotated[
+        str | None, typer.Option(help="Text to measure perplexity on. Default: a novel.", metavar="FILE|DATASET")
+    ] = None,
+    calibration: Calibration = None,
+    as_json: AsJson = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure a few methods for some minutes, and print the one command to run, with what it will cost.
+
+    `hf-prune auto my-model --pruning-ratio 0.3 --calibration my-text.txt`
+    """
+    from hf_prune.cli import printing
+    from hf_prune.cli.auto import advise
+
+    folder = output or Path(f"{Path(model).name}-auto")
+    printing.show_price()
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    asked: dict[str, Any] = {"pruning_ratio": pruning_ratio, "fit": fit, "minutes": minutes, "text": text}
+    advice = advise(model, folder, **asked, calibration=calibration, **where)
+    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints
+        return
+    if as_json:
+        values = {name: value for name, value in vars(advice).items() if name not in ("plan", "structure")}
+        _print_json({**values, "num_units": advice.plan.num_units, "widths": advice.plan.widths})
+    else:
+        printing.print_advice(advice, folder)
 
 
 @app.command("eval")
