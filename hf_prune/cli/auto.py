@@ -287,7 +287,7 @@ def _recovery_tokens(best: Values, tokenizer: PreTrainedTokenizerBase, calibrati
         content = text_of(part.source, tokenizer, max_chars=_ENOUGH_CHARS)
         some = content[:_SOME_CHARS]
         found += len(token_stream(tokenizer, some)) * len(content) / len(some)
-    tokens = min(RECOVERY_TOKENS, int(REPEATS * found) // 10_000 * 10_000)
+    tokens = min(RECOVERY_TOKENS, int(REPEATS * found) // 1000 * 1000)
     return tokens if tokens >= FEWEST_TOKENS else 0
 
 
