@@ -152,7 +152,11 @@ def test_a_browser_shows_the_report_without_overflow(advised, material, tmp_path
     script = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
     probe.write_text(page.read_text(encoding="utf-8").replace("</body>", script), encoding="utf-8")
     common = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
-    common += ["--disable-background-networking", f"--user-data-dir={folder / 'profile'}", f"--window-size={width},2400"]
+    common += [
+        "--disable-background-networking",
+        f"--user-data-dir={folder / 'profile'}",
+        f"--window-size={width},2400",
+    ]
     picture = folder / "report.png"
     subprocess.run([*common, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True, timeout=120)
     shown = subprocess.run(
@@ -163,5 +167,3 @@ def test_a_browser_shows_the_report_without_overflow(advised, material, tmp_path
     from matplotlib.image import imread
 
     assert imread(picture).std() > 0.05  # not blank
-
-

@@ -101,8 +101,8 @@ def recover(
     """Train a pruned model on text and save it: adapters, norms or all weights, with or without the dense model.
 
     The Trainer's checkpoints go to `<output_dir>-training`, and are removed when the result is there; that goes to
-    `output_dir`, whole or not at all, with plan, tokenizer, model card and report. Started by `accelerate launch`, it runs on
-    all processes.
+    `output_dir`, whole or not at all, with plan, tokenizer, model card and report. Started by `accelerate launch`, it
+    runs on all processes.
 
     Args:
         model: a pruned model (or any causal LM): in memory (it is modified in place), or its directory or Hub id.
