@@ -32,27 +32,32 @@ _GOES_ON = {"auto": "", "prune": "--work-dir", "sweep": "", "recover": "--resume
 
 
 class LogFile:
-    """A file in place of a terminal: progress bars are lines of it, one in `EVERY_S` seconds, and the last of each."""
+    """A file in place of a terminal: progress bars are lines of it, one in `EVERY_S` seconds and the last."""
 
     EVERY_S = 30.0
 
     def __init__(self, file: Any) -> None:
-        self._file, self._bar, self._shown = file, "", -math.inf
+        self._file, self._bar, self._in_bars, self._shown = file, "", False, -math.inf
 
     def write(self, text: str) -> int:
-        """Write text as it is; of bars, which begin with a carriage return, one line now and then."""
-        if "\r" not in text and "\x1b[A" not in text:
-            if self._bar and not text.strip():  # the end of a bar
-                text, self._bar = self._bar + "\n", ""
+        """Write text as it is; of bars, which begin with a carriage return or move up again, a line now and then."""
+        moves = "\r" in text or "\x1b[A" in text
+        if not moves and not (self._in_bars and not text.strip()):  # between bars there are line ends
+            self.end()
             self._file.write(text)
             return len(text)
-        line = text.replace("\r", "").replace("\x1b[A", "").strip()
-        if line and time.monotonic() - self._shown >= self.EVERY_S:
-            self._file.write(line + "\n")
-            self._bar, self._shown = "", time.monotonic()
-        else:
-            self._bar = line
+        if line := text.replace("\r", "").replace("\x1b[A", "").strip():
+            self._bar, self._in_bars = line, True
+            if time.monotonic() - self._shown >= self.EVERY_S:
+                self.end()
+                self._in_bars, self._shown = True, time.monotonic()
         return len(text)
+
+    def end(self) -> None:
+        """Write the last bar, if it was not shown."""
+        if self._bar:
+            self._file.write(self._bar + "\n")
+        self._bar, self._in_bars = "", False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
@@ -87,6 +92,8 @@ class _Commands(TyperGroup):
                 typer.echo(f"interrupted{_how_to_go_on(str(ctx.invoked_subcommand), words)}.", err=True)
             raise typer.Exit(128 + number) from None
         finally:
+            if isinstance(sys.stderr, LogFile):
+                sys.stderr.end()
             sys.stderr = stderr
             if signal.getsignal(signal.SIGTERM) is _terminate:
                 signal.signal(signal.SIGTERM, before)
