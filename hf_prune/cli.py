@@ -166,13 +166,13 @@ def inspect(
     if verify:
         checks = inspection.verify(load_model(model, device=device, dtype=dtype, config=config))
     if as_json:
-        verified = [{"kind": c.kind, "difference": c.difference, "effect": c.effect, "equal": c.equal} for c in checks]
+        verified = [dataclasses.asdict(check) | {"equal": check.equal} for check in checks]
         _print_json(report.to_dict() | ({"verification": verified} if verify else {}))
     else:
         printing.print_inspection(report)
         if checks:
             printing.print_verification(checks)
-    if not all(check.equal for check in checks):
+    if not all(check.equal or check.refused for check in checks):
         raise typer.Exit(1)
 
 

@@ -81,6 +81,8 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
             if wrong == 0:
                 break
     if best is None:
+        if not why:
+            build_empty(type(config).from_dict(tried[0]), cls)  # says why it cannot be built, if that is in the way
         raise StructureError(
             f"{config.model_type}: no config describes a model with the planned layers and widths{why and ': '}{why}."
         )

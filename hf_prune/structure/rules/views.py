@@ -111,7 +111,7 @@ def expand(call: Call) -> None:
     traced = call[source]
     offset = len(shape) - source.dim()
     terms: list[Term] = [
-        traced.terms[d - offset] if d >= offset and source.shape[d - offset] == size else Atom(size)
+        traced.terms[d - offset] if d >= offset and source.shape[d - offset] == size else Atom(size, same=True)
         for d, size in enumerate(shape)
     ]
     call.give(terms, like=traced)
