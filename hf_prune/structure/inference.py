@@ -193,9 +193,9 @@ class _Naming:
                 for atom in dict.fromkeys(leaves(term)):
                     layer = self.layer_of[name]
                     entry = by_atom.setdefault(id(atom), _Found(atom, -1 if layer is None else layer))
+                    layers.setdefault(id(atom), set()).add(layer)
                     if name in self.aliases:
                         continue
-                    layers.setdefault(id(atom), set()).add(layer)
                     entry.places.append((name, dim))
                     if id(atom) in self.consumed.get(name, ()):
                         entry.consumers.append((name, dim))
