@@ -128,7 +128,7 @@ def print_verification(checks: Sequence[Verification]) -> None:
     _print(table)
     for check in checks:
         if check.refused:
-            _print(Text(f"{check.kind} cannot be removed: {check.refused}"))
+            _print(f"{check.kind} cannot be removed: {check.refused}")
 
 
 def print_plan(plan: PruningPlan, structure: Structure) -> None:
