@@ -8,7 +8,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 ||
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-vllm-versions lint format kills laws mutants clean
+.PHONY: install demo test test-vllm-versions lint format docs kills laws mutants clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,10 @@ lint: install
 # A file goes to one worker: what its tests share (commands that ran, processes, hostile checkpoints) is made once.
 test: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# The documents as a site in build/site; a link that leads nowhere is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Kill every long command twenty times at random places; it must end with the same bits.
 kills: install
