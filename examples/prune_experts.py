@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_prune import REAPConfig, perplexity, prune
 from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.data import load_text
-from hf_prune.evaluation import comparison_table
+from hf_prune.report.tables import comparison_table
 
 RATIOS = (0.25, 0.5)
 

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_prune import WandaConfig, allocate, apply_plan, perplexity, prune
 from hf_prune.data import load_text
-from hf_prune.evaluation import comparison_table, widths_picture
+from hf_prune.report.pictures import widths_picture
+from hf_prune.report.tables import comparison_table
 
 RATIOS = (0.2, 0.3, 0.4, 0.5)
 

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from hf_prune.recovery.recover import recover as recover
     from hf_prune.recovery.resuming import align_to_checkpoint as align_to_checkpoint
     from hf_prune.recovery.resuming import last_checkpoint as last_checkpoint
+    from hf_prune.structure.axes import Structure as Structure
     from hf_prune.structure.inference import infer_structure as infer_structure
-    from hf_prune.structure.structure import Structure as Structure
     from hf_prune.surgery.in_place import apply_plan_ as apply_plan_
     from hf_prune.surgery.pruning import apply_plan as apply_plan
     from hf_prune.vocabulary import kept_tokens as kept_tokens
@@ -68,7 +68,7 @@ _WHERE = {
     "PruningResult": "hf_prune.pipeline",
     "REAPConfig": "hf_prune.config",
     "RandomConfig": "hf_prune.config",
-    "Structure": "hf_prune.structure.structure",
+    "Structure": "hf_prune.structure.axes",
     "WandaConfig": "hf_prune.config",
     "align_to_checkpoint": "hf_prune.recovery.resuming",
     "allocate": "hf_prune.allocation",

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, StructureError
+from hf_prune.format.building import build_empty
 from hf_prune.layers.walk import Walk, checked_ids
 from hf_prune.layers.weights import is_offloaded, is_on_disk
-from hf_prune.structure.building import build_empty
 from hf_prune.structure.forward import Forward, TraceError
 from hf_prune.structure.inference import traceable_config
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from hf_prune.layers.price import Price
     from hf_prune.layers.walk import LayerProtocol
     from hf_prune.layers.work import WorkDir
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 logger = logging.getLogger(__name__)
 

@@ -19,14 +19,14 @@ import numpy.typing as npt
 from hf_prune.config import LAYER_AXES
 from hf_prune.errors import PlanError
 from hf_prune.reading import load_text_file, parse_json, save_text_file
-from hf_prune.structure.structure import BRANCH_OF
+from hf_prune.structure.axes import BRANCH_OF
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Mapping
 
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 Pair = tuple[float, float]
 """Seconds of prefill and of decoding."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def _ask_for_plain_weights(config: PreTrainedConfig) -> None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
     from transformers.quantizers.base import HfQuantizer
 
-    from hf_prune.structure.building import decoder_config
+    from hf_prune.format.building import decoder_config
 
     if not (method := quantised(config)):
         return
@@ -133,8 +133,8 @@ def load_model(
     import transformers
 
     from hf_prune.checkpoint.verifying import load_verified
+    from hf_prune.format.building import build_empty, has_own_code
     from hf_prune.layers.weights import device_map_of
-    from hf_prune.structure.building import build_empty, has_own_code
 
     _check_target(device, dtype)
     config = config or load_config(name)
@@ -259,7 +259,7 @@ def load_processor(name: str, config: PreTrainedConfig, **where: Any) -> Any | N
     """What a model of images and text reads both with, tokenizer included; `None` for others, or if there is none."""
     from transformers import AutoProcessor
 
-    from hf_prune.structure.building import decoder_config
+    from hf_prune.format.building import decoder_config
 
     if decoder_config(config) is config:
         return None

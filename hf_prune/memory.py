@@ -13,8 +13,8 @@ from hf_prune.plan import remaining_parameters
 if TYPE_CHECKING:
     from hf_prune.config import PruningConfig
     from hf_prune.plan import PruningPlan
+    from hf_prune.structure.axes import Structure
     from hf_prune.structure.layouts import Widths
-    from hf_prune.structure.structure import Structure
 
 MARGIN = 0.05
 """Share of the memory to fit into that is left for activations and what an engine allocates itself."""

@@ -69,10 +69,10 @@ class PrunedModelForCausalLM(metaclass=_Pruned):
                 raise ConfigError("calibration was given without a pruning_config; pass one, or leave out calibration.")
             return load_verified(source, **kwargs)  # type: ignore[return-value]
         from hf_prune.calibration import asks_model, is_text
+        from hf_prune.format.building import build_empty
         from hf_prune.gate import check_config, check_windows
         from hf_prune.loading import load_config, load_tokenizer
         from hf_prune.pipeline import calibration_data
-        from hf_prune.structure.building import build_empty
 
         where = {name: kwargs[name] for name in OF_CONFIG if name in kwargs}
         config = kwargs.get("config") or load_config(source, **where)

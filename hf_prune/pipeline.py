@@ -24,6 +24,7 @@ from hf_prune.config import PolicyGradientConfig, selected_axes
 from hf_prune.errors import CalibrationError, ConfigError, StructureError
 from hf_prune.evaluation.latency import measure_latency
 from hf_prune.evaluation.perplexity import perplexity_of
+from hf_prune.format.building import build_empty
 from hf_prune.gate import check_config, check_model, check_room, check_windows, unwrapped
 from hf_prune.layers.price import announce, price_of
 from hf_prune.layers.processes import of_main_process
@@ -31,17 +32,16 @@ from hf_prune.layers.walk import LayerProtocol, Walk, images_of
 from hf_prune.layers.weights import fingerprint, is_on_disk
 from hf_prune.layers.work import WorkDir
 from hf_prune.loading import load_config, load_tokenizer, open_model
-from hf_prune.methods import METHODS, check_scores, score
-from hf_prune.methods.learned import LearnedScores
 from hf_prune.plan import bare_plan, make_plan, with_tokens
 from hf_prune.repair import repair_, select_repairable
 from hf_prune.repair.preview import RepairPreview
-from hf_prune.structure.building import build_empty
+from hf_prune.scores import METHODS, check_scores, score
+from hf_prune.scores.learned import LearnedScores
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.configuring import unresizable
-from hf_prune.surgery.expressing import family
+from hf_prune.surgery.pruned_config import unresizable
 from hf_prune.surgery.pruning import PrunedLayers, empty_pruned
 from hf_prune.surgery.slicing import renumber
+from hf_prune.surgery.width_attributes import family
 from hf_prune.vocabulary import kept_tokens, prune_tokenizer, spelled
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ if TYPE_CHECKING:
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
     from hf_prune.loading import LayersOn
-    from hf_prune.methods.learned import Step
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.scores.learned import Step
+    from hf_prune.structure.axes import Structure
     from hf_prune.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ def prune(
     )
     if tokens is not None:
         plan = with_tokens(plan, structure, tokens)
-    pruned = carry_out(model, structure, plan, config, batches, work, protocol)
+    pruned = apply_and_repair(model, structure, plan, config, batches, work, protocol)
     if history := history_of(found):
         pruned._learning_history = plan, history  # type: ignore[assignment]  # for the picture in checkpoints
     logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
@@ -326,7 +326,7 @@ def decide(
                 stage = None if work is None else work.stage("scores")
                 known = _scored(model, structure, own, batches, stage, protocol)  # as it is: it may carry a history
             return known
-        current = carry_out(model, structure, done, config, batches, work, protocol)
+        current = apply_and_repair(model, structure, done, config, batches, work, protocol)
         task = for_pruned(structure, infer_structure(current), config, done, ratio)
         if task is None:
             return {}
@@ -391,7 +391,7 @@ def _scored(
     return scores
 
 
-def carry_out(
+def apply_and_repair(
     model: PreTrainedModel,
     structure: Structure,
     plan: PruningPlan,

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from hf_prune.config import LAYER_AXES, PruningConfig, selected_axes
 from hf_prune.errors import ConfigError, PlanError
 from hf_prune.reading import load_text_file, parse_json, save_text_file
-from hf_prune.structure.structure import BRANCH_OF
+from hf_prune.structure.axes import BRANCH_OF
 
 if TYPE_CHECKING:
     import os
 
+    from hf_prune.structure.axes import Counted, Structure
     from hf_prune.structure.layouts import Widths
-    from hf_prune.structure.structure import Counted, Structure
 
 FORMAT = 1
 _KEYS = ("model_type", "base_model_name_or_path", "num_units", "kept_indices", "config", "achieved")
@@ -263,7 +263,7 @@ def make_plan(
 
 
 def bare_plan(structure: Structure, kept_indices: dict[str, tuple[int, ...]]) -> PruningPlan:
-    """A plan that says what stays and no more: nobody asked for a ratio, and what it achieves is not counted."""
+    """A plan that says what stays and no more: the ratio is a placeholder, and what it achieves is not counted."""
     nothing = dict.fromkeys(_MEANINGS, 0.0)
     num_units = counted_units(structure, kept_indices)
     return PruningPlan(structure.model_type, None, num_units, kept_indices, PruningConfig(0.0), nothing)

@@ -23,7 +23,7 @@ _MARK = "_hf_prune"
 
 def register() -> None:
     """Called by vLLM in each of its processes, often twice. Idempotent."""
-    from hf_prune.checkpoint import per_layer
+    from hf_prune.format import per_layer
 
     per_layer.install()
     per_layer.STAND_INS["vllm"] = idle_attention
@@ -47,7 +47,7 @@ def idle_attention(replaced: nn.Module, outputs: Any, reads_cache_length: bool) 
 
     vLLM looks for the call of the attention interface in the source of `forward`, and finds that of the class.
     """
-    from hf_prune.checkpoint.per_layer import ZeroBranch
+    from hf_prune.format.per_layer import ZeroBranch
 
     class IdleAttention(ZeroBranch):
         @functools.wraps(type(replaced).forward)
@@ -61,7 +61,7 @@ def idle_attention(replaced: nn.Module, outputs: Any, reads_cache_length: bool) 
 
 def _by_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
     def chosen(self: Any, architectures: Any, model_config: Any) -> Any:
-        from hf_prune.checkpoint.files import needs_plugin
+        from hf_prune.format.building import needs_plugin
 
         if needs_plugin(model_config.hf_config):
             if model_config.model_impl not in ("auto", "transformers"):

@@ -41,10 +41,10 @@ class HandPruned:
         """Write config.json (`values`, default: made loud) and weights, without transformers' own saving."""
         import json
 
-        from hf_prune.checkpoint.loud import make_loud
+        from hf_prune.format.stock_guard import make_stock_refuse
 
         directory.mkdir(parents=True, exist_ok=True)
-        values = make_loud(self.values) if values is None else values
+        values = make_stock_refuse(self.values) if values is None else values
         (directory / "config.json").write_text(json.dumps(values | {"architectures": [type(self.masked).__name__]}))
         save_file({k: v.contiguous() for k, v in self.state.items()}, directory / "model.safetensors", {"format": "pt"})
         return directory
@@ -253,7 +253,7 @@ FAMILIES = {f.__name__: f for f in (llama, mistral, llama_without_first_attentio
 
 @functools.cache
 def _hand_pruned(family: str) -> HandPruned:
-    from hf_prune.checkpoint import per_layer
+    from hf_prune.format import per_layer
 
     per_layer.install()
     return FAMILIES[family]()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 VOCAB = 96
 _IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from hf_prune.checkpoint import per_layer
-from hf_prune.checkpoint.loud import make_loud
 from hf_prune.config import MagnitudeConfig
+from hf_prune.format import per_layer
+from hf_prune.format.stock_guard import make_stock_refuse
 from hf_prune.plan import PruningPlan
 
 NUM_LAYERS, HIDDEN, HEAD_DIM, HEADS, GROUPS, MLP, VOCAB = 3, 32, 8, 4, 2, 48, 96
@@ -76,7 +76,7 @@ def pruned_llama(uniform: bool = False):
             "0": {"intermediate_size": 40},
             "1": {"num_attention_heads": 2, "num_key_value_heads": 1},
         }
-        values = make_loud(values)
+        values = make_stock_refuse(values)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig.from_dict(values)).eval()
     model._pruning_plan = plan

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from hf_prune.structure.axes import Axis, BranchModule, Member, Owner, Structure
 from hf_prune.structure.layouts import Concat, Fixed, Layout, Product, Units
-from hf_prune.structure.structure import Axis, BranchModule, Member, Owner, Structure
 
 
 class _Builder:

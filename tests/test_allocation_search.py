@@ -168,7 +168,7 @@ def test_plans_that_break_the_model_are_not_chosen(small, monkeypatch):
 
     def chosen(values):
         measured = lambda self, plans: [math.inf if math.isnan(x) else x for _, x in zip(plans, values)]  # noqa: E731, B905
-        monkeypatch.setattr(sys.modules["hf_prune.allocation.search"]._Judge, "_divergences", measured)
+        monkeypatch.setattr(sys.modules["hf_prune.allocation.search"]._Evaluator, "_divergences", measured)
         return allocate(random_scores(structure), structure, config, model=model, batches=BATCHES)
 
     nothing = itertools.repeat(float("nan"))

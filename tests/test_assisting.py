@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from hf_prune import prune
 from hf_prune.checkpoint.saving import save_pruned
-from hf_prune.cli import app
+from hf_prune.cli.main import app
 from hf_prune.config import MagnitudeConfig
 from hf_prune.errors import ConfigError
 from hf_prune.evaluation.assisting import measure_assisted

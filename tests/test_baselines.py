@@ -11,9 +11,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_prune.config import CONFIGS, MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig, selected_axes
 from hf_prune.errors import CalibrationError, ConfigError, ScoreError
-from hf_prune.methods import METHODS, Method, score
+from hf_prune.scores import METHODS, Method, score
+from hf_prune.structure.axes import Axis, Member, Structure
 from hf_prune.structure.layouts import Fixed, Units
-from hf_prune.structure.structure import Axis, Member, Structure
 
 SHAPE = {"num_layers": 2, "hidden": 32, "mlp": 24, "kv": 2, "group": 2, "head_dim": 8, "vocab": 64}
 EXPERTS = 3

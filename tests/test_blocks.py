@@ -25,7 +25,6 @@ from test_export_plain import difference, exported, saved
 from transformers import AutoModelForCausalLM
 
 from hf_prune.allocation import allocate
-from hf_prune.checkpoint.files import needs_plugin
 from hf_prune.config import (
     LLMPrunerConfig,
     MagnitudeConfig,
@@ -38,15 +37,16 @@ from hf_prune.config import (
     selected_axes,
 )
 from hf_prune.errors import BudgetError, ConfigError, PlanError, StructureError
+from hf_prune.format.building import needs_plugin
 from hf_prune.layers.masking import masked
 from hf_prune.layers.watch import watching
 from hf_prune.layers.weights import eager_experts
-from hf_prune.methods import score
-from hf_prune.methods.elimination import removal_costs
 from hf_prune.pipeline import prune
 from hf_prune.plan import PruningPlan
 from hf_prune.repair import select_repairable
 from hf_prune.repair.preview import RepairPreview
+from hf_prune.scores import score
+from hf_prune.scores.elimination import removal_costs
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.consumers import consumers_of
 from hf_prune.structure.inference import infer_structure

@@ -13,11 +13,11 @@ import torch
 from hand_pruned import FAMILIES, VOCAB, hand_pruned, ids, skip_only
 from transformers import LlamaConfig
 
-from hf_prune.checkpoint import per_layer
 from hf_prune.checkpoint.autoload import _InstallingLoader
-from hf_prune.checkpoint.loud import FLAG, make_loud
-from hf_prune.checkpoint.remote_code import MODULE_NAME, auto_map, remote_code
 from hf_prune.errors import CheckpointError
+from hf_prune.format import per_layer
+from hf_prune.format.remote_code import MODULE_NAME, auto_map, remote_code
+from hf_prune.format.stock_guard import FLAG, make_stock_refuse
 
 REPOSITORY = Path(__file__).parents[1]
 SKIPS = ["llama", "phi3", "falcon", "gpt2", "bloom"]
@@ -110,7 +110,7 @@ def add_remote_code(source, directory):
 def directories(tmp_path_factory):
     root = tmp_path_factory.mktemp("traps")
     found = {family: hand_pruned(family).save(root / family) for family in FAMILIES}
-    found |= {f"{f}-skip": save_skip_only(f, root / f"{f}-skip", make_loud(skip_only(f))) for f in SKIPS}
+    found |= {f"{f}-skip": save_skip_only(f, root / f"{f}-skip", make_stock_refuse(skip_only(f))) for f in SKIPS}
     found["silent"] = save_skip_only("llama", root / "silent", skip_only("llama"))
     found["no_flag"] = hand_pruned("llama").save(root / "no_flag", hand_pruned("llama").values)
     for directory in found.values():
@@ -171,15 +171,15 @@ def test_plugin_and_remote_code_together(stock, plugin):
     assert plugin["depth"] == stock["depth"] == 1
 
 
-# --- what make_loud writes --------------------------------------------------------------------------------------------
+# --- what make_stock_refuse writes -------------------------------------------------------------------------------
 
 
 def test_flag_only_where_it_is_needed():
-    assert make_loud(hand_pruned("llama").values)[FLAG] is True  # its validator reads num_attention_heads
+    assert make_stock_refuse(hand_pruned("llama").values)[FLAG] is True  # its validator reads num_attention_heads
     for family in ("mistral", "falcon", "gpt2", "bloom"):
         values = hand_pruned(family).values
-        assert FLAG not in make_loud(values | {FLAG: True})
-        assert {k: v for k, v in make_loud(values).items() if k != FLAG} == {
+        assert FLAG not in make_stock_refuse(values | {FLAG: True})
+        assert {k: v for k, v in make_stock_refuse(values).items() if k != FLAG} == {
             k: v for k, v in values.items() if k != FLAG
         }
 
@@ -188,14 +188,14 @@ def test_flag_where_only_the_model_reads_the_attribute():
     """Rotary embeddings of this kind read the model's head count when they are built; the config does not."""
     rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}
     values = hand_pruned("mistral").values | {"rope_parameters": rope}
-    assert make_loud(values)[FLAG] is True
+    assert make_stock_refuse(values)[FLAG] is True
 
 
 @pytest.mark.parametrize("family", SKIPS)
 def test_sentinels_change_nothing_else(family):
     values = skip_only(family)
-    loud = make_loud(values)
-    assert make_loud(loud) == loud
+    loud = make_stock_refuse(values)
+    assert make_stock_refuse(loud) == loud
     before, after = values.pop("per_layer_config"), loud.pop("per_layer_config")
     assert {k: v for k, v in loud.items() if k != FLAG} == {k: v for k, v in values.items() if k != FLAG}
     added = {layer: {k: v for k, v in after[layer].items() if k not in before[layer]} for layer in after}
@@ -207,7 +207,7 @@ def test_ordinary_config_is_left_alone():
     from hand_pruned import LLAMA
 
     values = LlamaConfig(**LLAMA).to_dict()
-    assert make_loud(values) == values
+    assert make_stock_refuse(values) == values
 
 
 def test_surgery_that_stock_would_ignore_is_refused():
@@ -215,14 +215,14 @@ def test_surgery_that_stock_would_ignore_is_refused():
     for record in values["pruning_config"]["surgery"]["modules"].values():
         record["shapes"], record["attributes"] = {}, {}
     with pytest.raises(CheckpointError, match="random weights"):
-        make_loud(values)
+        make_stock_refuse(values)
 
 
 def test_config_that_cannot_be_built_is_refused():
     values = hand_pruned("llama").values
     values["per_layer_config"]["2"] = {"skip": ["mixer"]}
     with pytest.raises(CheckpointError, match="mixer"):
-        make_loud(values)
+        make_stock_refuse(values)
 
 
 # --- the remote-code file ---------------------------------------------------------------------------------------------

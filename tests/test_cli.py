@@ -14,11 +14,11 @@ import torch
 from typer.testing import CliRunner
 
 import hf_prune
-from hf_prune import inspection, printing
-from hf_prune.cli import app
+from hf_prune.cli import inspection, printing
+from hf_prune.cli.demo import run_demo
+from hf_prune.cli.flags import config_flags, read_config
+from hf_prune.cli.main import app
 from hf_prune.config import CONFIGS, MagnitudeConfig, PruningConfig
-from hf_prune.config_flags import config_flags, read_config
-from hf_prune.demo import run_demo
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.plan import PruningPlan
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structures import llama
 
+from hf_prune.cli.flags import field_help
 from hf_prune.config import (
     CONFIGS,
     MagnitudeConfig,
@@ -21,7 +22,6 @@ from hf_prune.config import (
     selected_axes,
 )
 from hf_prune.config.checks import parse_layers
-from hf_prune.config_flags import field_help
 from hf_prune.errors import ConfigError, StructureError
 
 KINDS = ("mlp", "attention", "expert", "hidden", "layer", "layer_attention", "layer_mlp")

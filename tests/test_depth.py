@@ -12,14 +12,14 @@ from models import logits, make_plan, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_prune
+from hf_prune.cli.inspection import inspect_config
 from hf_prune.errors import CheckpointError, StructureError
-from hf_prune.inspection import inspect_config
 from hf_prune.layers.masking import masked
 from hf_prune.structure.forward import Forward
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.configuring import depends_on_depth, pruned_config
 from hf_prune.surgery.in_place import apply_plan_
 from hf_prune.surgery.judging import Judge, _Expressions
+from hf_prune.surgery.pruned_config import depends_on_depth, pruned_config
 from hf_prune.surgery.pruning import apply_plan
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hf_prune import WandaConfig, export, infer_structure, prune
-from hf_prune.cli import app
+from hf_prune.cli.main import app
 from hf_prune.errors import ConfigError, StructureError
 from hf_prune.loading import load_config, load_model
 from hf_prune.surgery.slicing import slice_state_dict

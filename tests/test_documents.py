@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import typer
 
-from hf_prune.cli import app
-from hf_prune.config_flags import read_flags
+from hf_prune.cli.flags import read_flags
+from hf_prune.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]

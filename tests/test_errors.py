@@ -11,7 +11,7 @@ import torch
 from models import logits, make_plan, shared_structure, tiny_model, tiny_tokenizer, token_ids, write_text
 
 import hf_prune
-import hf_prune.methods
+import hf_prune.scores
 from hf_prune import (
     MagnitudeConfig,
     PrunedModelForCausalLM,
@@ -152,9 +152,9 @@ def test_a_score_that_is_not_finite_names_its_axis(value):
     with torch.no_grad():
         broken.model.layers[1].mlp.down_proj.weight[0, 7] = value
     with refused(ScoreError, "layers.1.mlp", "1 of 40 scores", "expected finite", "Look for", model=broken):
-        hf_prune.methods.score(broken, structure, MagnitudeConfig(0.3))
+        hf_prune.scores.score(broken, structure, MagnitudeConfig(0.3))
     with refused(ScoreError, "NaN or infinite", model=broken):
-        hf_prune.methods.score(broken, structure, WandaConfig(0.3), batches=[{"input_ids": token_ids()}])
+        hf_prune.scores.score(broken, structure, WandaConfig(0.3), batches=[{"input_ids": token_ids()}])
 
 
 def test_scores_of_the_caller_need_allocate(model):

@@ -21,11 +21,11 @@ from hf_prune.config import LLMPrunerConfig, MagnitudeConfig, OBSConfig, Pruning
 from hf_prune.errors import BudgetError, ConfigError, PlanError, StructureError
 from hf_prune.latency import LatencyTable
 from hf_prune.layers.masking import keep_mask, masked, masked_rows
-from hf_prune.methods import METHODS, score
 from hf_prune.plan import PruningPlan
 from hf_prune.recovery.gradual import check_maskable
 from hf_prune.recovery.lora import add_adapters
 from hf_prune.repair import repair_
+from hf_prune.scores import METHODS, score
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 

@@ -42,17 +42,17 @@ from hf_prune import (
     prune,
 )
 from hf_prune.calibration import calibration_batches
-from hf_prune.cli import app
+from hf_prune.cli.inspection import inspect_config, verify
+from hf_prune.cli.main import app
+from hf_prune.cli.sweep import sweep
 from hf_prune.data import evaluation_windows, load_text
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, ScoreError, StructureError
 from hf_prune.evaluation.perplexity import perplexity_of
 from hf_prune.gate import check_config, check_windows
-from hf_prune.inspection import inspect_config, verify
 from hf_prune.layers.price import price_of
 from hf_prune.layers.statistics import factorise_, ridges, solving
 from hf_prune.layers.walk import Walk
 from hf_prune.loading import open_model
-from hf_prune.sweep import sweep
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -354,8 +354,8 @@ def test_refused_in_memory(case, dense, tmp_path):
         refuses += [lambda mode=mode: train(mode) for mode in ("start", "cut", "gradual")]
     with (
         patch("hf_prune.pipeline.decide", side_effect=AssertionError("scored")),
-        patch("hf_prune.sweep.score", side_effect=AssertionError("scored")),
-        patch("hf_prune.inspection.score", side_effect=AssertionError("scored")),
+        patch("hf_prune.cli.sweep.score", side_effect=AssertionError("scored")),
+        patch("hf_prune.cli.inspection.score", side_effect=AssertionError("scored")),
         patch("hf_prune.recovery.callback.score", side_effect=AssertionError("scored")),
     ):
         for refused in refuses:

@@ -21,8 +21,8 @@ from pruned import pruned_llama
 from safetensors.torch import load_file, save_file
 
 from hf_prune.checkpoint.files import CODE_NAME, PLAN_NAME
-from hf_prune.checkpoint.per_layer import DIGESTS
 from hf_prune.checkpoint.save_hook import install_save_hook
+from hf_prune.format.per_layer import DIGESTS
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 

@@ -11,8 +11,8 @@ from image_models import SETTINGS, image_batch, image_model
 from models import random_kept
 
 from hf_prune import MagnitudeConfig, WandaConfig, infer_structure, prune
-from hf_prune.checkpoint.remote_code import auto_map, remote_code
 from hf_prune.errors import CalibrationError, StructureError
+from hf_prune.format.remote_code import auto_map, remote_code
 from hf_prune.layers.masking import masked
 from hf_prune.plan import bare_plan
 from hf_prune.surgery.pruning import apply_plan

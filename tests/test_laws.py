@@ -31,8 +31,8 @@ from hf_prune.checkpoint.saving import install_save_hook, save_pruned
 from hf_prune.config import MagnitudeConfig, PruningConfig, RandomConfig, WandaConfig, selected_axes
 from hf_prune.errors import BudgetError, PlanError
 from hf_prune.layers.masking import masked
-from hf_prune.methods import score
 from hf_prune.plan import PruningPlan
+from hf_prune.scores import score
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 from hf_prune.surgery.slicing import slice_state_dict

@@ -29,7 +29,7 @@ from hf_prune.layers import walk as walk_module
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import is_on_disk, resident
 from hf_prune.loading import open_model
-from hf_prune.methods import score
+from hf_prune.scores import score
 from hf_prune.structure.inference import infer_structure
 
 _SHAPE = {
@@ -448,7 +448,7 @@ def test_layers_that_exchange_more_than_hidden_states_are_one_segment(tmp_path):
 def test_the_command_line(tmp_path):
     from typer.testing import CliRunner
 
-    from hf_prune.cli import app
+    from hf_prune.cli.main import app
 
     path, text = write_checkpoint(tmp_path / "dense"), write_text(tmp_path / "text.txt", 400, seed=1)
     options = ["--method", "obs", "--pruning-ratio", "0.3", "--calibration", str(text)]

@@ -13,7 +13,7 @@ from models import tiny_model
 from hf_prune.allocation import allocate
 from hf_prune.config import LLMPrunerConfig
 from hf_prune.errors import CalibrationError, ConfigError, ScoreError
-from hf_prune.methods import score
+from hf_prune.scores import score
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 

@@ -22,12 +22,12 @@ from typer.testing import CliRunner
 
 from hf_prune import MagnitudeConfig, PrunedModelForCausalLM
 from hf_prune.checkpoint.files import PLAN_NAME, read_json
-from hf_prune.checkpoint.per_layer import DIGESTS
 from hf_prune.checkpoint.save_hook import install_save_hook
 from hf_prune.checkpoint.saving import save_pruned, verify_checkpoint
 from hf_prune.checkpoint.verifying import _config, not_loaded
-from hf_prune.cli import app
+from hf_prune.cli.main import app
 from hf_prune.errors import CheckpointError
+from hf_prune.format.per_layer import DIGESTS
 from hf_prune.loading import load_config, load_model
 from hf_prune.reading import LARGEST_FILE, parse_json, read_text
 

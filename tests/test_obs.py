@@ -13,9 +13,9 @@ from models import shared_model, shared_structure, tiny_model, token_ids
 from hf_prune import OBSConfig, prune
 from hf_prune.errors import CalibrationError, ConfigError, StructureError
 from hf_prune.layers.walk import Walk
-from hf_prune.methods import score
-from hf_prune.methods.elimination import ROUNDS, invert_, removal_costs
-from hf_prune.methods.obs import SquaredGradients
+from hf_prune.scores import score
+from hf_prune.scores.elimination import ROUNDS, invert_, removal_costs
+from hf_prune.scores.obs import SquaredGradients
 from hf_prune.structure.consumers import only_consumer
 from hf_prune.structure.inference import infer_structure
 

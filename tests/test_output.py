@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hf_prune import MagnitudeConfig, PrunedModelForCausalLM, last_checkpoint, prune, recover
 from hf_prune.checkpoint.saving import install_save_hook, save_pruned
-from hf_prune.cli import app
+from hf_prune.cli.main import app
 from hf_prune.errors import CheckpointError
 
 
@@ -200,7 +200,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_prune.checkpoint.saving import save_pruned, verify_checkpoint
 from hf_prune.errors import CheckpointError
-from hf_prune.sweep import sweep
+from hf_prune.cli.sweep import sweep
 import hf_prune, os, time
 state = PartialState(cpu=True)
 os.chdir(sys.argv[1])

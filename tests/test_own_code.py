@@ -14,7 +14,7 @@ from models import token_ids
 from typer.testing import CliRunner
 
 from hf_prune import PrunedModelForCausalLM, RandomConfig, prune
-from hf_prune.cli import app
+from hf_prune.cli.main import app
 from hf_prune.errors import CheckpointError
 
 FILES = Path(__file__).parent / "own_code"

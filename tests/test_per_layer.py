@@ -26,9 +26,9 @@ from transformers import (
     StaticCache,
 )
 
-from hf_prune.checkpoint import per_layer
-from hf_prune.checkpoint.loud import make_loud
 from hf_prune.errors import CheckpointError
+from hf_prune.format import per_layer
+from hf_prune.format.stock_guard import make_stock_refuse
 
 per_layer.install()
 SOURCE = Path(per_layer.__file__)
@@ -207,7 +207,7 @@ def test_disk_offload(loaded, family, directories, tmp_path):
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
-    values = make_loud(
+    values = make_stock_refuse(
         LlamaConfig(**LLAMA, tie_word_embeddings=True).to_dict() | {"per_layer_config": {1: {"intermediate_size": 8}}}
     )
     model = reload(LlamaForCausalLM(LlamaConfig.from_dict(values)).eval(), tmp_path)
@@ -254,7 +254,7 @@ def test_nested_in_another_model():
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
     )
-    config = LlavaConfig(text_config=make_loud(text.values), vision_config=vision, image_token_index=95)
+    config = LlavaConfig(text_config=make_stock_refuse(text.values), vision_config=vision, image_token_index=95)
     model = LlavaForConditionalGeneration(config)
     found = {name: p.shape for name, p in model.model.language_model.named_parameters()}
     expected = {name.removeprefix("model."): p.shape for name, p in text.state.items() if name.startswith("model.")}
@@ -284,7 +284,7 @@ def test_wrong_skip_is_refused_and_leaves_nothing_behind(skip):
     dense = LlamaForCausalLM(LlamaConfig(**LLAMA))
     assert {m.intermediate_size for m in (layer.mlp for layer in dense.model.layers)} == {LLAMA["intermediate_size"]}
     pruned = hand_pruned("llama")
-    model = LlamaForCausalLM(LlamaConfig.from_dict(make_loud(pruned.values)))
+    model = LlamaForCausalLM(LlamaConfig.from_dict(make_stock_refuse(pruned.values)))
     assert {name: p.shape for name, p in model.state_dict().items()} == {n: t.shape for n, t in pruned.state.items()}
 
 
@@ -323,7 +323,7 @@ def test_layers_that_were_not_reached_are_noticed(monkeypatch):
 def test_bloom_branch_without_record_keeps_the_residual():
     """Bloom adds the residual inside of its branches: a stand-in that returned zeros would drop the stream."""
     torch.manual_seed(0)
-    values = make_loud(skip_only("bloom"))
+    values = make_stock_refuse(skip_only("bloom"))
     model = AutoModelForCausalLM.from_config(type(hand_pruned("bloom").masked.config).from_dict(values)).eval()
     dense = copy.deepcopy(hand_pruned("bloom").masked)
     for parameter in (

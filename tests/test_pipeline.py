@@ -35,11 +35,11 @@ from hf_prune import (
     pipeline,
     prune,
 )
-from hf_prune.checkpoint.files import needs_plugin
 from hf_prune.checkpoint.saving import install_save_hook, load_plan, verify_checkpoint
+from hf_prune.format.building import needs_plugin
 from hf_prune.structure import inference
-from hf_prune.surgery import expressing, judging
-from hf_prune.surgery.configuring import pruned_config
+from hf_prune.surgery import judging, width_attributes
+from hf_prune.surgery.pruned_config import pruned_config
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def test_a_path_is_read_once_and_traced_once(dense, monkeypatch, layers_on):
     counted(pipeline, "load_config")
     counted(loading, "load_config")
     counted(inference, "trace")
-    counted(expressing, "_find_knobs")
+    counted(width_attributes, "_find_width_attributes")
     counted(judging.Judge, "_run", lambda _, config, numbers, *bypassed: " of the dense model" if bypassed else "")
     result = prune(dense.directory, RandomConfig(0.3), layers_on=layers_on, tokenizer=dense.tokenizer)
     assert counts == {"load_config": 1, "trace": 1, "_find_knobs": 1, "_run of the dense model": 1, "_run": 1}

@@ -17,10 +17,10 @@ from hf_prune.config import PolicyGradientConfig
 from hf_prune.errors import BudgetError, CalibrationError, CheckpointError, ConfigError, ScoreError, StructureError
 from hf_prune.layers.masking import keep_mask
 from hf_prune.layers.walk import Walk
-from hf_prune.methods import METHODS, score
-from hf_prune.methods.policy_gradient import as_scores, learn_policy, training
-from hf_prune.methods.policy_gradient.forward import MaskedModel, open_model
-from hf_prune.methods.policy_gradient.policy import (
+from hf_prune.scores import METHODS, score
+from hf_prune.scores.policy_gradient import as_scores, learn_policy, training
+from hf_prune.scores.policy_gradient.forward import MaskedModel, open_model
+from hf_prune.scores.policy_gradient.policy import (
     find_units,
     initial_widths,
     lowest_widths,
@@ -183,7 +183,7 @@ def test_widths_respect_floors_and_what_must_stay():
     projected = project_widths(units, asked, low, ranks)
     assert bool((projected >= low - 1e-6).all())
     assert bool((projected <= 1).all())
-    assert units.split(units.must_stay)["layers.attention"].tolist() == [True, False, False]
+    assert units.split(units.frozen)["layers.attention"].tolist() == [True, False, False]
     assert units.split(ranks)["layers.attention"].tolist() == [0, 2, 1]
 
 
@@ -471,7 +471,7 @@ def test_bad_input(monkeypatch):
 
 def test_each_process_takes_its_share_of_the_windows(monkeypatch):
     """Without communication, each of three processes has zeros where the others' windows are."""
-    from hf_prune.methods.policy_gradient import forward
+    from hf_prune.scores.policy_gradient import forward
 
     model, structure = shared_model("llama"), shared_structure("llama")
     units = find_units(structure, PolicyGradientConfig(0.4), CPU)
@@ -493,7 +493,7 @@ def test_each_process_takes_its_share_of_the_windows(monkeypatch):
 
 
 def test_learning_curve_picture(tmp_path):
-    from hf_prune.evaluation import learning_curve_picture
+    from hf_prune.report.pictures import learning_curve_picture
 
     config = PolicyGradientConfig(0.4, **QUICK)
     history = learn(tiny_model("llama", dtype=torch.float32), config).history

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from hf_prune.methods.policy_gradient import estimators
-from hf_prune.methods.policy_gradient.projection import project
+from hf_prune.scores.policy_gradient import estimators
+from hf_prune.scores.policy_gradient.projection import project
 
 PROBS = torch.tensor([0.15, 0.5, 0.8, 0.35], dtype=torch.float64)
 MASKS = torch.tensor(list(itertools.product((0, 1), repeat=4)), dtype=torch.float64)

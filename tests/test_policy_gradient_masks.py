@@ -14,8 +14,8 @@ from hf_prune.config import PolicyGradientConfig
 from hf_prune.errors import StructureError
 from hf_prune.layers.masking import keep_mask, masked, masked_rows
 from hf_prune.layers.walk import Walk
-from hf_prune.methods.policy_gradient.forward import open_model
-from hf_prune.methods.policy_gradient.policy import find_units
+from hf_prune.scores.policy_gradient.forward import open_model
+from hf_prune.scores.policy_gradient.policy import find_units
 from hf_prune.structure.inference import infer_structure
 
 

@@ -18,11 +18,11 @@ from hf_prune.checkpoint.files import CURVE_NAME
 from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.config import MagnitudeConfig, PolicyGradientConfig
 from hf_prune.layers.walk import Walk
-from hf_prune.methods import LearnedScores, check_scores, score
-from hf_prune.methods.policy_gradient import learn_policy, training
-from hf_prune.methods.policy_gradient.forward import MaskedModel, open_model
-from hf_prune.methods.policy_gradient.policy import find_units
 from hf_prune.pipeline import prune
+from hf_prune.scores import LearnedScores, check_scores, score
+from hf_prune.scores.policy_gradient import learn_policy, training
+from hf_prune.scores.policy_gradient.forward import MaskedModel, open_model
+from hf_prune.scores.policy_gradient.policy import find_units
 from hf_prune.structure.inference import infer_structure
 
 QUICK = {"policy_steps": 4, "num_masks": 2, "windows_per_step": 4, "init": "magnitude", "policy": "widths_then_units"}

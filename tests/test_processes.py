@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from hf_prune import LLMPrunerConfig, MagnitudeConfig, OBSConfig, PolicyGradientConfig, WandaConfig, prune
 from hf_prune.layers.weights import is_on_disk, read_weight
 from hf_prune.layers.work import WorkDir
-from hf_prune.methods.policy_gradient.state import StateFile
+from hf_prune.scores.policy_gradient.state import StateFile
 
 LEARN = {"policy_steps": 4, "num_masks": 2, "init_samples": 3, "state_steps": 1}
 SEARCH = {"allocation": "search", "search_evaluations": 6, "search_samples": 4, "repair": "least_squares"}
@@ -125,7 +125,7 @@ RESUMED = [
 
 def in_this_process(folder, command):
     """All cases in one of several processes."""
-    from hf_prune.cli import app
+    from hf_prune.cli.main import app
 
     state = PartialState(cpu=True)
     assert state.num_processes == 2

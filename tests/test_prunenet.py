@@ -17,14 +17,14 @@ from hf_prune.config import PruneNetConfig, PruningConfig
 from hf_prune.errors import CheckpointError, ConfigError, ScoreError, StructureError
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.work import read_tensors, write_tensors
-from hf_prune.methods import score
-from hf_prune.methods.prunenet import Policy, train_policy
-from hf_prune.methods.prunenet.policy import log_probability, sample, scale_free_features
-from hf_prune.methods.prunenet.rows import UnitRows, unit_rows
-from hf_prune.methods.prunenet.scoring import marginal_losses
-from hf_prune.methods.prunenet.spectra import Spectrum, density, kept_spectra, ks_statistic
-from hf_prune.methods.prunenet.training import train
-from hf_prune.methods.prunenet.updates import relative_updates
+from hf_prune.scores import score
+from hf_prune.scores.prunenet import Policy, train_policy
+from hf_prune.scores.prunenet.layer_importance import layer_importance
+from hf_prune.scores.prunenet.policy import log_probability, sample, scale_free_features
+from hf_prune.scores.prunenet.scoring import marginal_losses
+from hf_prune.scores.prunenet.spectra import Spectrum, density, kept_spectra, ks_statistic
+from hf_prune.scores.prunenet.training import train
+from hf_prune.scores.prunenet.unit_matrix import UnitMatrix, unit_matrix
 from hf_prune.structure.inference import infer_structure
 
 FAMILIES = ("llama", "gpt2", "opt", "gpt_neox", "phi3", "mixtral", "bloom", "gemma3_text")
@@ -46,8 +46,8 @@ def masks(num_units: int, kept: int, count: int = 3, seed: int = 1) -> torch.Ten
     return found
 
 
-def layers_of(rows: list[torch.Tensor]) -> dict[str, UnitRows]:
-    return {str(i): UnitRows(m, m.norm(dim=(1, 2)), m.norm(dim=(1, 2)).flip(0)) for i, m in enumerate(rows)}
+def layers_of(rows: list[torch.Tensor]) -> dict[str, UnitMatrix]:
+    return {str(i): UnitMatrix(m, m.norm(dim=(1, 2)), m.norm(dim=(1, 2)).flip(0)) for i, m in enumerate(rows)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -184,8 +184,8 @@ def test_features_depend_on_no_scale_and_no_number_of_rows():
     first, scaled = (scale_free_features(rows, 0.5) for rows in layers.values())
     torch.testing.assert_close(first, scaled, rtol=1e-3, atol=1e-3)
     double = layers_of([torch.cat([matrix(60, 1, 20)] * 2)])["0"]
-    double = UnitRows(double.state, *(v.norm(dim=(1, 2)) for v in (double.state, double.state)))
-    single = UnitRows(double.state[:60], double.producer_norms[:60], double.consumer_norms[:60])
+    double = UnitMatrix(double.state, *(v.norm(dim=(1, 2)) for v in (double.state, double.state)))
+    single = UnitMatrix(double.state[:60], double.producer_norms[:60], double.consumer_norms[:60])
     torch.testing.assert_close(
         scale_free_features(double, 0.5)[:60], scale_free_features(single, 0.5), rtol=1e-2, atol=1e-2
     )
@@ -219,7 +219,7 @@ def test_states_and_attention(family, state):
     scores = score(model, structure, config)
     assert all(values.isfinite().all() for values in scores.values())
     read = dict(model.named_parameters()).__getitem__
-    rows = unit_rows(read, structure, structure.axes["layers.0.mlp"], state)
+    rows = unit_matrix(read, structure, structure.axes["layers.0.mlp"], state)
     if family == "llama":
         mlp = model.model.layers[0].mlp
         gate, up, down = (
@@ -245,7 +245,7 @@ def test_permuting_units_permutes_what_a_policy_says():
     permutation = torch.randperm(structure.axes[name].num_units, generator=torch.Generator().manual_seed(3))
 
     def logits():
-        rows = unit_rows(dict(model.named_parameters()).__getitem__, structure, structure.axes[name], config.state)
+        rows = unit_matrix(dict(model.named_parameters()).__getitem__, structure, structure.axes[name], config.state)
         return policy.logits(scale_free_features(rows, 0.5))
 
     before = logits()
@@ -266,7 +266,7 @@ def test_relative_updates_are_the_difference_that_a_branch_makes():
     for family in ("llama", "bloom", "gemma3_text", "opt"):
         model, structure = shared_model(family), shared_structure(family)
         axes = [structure.axes["layers.1.mlp"]]
-        found = relative_updates(Walk(model, structure.layer_paths), structure, axes, torch.Generator().manual_seed(0))[
+        found = layer_importance(Walk(model, structure.layer_paths), structure, axes, torch.Generator().manual_seed(0))[
             "layers.1.mlp"
         ]
         ids = torch.randint(0, 96, (256, 1), generator=torch.Generator().manual_seed(0))

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from hf_prune import MagnitudeConfig, prune
 from hf_prune import evaluation as ev
 from hf_prune.checkpoint.saving import save_pruned
-from hf_prune.cli import app
+from hf_prune.cli.main import app
 from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.evaluation.estimates import mean_of, share_of
 from hf_prune.evaluation.generation import loops

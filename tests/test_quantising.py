@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from hf_prune.allocation import allocate
 from hf_prune.checkpoint.saving import load_plan, save_pruned
-from hf_prune.cli import app
+from hf_prune.cli.main import app
 from hf_prune.config import PruningConfig
 from hf_prune.errors import CheckpointError, ConfigError, StructureError
 from hf_prune.evaluation.speed import num_bytes
+from hf_prune.exporting.quantising import quantise
 from hf_prune.memory import count_memory, memory_of
-from hf_prune.quantising import quantise
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 

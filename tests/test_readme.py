@@ -11,7 +11,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from hf_prune.cli import app
+from hf_prune.cli.main import app
 from hf_prune.config import WandaConfig
 
 ROOT = Path(__file__).parents[1]

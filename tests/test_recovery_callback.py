@@ -419,7 +419,7 @@ def test_refused_before_anything_changes(tmp_path, callback, options, error, sai
 @pytest.mark.parametrize("launched", ["DDP", "FSDP", "DeepSpeed"])
 @pytest.mark.parametrize("mode", ["cut", "gradual"])
 def test_cutting_inside_of_a_wrapped_run_is_refused(tmp_path, monkeypatch, launched, mode):
-    monkeypatch.setattr(callback_module, "launcher", lambda args: launched)
+    monkeypatch.setattr(callback_module, "distributed_kind", lambda args: launched)
     if (mode, launched) == ("gradual", "DDP"):
         trainer_of(tiny_model("llama", dtype=torch.float32), tmp_path, make_callback(mode))
         return

@@ -20,7 +20,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[2])
 from models import tiny_model
 from test_recovery_callback import make_callback, trainer_of
-from hf_prune.cli import app
+from hf_prune.cli.main import app
 from hf_prune.errors import ConfigError
 found = {}
 for mode in ("start", "gradual", "cut"):

@@ -32,9 +32,9 @@ from hf_prune.errors import CalibrationError, ConfigError, PlanError, StructureE
 from hf_prune.layers.masking import masked
 from hf_prune.layers.statistics import NO_REFIT, Statistics, best_ridge, solve_
 from hf_prune.layers.walk import LayerCall, Walk, replaced_forward
-from hf_prune.methods.elimination import removal_costs
 from hf_prune.repair import repair_, select_repairable
 from hf_prune.repair.preview import RepairPreview
+from hf_prune.scores.elimination import removal_costs
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.slicing import renumber
 

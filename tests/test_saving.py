@@ -22,13 +22,13 @@ from pruned import logits, pruned_llama, pruned_plan, tiny_tokenizer
 from hf_prune import atomic
 from hf_prune.checkpoint import saving
 from hf_prune.checkpoint.files import CODE_NAME, PICTURE_NAME, PLAN_NAME
-from hf_prune.checkpoint.html import html_page
-from hf_prune.checkpoint.model_card import model_card
 from hf_prune.checkpoint.saving import install_save_hook, load_plan, save_pruned, verify_checkpoint
-from hf_prune.cli import app
+from hf_prune.cli.flags import read_config
+from hf_prune.cli.main import app
 from hf_prune.config import MagnitudeConfig
-from hf_prune.config_flags import read_config
 from hf_prune.errors import CheckpointError
+from hf_prune.report.card import model_card
+from hf_prune.report.html import html_page
 
 COMPLETE = {
     "README.md",

@@ -19,8 +19,8 @@ from hf_prune.allocation import allocate
 from hf_prune.allocation.steps import for_pruned, gone_units, in_dense_numbering, next_plan
 from hf_prune.config import selected_axes
 from hf_prune.errors import BudgetError, ConfigError, PlanError, StructureError
-from hf_prune.methods import score
 from hf_prune.recovery.gradual import ratio_at
+from hf_prune.scores import score
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 

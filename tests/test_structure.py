@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, CpmAntConfig, LlamaCo
 from hf_prune.config import MagnitudeConfig, selected_axes
 from hf_prune.errors import StructureError
 from hf_prune.layers.masking import masked
+from hf_prune.structure.axes import Owner, SlicedArgument
 from hf_prune.structure.consumers import consumers_of
 from hf_prune.structure.inference import _use, infer_structure
-from hf_prune.structure.structure import Owner, SelectedInput
 from hf_prune.structure.tracing import ConstantInput
 from hf_prune.structure.unify import Atom, Prod
-from hf_prune.surgery.expressing import find_knobs
 from hf_prune.surgery.pruning import apply_plan
+from hf_prune.surgery.width_attributes import find_width_attributes
 
 # Layer 1 of each family, written by hand. A = layers.1.attention, Q = layers.1.attention.queries, M = layers.1.mlp,
 # D = hidden.
@@ -156,7 +156,7 @@ def test_axes_and_layouts(family):
         {"layers.mlp": "mlp of layer 0 is not one module with a tensor result"} if family == "opt" else {}
     )
     assert [name for name, axis in structure.axes.items() if not axis.exact] == ["hidden"]
-    assert not structure.without_rule
+    assert not structure.unsupported_ops
     prefix = structure.layer_paths[1] + "."
     here = {name.removeprefix(prefix): found for name, found in structure.layouts.items() if name.startswith(prefix)}
     for part, expected in weights.items():
@@ -252,7 +252,7 @@ KNOBS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_config_attributes_found_by_probing(family):
     model, structure = shared_model(family), shared_structure(family)
-    knobs = find_knobs(model.config, structure, type(model))
+    knobs = find_width_attributes(model.config, structure, type(model))
     assert {name: str(knob) for name, knob in knobs.items()} == KNOBS[family]
     if "attention" in knobs:
         heads = dict(knobs["attention"].values(1))
@@ -268,7 +268,7 @@ def test_probing_is_silent(caplog, capfd):
     level = logging.get_verbosity()
     logging.set_verbosity_info()
     try:
-        find_knobs(shared_model("falcon").config, shared_structure("falcon"), type(shared_model("falcon")))
+        find_width_attributes(shared_model("falcon").config, shared_structure("falcon"), type(shared_model("falcon")))
     finally:
         logging.set_verbosity(level)
     assert "Can't set" not in capfd.readouterr().err
@@ -378,8 +378,8 @@ def test_heads_with_modules_of_their_own_are_named_and_not_pruned():
 
 def test_an_op_without_a_rule_blocks_what_it_touches_and_is_named():
     structure = infer_structure(CustomModel(CustomConfig(what="op without a rule")))
-    assert any("fft" in name for name in structure.without_rule)
-    assert structure.without_rule[next(iter(structure.without_rule))] == "layers.0"
+    assert any("fft" in name for name in structure.unsupported_ops)
+    assert structure.unsupported_ops[next(iter(structure.unsupported_ops))] == "layers.0"
     axis = structure.axes.get("layers.0.mlp")
     assert axis is None or ("fft" in axis.blocker and not axis.prunable)
 
@@ -449,8 +449,8 @@ def test_a_constant_is_split_where_it_carries_the_axis():
     heads, rest, batch = Atom(4), Atom(2), Atom(3)
     first = ConstantInput("attn", "alibi", (5, 8), (Atom(5), Prod((heads, rest))))
     second = ConstantInput("attn", "alibi", (24,), (Prod((batch, heads, rest)),))
-    assert _use(first, heads, {id(heads)}) == SelectedInput("attn", "alibi", 1, (4, 2), 0)
-    assert _use(second, heads, {id(heads)}) == SelectedInput("attn", "alibi", 0, (-1, 4, 2), 1)
+    assert _use(first, heads, {id(heads)}) == SlicedArgument("attn", "alibi", 1, (4, 2), 0)
+    assert _use(second, heads, {id(heads)}) == SlicedArgument("attn", "alibi", 0, (-1, 4, 2), 1)
     assert _use(second, Atom(4), {id(heads)}) is None
 
 

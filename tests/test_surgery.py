@@ -10,13 +10,13 @@ import torch
 from models import logits, make_plan, shared_model, shared_structure, tiny_model, token_ids
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from hf_prune.checkpoint.files import needs_plugin
 from hf_prune.errors import PlanError
+from hf_prune.format.building import needs_plugin
 from hf_prune.layers.masking import keep_mask, mask_axis, masked
 from hf_prune.structure.forward import Forward
 from hf_prune.structure.inference import infer_structure
 from hf_prune.structure.layouts import unit_ids
-from hf_prune.surgery.configuring import pruned_config
+from hf_prune.surgery.pruned_config import pruned_config
 from hf_prune.surgery.pruning import _copy_buffers, apply_plan
 from hf_prune.surgery.slicing import pruned_name, slice_state_dict, slice_tensor
 

@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from hf_prune import RandomConfig, apply_plan, infer_structure, measure_latency, perplexity, prune
-from hf_prune.cli import app
+from hf_prune.cli.main import app
+from hf_prune.cli.sweep import sweep
 from hf_prune.errors import CheckpointError, ConfigError, HFPruneError
-from hf_prune.methods import METHODS
-from hf_prune.sweep import sweep
+from hf_prune.scores import METHODS
 
-SWEEP = "hf_prune.sweep"
+SWEEP = "hf_prune.cli.sweep"
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from hf_prune.allocation import allocate, rounding
 from hf_prune.checkpoint.saving import load_plan
-from hf_prune.cli import app
+from hf_prune.cli.main import app
 from hf_prune.config import PruningConfig, selected_axes
 from hf_prune.config.targets import TARGETS
 from hf_prune.errors import BudgetError, ConfigError, StructureError

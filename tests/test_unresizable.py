@@ -6,9 +6,10 @@ import pytest
 import torch
 from models import make_plan, tiny_model
 
-from hf_prune import MagnitudeConfig, WandaConfig, infer_structure, inspection, prune
+from hf_prune import MagnitudeConfig, WandaConfig, infer_structure, prune
+from hf_prune.cli import inspection
 from hf_prune.errors import StructureError
-from hf_prune.surgery.configuring import pruned_config, unresizable
+from hf_prune.surgery.pruned_config import pruned_config, unresizable
 
 _SIZES = {
     "vocab_size": 64,

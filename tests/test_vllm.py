@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_prune import vllm as plugin
-from hf_prune.checkpoint import per_layer
 from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.errors import CheckpointError
+from hf_prune.format import per_layer
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 

@@ -277,7 +277,7 @@ def test_recovery_with_the_dense_teacher(folder, pruned, tmp_path):
 
 
 def test_the_command_line(folder, tmp_path):
-    from hf_prune.cli import app
+    from hf_prune.cli.main import app
 
     kept = kept_tokens(model(), tokenizer(), str(folder / "words.txt"))
     (tmp_path / "ids.json").write_text(json.dumps(kept))

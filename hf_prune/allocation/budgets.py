@@ -16,15 +16,15 @@ from hf_prune.structure import layouts as lay
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hf_prune.allocation.ladders import Floats, Ladder
+    from hf_prune.allocation.ladders import Floats, RemovalOrder
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
+    from hf_prune.structure.axes import Axis, Counted, Structure
     from hf_prune.structure.layouts import Widths
-    from hf_prune.structure.structure import Axis, Counted, Structure
 
 
 @dataclass(frozen=True)
-class Spending:
+class BudgetMeter:
     """A budget: parameters, units of the selected axes, nanoseconds of a request, or bytes."""
 
     base: float
@@ -36,8 +36,8 @@ class Spending:
 
 
 def spending_of(
-    ladders: list[Ladder], structure: Structure, config: PruningConfig, latency: LatencyTable | None
-) -> Spending:
+    ladders: list[RemovalOrder], structure: Structure, config: PruningConfig, latency: LatencyTable | None
+) -> BudgetMeter:
     """How `config.budget` counts what these ladders remove.
 
     Raises:
@@ -60,7 +60,7 @@ def spending_of(
         raise StructureError(
             f"this {structure.model_type} model has no {config.budget} parameters to count; use budget 'model'."
         )
-    return Spending(base, lambda taken: base - remaining(taken), _one_step_each(ladders, config))
+    return BudgetMeter(base, lambda taken: base - remaining(taken), _one_step_each(ladders, config))
 
 
 def unit_costs(
@@ -125,14 +125,14 @@ def _parameters(
     return costs
 
 
-def _one_step_each(ladders: list[Ladder], config: PruningConfig) -> float:
-    movable = [ladder for ladder in ladders if len(ladder.ends)]
+def _one_step_each(ladders: list[RemovalOrder], config: PruningConfig) -> float:
+    movable = [ladder for ladder in ladders if len(ladder.step_ends)]
     if config.budget != "units":
         return sum(ladder.step * ladder.unit_cost for ladder in movable)
     return sum(ladder.step + _units_inside(ladder, ladders) for ladder in movable)
 
 
-def _units_inside(layer_ladder: Ladder, ladders: list[Ladder]) -> int:
+def _units_inside(layer_ladder: RemovalOrder, ladders: list[RemovalOrder]) -> int:
     """Units of other axes that go with one unit of a layer axis, at most."""
     if layer_ladder.axis.kind != "layer":
         return 0
@@ -145,15 +145,15 @@ def _units_inside(layer_ladder: Ladder, ladders: list[Ladder]) -> int:
     return inside + (0 if branch else sum(ladder.axis.kind == "layer" for ladder in ladders) - 1)
 
 
-def nothing_goes(config: PruningConfig, reason: str) -> BudgetError:
-    """The error for a ratio so small that nothing would go."""
+def ratio_too_small(config: PruningConfig, reason: str) -> BudgetError:
+    """The error for a ratio so small that no unit would be removed."""
     return BudgetError(
         f"pruning_ratio={config.pruning_ratio} of {config.budget} would remove nothing: {reason}. "
         "Ask for a larger ratio or more axes, or relax round_to, min_units, layers or protect."
     )
 
 
-def out_of_reach(config: PruningConfig, reachable: str) -> BudgetError:
+def ratio_unreachable(config: PruningConfig, reachable: str) -> BudgetError:
     """The error for a ratio that the limits do not allow."""
     return BudgetError(
         f"pruning_ratio={config.pruning_ratio} of {config.budget} is out of reach: axes={config.axes}, "

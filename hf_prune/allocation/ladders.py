@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from hf_prune.config import PruningConfig, may_go, multiple_for
+from hf_prune.config import PruningConfig, multiple_for, removable
 from hf_prune.errors import ConfigError
 from hf_prune.plan import vanishes
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Axis, Structure
+    from hf_prune.structure.axes import Axis, Structure
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -28,13 +28,13 @@ Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """How one axis loses units: `order[: ends[k]]` are gone after step `k`."""
+class RemovalOrder:
+    """Order in which an axis's units are removed: `order[: step_ends[k]]` are gone after step `k`."""
 
     axis: Axis
     order: Ints
     """Units that may go, lowest score first."""
-    ends: Ints
+    step_ends: Ints
     scores: Floats
     """Score of each step, summed over its units `[steps]`."""
     costs: Floats
@@ -46,7 +46,7 @@ class Ladder:
     step: int
     """Units of a full step."""
     unit_cost: float
-    """Cost of the dearest unit."""
+    """Cost of the most expensive unit."""
     total_cost: float
     """Cost of all units of the axis."""
     num_taken: int = 0
@@ -56,17 +56,17 @@ class Ladder:
 
     def removed(self, num_steps: int) -> Ints:
         """Units that are gone after so many steps."""
-        return self.order[: self.ends[num_steps - 1] if num_steps else 0]
+        return self.order[: self.step_ends[num_steps - 1] if num_steps else 0]
 
-    def without_steps(self) -> Ladder:
+    def without_steps(self) -> RemovalOrder:
         """The ladder of an axis that stays whole."""
         none = np.zeros(0)
-        return replace(self, ends=np.zeros(0, np.int64), scores=none, costs=none, num_taken=0)
+        return replace(self, step_ends=np.zeros(0, np.int64), scores=none, costs=none, num_taken=0)
 
 
 @dataclass(frozen=True)
-class State:
-    """A point on the way down: kept units of axes that lose some, and what that leaves."""
+class AllocationState:
+    """Widths after some removal steps: kept units of axes that lose some, and what that leaves."""
 
     kept: dict[str, tuple[int, ...]]
     widths: dict[str, int]
@@ -95,21 +95,23 @@ def make_ladders(
     structure: Structure,
     config: PruningConfig,
     gone: PruningPlan | None = None,
-) -> list[Ladder]:
+) -> list[RemovalOrder]:
     """One ladder per axis of `scores`; `costs` are those of each unit `[num_units]`.
 
     A whole layer may go only where its branches may, so that floors hold for what is left. What `gone` removes comes
     first on its ladder, as steps that are taken; the axes of a layer that is gone cost nothing and stay as they are.
     """
     axes = [structure.axes[name] for name in scores]
-    found: dict[str, Ladder] = {}
-    must_stay: set[int] = set()
+    found: dict[str, RemovalOrder] = {}
+    frozen: set[int] = set()
     for axis in sorted(axes, key=lambda axis: axis.name == "layers"):
         movable = np.ones(axis.num_units, dtype=bool)
         if axis.kind == "layer":
-            movable[[unit for unit in range(axis.num_units) if not may_go(structure, config, axis.name, unit)]] = False
+            movable[[unit for unit in range(axis.num_units) if not removable(structure, config, axis.name, unit)]] = (
+                False
+            )
         if axis.name == "layers":
-            movable[list(must_stay)] = False
+            movable[list(frozen)] = False
         taken = np.zeros(axis.num_units, dtype=bool)
         taken[sorted(_taken(gone, axis))] = True
         before = taken.copy()
@@ -119,19 +121,19 @@ def make_ladders(
         multiple = rounding(axis, config, structure)
         ladder = _ladder(axis, values, costs[axis.name], movable | before, config, taken, before, multiple)
         if axis.kind == "layer":
-            must_stay |= set(range(axis.num_units)) - set(ladder.removed(len(ladder.ends)).tolist())
+            frozen |= set(range(axis.num_units)) - set(ladder.removed(len(ladder.step_ends)).tolist())
         found[axis.name] = ladder
     ladders = [found[axis.name] for axis in axes]
     return _tied(ladders, structure, config)
 
 
-def _tied(ladders: list[Ladder], structure: Structure, config: PruningConfig) -> list[Ladder]:
+def _tied(ladders: list[RemovalOrder], structure: Structure, config: PruningConfig) -> list[RemovalOrder]:
     """The ladders, those of one family tied where the target asks for it: steps count as the mean of the family's.
 
     Raises:
         ConfigError: a layer has no such axis that may lose units, or another number of them.
     """
-    families: dict[str, list[Ladder]] = {}
+    families: dict[str, list[RemovalOrder]] = {}
     for ladder in ladders:
         if ladder.axis.layer is not None and ladder.axis.kind in config.target.uniform:
             families.setdefault(ladder.axis.name.split(".", 2)[2], []).append(ladder)
@@ -175,24 +177,24 @@ def _ladder(
     taken: Bools,
     before: Bools,
     multiple: int,
-) -> Ladder:
+) -> RemovalOrder:
     floor = math.ceil(max(config.min_units, axis.least) * axis.num_blocks / multiple) * multiple
     most = min(int(movable.sum()), axis.num_units - floor)
     first = axis.num_units % multiple or multiple
     order = _order(axis, scores, ~before)
-    may_go = np.zeros(axis.num_units, dtype=bool)
-    may_go[order[movable[order]][:most]] = True
-    order = _order(axis, scores, ~may_go, ~taken)
+    removable = np.zeros(axis.num_units, dtype=bool)
+    removable[order[movable[order]][:most]] = True
+    order = _order(axis, scores, ~removable, ~taken)
     order = order[movable[order]]
     ends = np.arange(first, most + 1, multiple, dtype=np.int64)
     num_gone = int(taken.sum())
     if num_gone:
         ends = np.union1d(ends, num_gone)
     starts = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
-    return Ladder(
+    return RemovalOrder(
         axis=axis,
         order=order,
-        ends=ends,
+        step_ends=ends,
         scores=_sums(scores[order], starts, ends),
         costs=_sums(costs[order], starts, ends),
         mean=float(scores.mean()),
@@ -219,7 +221,9 @@ def _sums(values: Floats, starts: Ints, ends: Ints) -> Floats:
     return sums
 
 
-def state_after(ladders: list[Ladder], taken: list[int], structure: Structure, *, indices: bool = False) -> State:
+def state_after(
+    ladders: list[RemovalOrder], taken: list[int], structure: Structure, *, indices: bool = False
+) -> AllocationState:
     """What stays after these steps; kept indices only for layer axes unless `indices` asks for all."""
     kept: dict[str, tuple[int, ...]] = {}
     widths = dict(structure.widths)
@@ -252,4 +256,4 @@ def state_after(ladders: list[Ladder], taken: list[int], structure: Structure, *
                 del kept[name]  # only those of removed layers are gone, which that says
         elif name in widths:
             widths[name] -= len(layers)
-    return State(kept, widths, layers, branches)
+    return AllocationState(kept, widths, layers, branches)

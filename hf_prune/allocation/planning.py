@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hf_prune.allocation.budgets import nothing_goes, spending_of, unit_costs
+from hf_prune.allocation.budgets import ratio_too_small, spending_of, unit_costs
 from hf_prune.allocation.ladders import make_ladders, state_after
-from hf_prune.allocation.search import Start, search
+from hf_prune.allocation.search import Candidate, search
 from hf_prune.allocation.sequences import (
     Share,
     by_fraction,
@@ -24,20 +24,20 @@ from hf_prune.allocation.spectral import hill_exponents, spectral_weights
 from hf_prune.config import PruningConfig, axes_of_kind, selected_axes
 from hf_prune.errors import BudgetError, CalibrationError, ConfigError
 from hf_prune.memory import count_memory, memory_of
-from hf_prune.methods import check_scores
 from hf_prune.plan import PruningPlan, make_plan
+from hf_prune.scores import check_scores
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from torch import Tensor, nn
 
-    from hf_prune.allocation.ladders import Ladder
+    from hf_prune.allocation.ladders import RemovalOrder
     from hf_prune.allocation.search import Preview
     from hf_prune.latency import LatencyTable
     from hf_prune.layers.walk import Batch, LayerProtocol
     from hf_prune.layers.work import WorkDir
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def allocate(
             table, is needed and missing.
         CalibrationError: `search` without batches.
         PlanError: the latency table was measured on another model, or `gone` made for another.
-        BudgetError: the ratio is out of reach, or so small that nothing would go.
+        BudgetError: the ratio is out of reach, or so small that no unit would be removed.
     """
     _check_inputs(config, model, batches, exponents)
     if gone is not None:
@@ -110,7 +110,7 @@ def allocate(
     if config.allocation == "search":
         assert model is not None
         assert batches is not None
-        start: Start = search(
+        start: Candidate = search(
             model,
             structure,
             config,
@@ -144,30 +144,30 @@ def check_ratio(structure: Structure, config: PruningConfig, latency: LatencyTab
         check_reach(ladders, spending_of(ladders, structure, config, latency), config)
 
 
-def _check_any(ladders: list[Ladder], config: PruningConfig) -> None:
-    if not any(len(ladder.ends) for ladder in ladders):
-        raise nothing_goes(config, "round_to, min_units, layers and protect leave no unit that may go")
+def _check_any(ladders: list[RemovalOrder], config: PruningConfig) -> None:
+    if not any(len(ladder.step_ends) for ladder in ladders):
+        raise ratio_too_small(config, "round_to, min_units, layers and protect leave no unit that may go")
 
 
 def _start(
-    ladders: list[Ladder],
+    ladders: list[RemovalOrder],
     structure: Structure,
     config: PruningConfig,
     latency: LatencyTable | None,
     exponents: Mapping[int, float],
-) -> Start:
+) -> Candidate:
     """The plan of one allocation without search."""
     shares = [Share(1.0) for _ in ladders]
     if config.allocation == "uniform" and config.budget == "units":
         taken = [units_of_axis(ladder, config) for ladder in ladders]
         if not any(taken):
-            raise nothing_goes(config, "on every axis the nearest step is none at all")
-        return Start(ladders, taken)
+            raise ratio_too_small(config, "on every axis the nearest step is none at all")
+        return Candidate(ladders, taken)
     if isinstance(config.allocation, tuple):
         shares = shares_of_mapping(ladders, structure, config)
         ladders = [x if share.weight else x.without_steps() for x, share in zip(ladders, shares, strict=True)]
-        if not any(len(ladder.ends) for ladder in ladders):
-            raise nothing_goes(config, "the mapping leaves no unit that may go")
+        if not any(len(ladder.step_ends) for ladder in ladders):
+            raise ratio_too_small(config, "the mapping leaves no unit that may go")
     elif config.allocation == "spectral":
         weights = spectral_weights(exponents, config.spectral_epsilon)
         shares = [Share(1.0 if x.axis.layer is None else weights[x.axis.layer]) for x in ladders]
@@ -176,16 +176,16 @@ def _start(
         sequence = by_score(ladders, config.standardise)
     else:
         sequence = by_fraction(ladders, shares, spending, config)
-    return Start(ladders, nearest_prefix(ladders, sequence, spending, config))
+    return Candidate(ladders, nearest_prefix(ladders, sequence, spending, config))
 
 
 def _starts(
-    ladders: list[Ladder],
+    ladders: list[RemovalOrder],
     structure: Structure,
     config: PruningConfig,
     latency: LatencyTable | None,
     exponents: Mapping[int, float],
-) -> list[Start]:
+) -> list[Candidate]:
     """Plans that a search starts from: those of the other allocations that meet the budget."""
     starts, errors = [], []
     equal = config.target.uniform & set(config.axes)

@@ -36,13 +36,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from hf_prune.allocation.ladders import Floats, Ladder
+    from hf_prune.allocation.ladders import Floats, RemovalOrder
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
     from hf_prune.layers.walk import Batch, LayerProtocol
     from hf_prune.layers.work import WorkDir
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
     Preview = Callable[[PruningPlan, int | None], AbstractContextManager[None]]
 
@@ -56,15 +56,15 @@ Kept = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Start:
+class Candidate:
     """A plan to start from: steps taken on each ladder."""
 
-    ladders: list[Ladder]
+    ladders: list[RemovalOrder]
     taken: list[int]
 
 
 @dataclass(frozen=True)
-class Individual(Start):
+class ScoredCandidate(Candidate):
     """A plan of the population."""
 
     divergence: float
@@ -75,13 +75,13 @@ def search(
     model: nn.Module,
     structure: Structure,
     config: PruningConfig,
-    starts: Sequence[Start],
+    starts: Sequence[Candidate],
     batches: Iterable[Batch],
     latency: LatencyTable | None,
     preview: Preview | None = None,
     work: WorkDir | None = None,
     protocol: LayerProtocol | None = None,
-) -> Individual:
+) -> ScoredCandidate:
     """The plan with the least KL divergence found; on its windows never worse than the best of `starts`.
 
     Plans further from the budget than the nearest start (and than `NEAR`) do not count: removing less is no merit.
@@ -116,30 +116,30 @@ def search(
         evaluating(model),
         tqdm(total=config.search_evaluations, desc="search", unit="plan", leave=False) as bar,
     ):
-        judge = _Judge(model, structure, config, windows, preview, work, protocol)
+        evaluator = _Evaluator(model, structure, config, windows, preview, work, protocol)
         misses = [_miss(start, structure, config, latency) for start in starts]
         most = max(NEAR, min(misses)) + 1e-9
-        population = judge.judged([start for start, miss in zip(starts, misses, strict=True) if miss <= most])
+        population = evaluator.evaluate([start for start, miss in zip(starts, misses, strict=True) if miss <= most])
         spread, failures = 0.5, 0
-        while judge.num_evaluations < config.search_evaluations and failures < MOST_FAILURES:
+        while evaluator.num_evaluations < config.search_evaluations and failures < MOST_FAILURES:
             population = sorted(population, key=lambda one: one.divergence)[:POPULATION]
-            bar.n = judge.num_evaluations
+            bar.n = evaluator.num_evaluations
             bar.set_postfix(kl=f"{population[0].divergence:.4f}")
-            children: list[Start] = []
+            children: list[Candidate] = []
             keys: set[str] = set()
-            wanted = min(GENERATION, config.search_evaluations - judge.num_evaluations)
+            wanted = min(GENERATION, config.search_evaluations - evaluator.num_evaluations)
             while len(children) < wanted and failures < MOST_FAILURES:
                 child = _child(population, structure, config, latency, spread, generator)
-                known = child is None or judge.knows(child) or judge.key(child) in keys
+                known = child is None or evaluator.knows(child) or evaluator.key(child) in keys
                 if child is None or known or _miss(child, structure, config, latency) > most:
                     failures += 1  # few plans meet the budget, or all near ones are known: look further
                     spread = min(1.5, spread * 1.1)
                     continue
                 failures = 0
                 children.append(child)
-                keys.add(judge.key(child))
+                keys.add(evaluator.key(child))
             best = population[0].divergence
-            for born in judge.judged(children):
+            for born in evaluator.evaluate(children):
                 population.append(born)
                 better = born.divergence < best
                 # one child in about ten is better
@@ -148,13 +148,13 @@ def search(
 
 
 def _child(
-    population: list[Individual],
+    population: list[ScoredCandidate],
     structure: Structure,
     config: PruningConfig,
     latency: LatencyTable | None,
     spread: float,
     generator: torch.Generator,
-) -> Start | None:
+) -> Candidate | None:
     """A plan near one or two of the population (better ones are likelier parents); `None` if it misses the budget."""
 
     def draw(number: int) -> Floats:
@@ -175,27 +175,27 @@ def _child(
     spending = spending_of(ladders, structure, config, latency)
     try:
         sequence = by_fraction(ladders, [Share(float(weight)) for weight in weights], spending, config)
-        return Start(ladders, nearest_prefix(ladders, sequence, spending, config))
+        return Candidate(ladders, nearest_prefix(ladders, sequence, spending, config))
     except BudgetError:
         return None
 
 
-def _miss(start: Start, structure: Structure, config: PruningConfig, latency: LatencyTable | None) -> float:
+def _miss(start: Candidate, structure: Structure, config: PruningConfig, latency: LatencyTable | None) -> float:
     """How far a plan is from the budget, as a fraction of the dense model."""
     spending = spending_of(start.ladders, structure, config, latency)
     return abs(spending.removed(start.taken) / spending.base - config.pruning_ratio)
 
 
-def _weights(start: Start) -> Floats:
+def _weights(start: Candidate) -> Floats:
     """The fractions that a plan removes, half a step more: with these weights the sequence passes through the plan."""
     gone = [len(ladder.removed(steps)) for ladder, steps in zip(start.ladders, start.taken, strict=True)]
     return np.array([(n + 0.5 * x.step) / x.axis.num_units for n, x in zip(gone, start.ladders, strict=True)])
 
 
-def _swapped(ladder: Ladder, steps: int, draws: Floats) -> Ladder:
+def _swapped(ladder: RemovalOrder, steps: int, draws: Floats) -> RemovalOrder:
     """A ladder of layers where, every other time, one that goes and one that stays change places."""
     stays = len(ladder.order) - steps
-    first = int(ladder.ends[ladder.num_taken - 1]) if ladder.num_taken else 0  # those before went earlier
+    first = int(ladder.step_ends[ladder.num_taken - 1]) if ladder.num_taken else 0  # those before went earlier
     if steps <= first or not stays or draws[0] < 0.5:
         return ladder
     order = ladder.order.copy()
@@ -204,7 +204,7 @@ def _swapped(ladder: Ladder, steps: int, draws: Floats) -> Ladder:
     return dataclasses.replace(ladder, order=order)
 
 
-class _Judge:
+class _Evaluator:
     """Measures plans on the same windows, each plan once; many plans at a time read the model once."""
 
     def __init__(
@@ -232,10 +232,10 @@ class _Judge:
     def num_evaluations(self) -> int:
         return len(self._known)
 
-    def knows(self, start: Start) -> bool:
+    def knows(self, start: Candidate) -> bool:
         return self.key(start) in self._known
 
-    def judged(self, starts: Sequence[Start]) -> list[Individual]:
+    def evaluate(self, starts: Sequence[Candidate]) -> list[ScoredCandidate]:
         """Plans with what they lose; those that are not known are measured together."""
         new = {key: start for start in starts if (key := self.key(start)) not in self._known}
         asked = {key: start for key, start in new.items() if key not in self._stored}
@@ -245,7 +245,7 @@ class _Judge:
             if self._work is not None:
                 self._work.save("divergences", {}, self._stored)
         self._known |= {key: self._stored[key] for key in new}
-        return [Individual(start.ladders, start.taken, self._known[self.key(start)]) for start in starts]
+        return [ScoredCandidate(start.ladders, start.taken, self._known[self.key(start)]) for start in starts]
 
     def _divergences(self, plans: list[PruningPlan]) -> list[float]:
         """Mean KL divergence of each plan, in nats per token."""
@@ -266,10 +266,10 @@ class _Judge:
         values = (sum_over_processes(totals) / self._walk.num_tokens).tolist()
         return [math.inf if math.isnan(value) else value for value in values]
 
-    def _kept(self, start: Start) -> Kept:
+    def _kept(self, start: Candidate) -> Kept:
         return state_after(start.ladders, start.taken, self._structure, indices=True).kept
 
-    def key(self, start: Start) -> str:
+    def key(self, start: Candidate) -> str:
         """Tells plans apart."""
         kept = json.dumps(sorted(self._kept(start).items()))
         return hashlib.sha256(kept.encode()).hexdigest()

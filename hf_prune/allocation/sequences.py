@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 
-from hf_prune.allocation.budgets import Spending, nothing_goes, out_of_reach
+from hf_prune.allocation.budgets import BudgetMeter, ratio_too_small, ratio_unreachable
 from hf_prune.config import AxisKind, PruningConfig, axes_of_kind
 from hf_prune.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from hf_prune.allocation.ladders import Floats, Ints, Ladder
-    from hf_prune.structure.structure import Structure
+    from hf_prune.allocation.ladders import Floats, Ints, RemovalOrder
+    from hf_prune.structure.axes import Structure
 
 SPLIT_ABOVE = 0.01
 """Uniform allocation takes a step in all layers at once unless that removes more than this fraction of the budget."""
@@ -36,13 +36,13 @@ class Share:
     """Axes of the same pool lose this fraction together: their units compete by score."""
 
 
-def by_score(ladders: list[Ladder], standardise: str) -> tuple[Ints, Ints]:
+def by_score(ladders: list[RemovalOrder], standardise: str) -> tuple[Ints, Ints]:
     """Sequence by score per cost, lower first, and where it may be cut: anywhere."""
     order = np.argsort(np.concatenate(step_values(ladders, standardise)), kind="stable")
     return order, np.arange(1, len(order) + 1)
 
 
-def step_values(ladders: list[Ladder], standardise: str) -> list[Floats]:
+def step_values(ladders: list[RemovalOrder], standardise: str) -> list[Floats]:
     """What each step is worth where axes compete, never falling along a ladder; taken steps come before all others.
 
     `none`: score per cost; `sum`: share of the axis's total score, per cost. `mean` and `zscore` compare units with
@@ -50,7 +50,7 @@ def step_values(ladders: list[Ladder], standardise: str) -> list[Floats]:
     """
     values = []
     for ladder in ladders:
-        num_units = np.diff(ladder.ends, prepend=0)
+        num_units = np.diff(ladder.step_ends, prepend=0)
         if standardise == "zscore":
             value = (ladder.scores / num_units - ladder.mean) / (ladder.deviation or 1.0)
         elif standardise == "mean":
@@ -64,7 +64,7 @@ def step_values(ladders: list[Ladder], standardise: str) -> list[Floats]:
 
 
 def by_fraction(
-    ladders: list[Ladder], shares: Sequence[Share], spending: Spending, config: PruningConfig
+    ladders: list[RemovalOrder], shares: Sequence[Share], spending: BudgetMeter, config: PruningConfig
 ) -> tuple[Ints, Ints]:
     """Sequence by fraction removed over weight, and where it may be cut.
 
@@ -80,9 +80,9 @@ def by_fraction(
         same = [other.weight for x, other in zip(ladders, shares, strict=True) if x.tie and x.tie == ladder.tie]
         weight = float(np.mean(same)) if same else share.weight
         # A step is due once the fraction covers it whole: of 4 KV groups none goes at 20 %, finer axes make up for it.
-        fraction = pools[i] if share.pool is not None else ladder.ends / ladder.axis.num_units
+        fraction = pools[i] if share.pool is not None else ladder.step_ends / ladder.axis.num_units
         positions.append(fraction / weight if weight else fraction)
-    group = np.repeat(groups, [len(ladder.ends) for ladder in ladders])
+    group = np.repeat(groups, [len(ladder.step_ends) for ladder in ladders])
     position = np.concatenate(positions)
     score = np.concatenate([ladder.scores for ladder in ladders])
     cost = np.concatenate([ladder.costs for ladder in ladders])
@@ -95,23 +95,23 @@ def by_fraction(
     return order, np.flatnonzero(last | dear) + 1
 
 
-def _pool_positions(ladders: list[Ladder], shares: Sequence[Share], config: PruningConfig) -> dict[int, Floats]:
+def _pool_positions(ladders: list[RemovalOrder], shares: Sequence[Share], config: PruningConfig) -> dict[int, Floats]:
     """For each ladder in a pool: which fraction of the pool (of its units, or of its cost) is gone after each step."""
     found: dict[int, Floats] = {}
     for pool in dict.fromkeys(share.pool for share in shares if share.pool is not None):
         members = [i for i, share in enumerate(shares) if share.pool == pool]
         inside = [ladders[i] for i in members]
         by_units = config.budget == "units"
-        sizes = [np.diff(x.ends, prepend=0).astype(np.float64) if by_units else x.costs for x in inside]
+        sizes = [np.diff(x.step_ends, prepend=0).astype(np.float64) if by_units else x.costs for x in inside]
         total = sum(ladder.axis.num_units if by_units else ladder.total_cost for ladder in inside)
         order = np.argsort(np.concatenate(step_values(inside, config.standardise)), kind="stable")
         position = np.empty(len(order))
         position[order] = np.cumsum(np.concatenate(sizes)[order]) / max(total, np.finfo(np.float64).tiny)
-        found.update(zip(members, np.split(position, np.cumsum([len(x.ends) for x in inside])[:-1]), strict=True))
+        found.update(zip(members, np.split(position, np.cumsum([len(x.step_ends) for x in inside])[:-1]), strict=True))
     return found
 
 
-def shares_of_mapping(ladders: list[Ladder], structure: Structure, config: PruningConfig) -> list[Share]:
+def shares_of_mapping(ladders: list[RemovalOrder], structure: Structure, config: PruningConfig) -> list[Share]:
     """What each axis loses under an explicit mapping; axes that no entry names stay whole.
 
     The first entry that fits counts. A kind of axes (`mlp`, `attention`, ...) is one pool; a pattern gives its weight
@@ -147,17 +147,17 @@ def shares_of_mapping(ladders: list[Ladder], structure: Structure, config: Pruni
 
 
 def nearest_prefix(
-    ladders: list[Ladder], sequence: tuple[Ints, Ints], spending: Spending, config: PruningConfig
+    ladders: list[RemovalOrder], sequence: tuple[Ints, Ints], spending: BudgetMeter, config: PruningConfig
 ) -> list[int]:
     """Steps that each ladder takes in the prefix nearest to the asked ratio, those included that are taken already.
 
     Raises:
-        BudgetError: the ratio is out of reach, or so small that nothing would go.
+        BudgetError: the ratio is out of reach, or so small that no unit would be removed.
     """
     order, cuts = sequence
     rank = np.empty(len(order), dtype=np.int64)
     rank[order] = np.arange(len(order))
-    ranks = np.split(rank, np.cumsum([len(ladder.ends) for ladder in ladders])[:-1])
+    ranks = np.split(rank, np.cumsum([len(ladder.step_ends) for ladder in ladders])[:-1])
     already = [ladder.num_taken for ladder in ladders]
     for tie in {ladder.tie for ladder in ladders} - {""}:  # cut only where tied ladders are equally far
         own = [np.searchsorted(r, cuts) for r, ladder in zip(ranks, ladders, strict=True) if ladder.tie == tie]
@@ -176,16 +176,16 @@ def nearest_prefix(
     at_least = config.budget == "memory"  # a little too large does not fit
     best = _nearest(removed, len(cuts), target, at_least)
     if best < 0 and not any(already):
-        raise nothing_goes(config, f"the smallest step removes {removed(0) / spending.base:.4f} of {config.budget}")
+        raise ratio_too_small(config, f"the smallest step removes {removed(0) / spending.base:.4f} of {config.budget}")
     return taken(best)
 
 
-def check_reach(ladders: list[Ladder], spending: Spending, config: PruningConfig) -> None:
+def check_reach(ladders: list[RemovalOrder], spending: BudgetMeter, config: PruningConfig) -> None:
     """Raise `BudgetError` if all steps together do not reach the asked ratio, whatever the scores."""
-    most = spending.removed([len(ladder.ends) for ladder in ladders])
+    most = spending.removed([len(ladder.step_ends) for ladder in ladders])
     margin = 0.5 if config.budget == "memory" else spending.one_step_each / 2
     if config.pruning_ratio * spending.base - most > margin:
-        raise out_of_reach(config, f"at most {most / spending.base:.4f} of {config.budget}")
+        raise ratio_unreachable(config, f"at most {most / spending.base:.4f} of {config.budget}")
 
 
 def _nearest(removed: Callable[[int], float], num_cuts: int, target: float, at_least: bool) -> int:
@@ -197,12 +197,12 @@ def _nearest(removed: Callable[[int], float], num_cuts: int, target: float, at_l
     return high if at_least or abs(removed(high) - target) < abs(removed(low) - target) else low
 
 
-def units_of_axis(ladder: Ladder, config: PruningConfig) -> int:
+def units_of_axis(ladder: RemovalOrder, config: PruningConfig) -> int:
     """Steps that bring one axis nearest to `n - round(n · (1 - ratio))` removed units, the papers' meaning."""
     total = ladder.axis.num_units
     target = total - round(total * (1 - config.pruning_ratio))
-    reached = np.append(0, ladder.ends)
+    reached = np.append(0, ladder.step_ends)
     steps = max(int(np.abs(reached - target).argmin()), ladder.num_taken)
     if target - reached[steps] > ladder.step:
-        raise out_of_reach(config, f"{int(reached[-1])} of {total} units of {ladder.axis.name}")
+        raise ratio_unreachable(config, f"{int(reached[-1])} of {total} units of {ladder.axis.name}")
     return steps

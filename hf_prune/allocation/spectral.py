@@ -19,7 +19,7 @@ from hf_prune.layers.weights import read_weight
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 _LEAST_LOG = 1e-3
 """Mean logarithm of the tail, at least: where all eigenvalues are equal the exponent stays finite."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 
 @dataclass(frozen=True)

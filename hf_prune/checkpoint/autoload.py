@@ -27,7 +27,7 @@ def install_on_import() -> None:
 
 
 def _install_config_check() -> None:
-    from hf_prune.checkpoint import per_layer
+    from hf_prune.format import per_layer
 
     per_layer.install_config_check()
     # It warns three times a load of what our loader does on purpose: it reads values that differ between layers.
@@ -35,9 +35,9 @@ def _install_config_check() -> None:
 
 
 def _install() -> None:
-    from hf_prune.checkpoint import per_layer
     from hf_prune.checkpoint.save_hook import install_save_hook
     from hf_prune.checkpoint.verifying import install_verification
+    from hf_prune.format import per_layer
 
     per_layer.install()
     install_verification()

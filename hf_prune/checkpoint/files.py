@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.checkpoint.per_layer import surgery_of
 from hf_prune.errors import CheckpointError, HFPruneError
 from hf_prune.reading import parse_json, read_text
-from hf_prune.structure.building import decoder_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -22,13 +20,6 @@ PICTURE_NAME = "widths.png"
 CURVE_NAME = "learning_curve.png"
 CARD_NAME = "README.md"
 REPORT_NAME = "report.html"
-
-
-def needs_plugin(config: PreTrainedConfig) -> bool:
-    """Whether stock transformers cannot build this model: its widths differ per layer, or it needs surgery."""
-    decoder = decoder_config(config)
-    surgery = (surgery_of(config), surgery_of(decoder))
-    return any(surgery) or bool(decoder.to_dict().get("per_layer_config"))
 
 
 def agrees(plan: PruningPlan, config: PreTrainedConfig | Mapping[str, Any]) -> bool:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.checkpoint.files import CARD_NAME, CODE_NAME, CURVE_NAME, PLAN_NAME
-from hf_prune.checkpoint.model_card import TAGS
 from hf_prune.checkpoint.saving import save_pruned, write_card
 from hf_prune.errors import CheckpointError, HFPruneError
+from hf_prune.report.card import TAGS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

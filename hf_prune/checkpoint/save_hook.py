@@ -10,9 +10,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.checkpoint.files import CODE_NAME, PLAN_NAME, agrees, needs_plugin, read_json, read_plan
-from hf_prune.checkpoint.per_layer import DIGESTS, config_digest
+from hf_prune.checkpoint.files import CODE_NAME, PLAN_NAME, agrees, read_json, read_plan
 from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.format.building import needs_plugin
+from hf_prune.format.per_layer import DIGESTS, config_digest
 from hf_prune.layers.processes import main_writes
 from hf_prune.layers.weights import is_on_disk
 
@@ -164,7 +165,7 @@ def _without_companions(original: Callable[..., dict[str, float]]) -> Callable[.
 
 def _remote_code(model: PreTrainedModel) -> tuple[dict[str, str], str]:
     """References for `auto_map`, and the text of the file they point to; both empty where there is nothing to write."""
-    from hf_prune.checkpoint import per_layer, remote_code
+    from hf_prune.format import per_layer, remote_code
 
     config, own = model.config, remote_code.own_class(type(model))
     foreign = own is None and any(not _is_ours(value) for value in (getattr(config, "auto_map", None) or {}).values())
@@ -215,7 +216,7 @@ def _write_companions(model: PreTrainedModel, directory: Path, code: str) -> dic
     """
     from transformers.dynamic_module_utils import custom_object_save
 
-    from hf_prune.checkpoint.remote_code import own_class
+    from hf_prune.format.remote_code import own_class
 
     directory.mkdir(parents=True, exist_ok=True)
     plan = plan_of(model, directory)

@@ -159,8 +159,8 @@ def write_card(
 
     `existing` is the card to merge into, by default the README.md in `directory`.
     """
-    from hf_prune.checkpoint.html import html_page
-    from hf_prune.checkpoint.model_card import model_card
+    from hf_prune.report.card import model_card
+    from hf_prune.report.html import html_page
 
     plan, path = plan_of(model), directory / CARD_NAME
     picture = plan is not None and _draw_widths(plan, directory / PICTURE_NAME)
@@ -304,7 +304,7 @@ def _draw_widths(plan: PruningPlan, path: Path) -> bool:
     """Draw the widths picture; without matplotlib (an optional extra) there is none."""
     if not _can_draw(path):
         return False
-    from hf_prune.evaluation.report import widths_picture
+    from hf_prune.report.pictures import widths_picture
 
     widths_picture(plan.widths, plan.num_units, path)
     return True
@@ -321,13 +321,13 @@ def _draw_learning_curve(model: PreTrainedModel, plan: PruningPlan | None, path:
     if learned == plan:
         if len(history) < 2 or not _can_draw(path):
             return False
-        from hf_prune.evaluation.report import learning_curve_picture
+        from hf_prune.report.pictures import learning_curve_picture
 
         learning_curve_picture(history, path)
         return True
     for source in source_plans(model.config):
         picture = source.with_name(CURVE_NAME)
-        with suppress(CheckpointError):  # a damaged plan is nobody's
+        with suppress(CheckpointError):  # ignore damaged plans
             if source.is_file() and picture.is_file() and read_plan(source) == plan:
                 shutil.copyfile(picture, path)
                 return True

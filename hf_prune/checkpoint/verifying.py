@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_prune.checkpoint.files import CODE_NAME, PLAN_NAME, agrees, read_json, read_plan
-from hf_prune.checkpoint.per_layer import DIGESTS, check_loaded, check_saved
 from hf_prune.errors import CheckpointError, HFPruneError
+from hf_prune.format.building import auto_class
+from hf_prune.format.per_layer import DIGESTS, check_loaded, check_saved
 from hf_prune.reading import check_files
-from hf_prune.structure.building import auto_class
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -205,7 +205,7 @@ def _check_that_it_runs(source: str | Path, config: PreTrainedConfig) -> None:
 
     For checkpoints from before there were digests: nothing else says that these records are as they were written.
     """
-    from hf_prune.structure.building import build_empty
+    from hf_prune.format.building import build_empty
     from hf_prune.structure.forward import TraceError
     from hf_prune.structure.inference import traceable_config
     from hf_prune.structure.tracing import trace
@@ -303,7 +303,7 @@ def _check_shapes(directory: Path, config: PreTrainedConfig, shapes: dict[str, l
     """Let transformers' own loader match names and shapes, with tensors on the meta device, which have no data."""
     import transformers
 
-    from hf_prune.checkpoint import per_layer
+    from hf_prune.format import per_layer
 
     per_layer.install()
     name = (config.architectures or [""])[0]

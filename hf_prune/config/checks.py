@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 from hf_prune.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 
 @dataclass(frozen=True)
@@ -99,3 +99,14 @@ def _in_words(kind: Any) -> str:
         number, bounds = get_args(kind)
         return f"a {'whole number' if number is int else 'number'} {bounds}"
     return {NoneType: "None", bool: "true or false", str: "a text"}[kind]
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Layer numbers in short, as `--layers` reads them: `0-3,7`."""
+    parts: list[list[int]] = []
+    for layer in sorted(layers):
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        else:
+            parts.append([layer])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

@@ -62,7 +62,7 @@ class REAPConfig(PruningConfig):
 
 @dataclass(frozen=True)
 class OBSConfig(PruningConfig):
-    """What the loss grows by without a unit once its consumer is repaired (optimal brain surgeon). Calibrated.
+    """Loss increase from removing a unit after refitting its consumer (optimal brain surgeon). Calibrated.
 
     Made to be repaired: a unit whose output the others can give costs nothing here, but much if nothing is repaired.
     """

@@ -77,7 +77,7 @@ class PolicyGradientConfig(PruningConfig):
     forward_rows: Annotated[int, Range(1)] = 20
     """Windows, with a mask each, in one forward pass, 1 or more; changes memory and speed only."""
     state_dir: str | None = None
-    """Directory for the state of learning, the same for all processes: a run that was interrupted goes on from there
+    """Directory for the state of learning, the same for all processes: a run that was interrupted resumes from there
     to the same result."""
     state_steps: Annotated[int, Range(1)] = 50
     """Steps between two writes of the state, 1 or more."""

@@ -9,7 +9,7 @@ from hf_prune.errors import ConfigError, StructureError
 
 if TYPE_CHECKING:
     from hf_prune.config.base import AxisKind, PruningConfig
-    from hf_prune.structure.structure import Axis, Structure
+    from hf_prune.structure.axes import Axis, Structure
 
 LAYER_AXES: dict[str, str] = {"layer": "layers", "layer_attention": "layers.attention", "layer_mlp": "layers.mlp"}
 """Kinds whose units are decoder layers (or one branch of them) → name of the axis in the structure."""
@@ -66,7 +66,7 @@ def layer_unit_names(structure: Structure, axis_name: str, layer: int) -> list[s
     return [f"layers.{layer}.{branch}", *(axis.name for axis in inside if axis.branch == branch)]
 
 
-def may_go(structure: Structure, config: PruningConfig, axis_name: str, layer: int) -> bool:
+def removable(structure: Structure, config: PruningConfig, axis_name: str, layer: int) -> bool:
     """Whether `config` lets this unit of a layer axis go. The attention of layer 0 stays: caches are measured by it."""
     outside = config.layers is not None and layer not in config.layers
     first = layer == 0 and axis_name == "layers.attention"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from hf_prune.structure.structure import Axis, Structure
+    from hf_prune.structure.axes import Axis, Structure
 
 SPELLING = "gguf, vllm, plain, int4 or tp=N (N from 2), each once"
 

@@ -1,6 +1,6 @@
 """Measure the table of latencies by width: whole passes of small models with the layers of the dense one.
 
-Each entry is the time of a few layers with one axis narrowed, against the same layers unchanged, timed in turns so that
+Each entry is the time of a few layers with one axis narrowed, against the same layers unchanged, interleaved, so that
 whatever slows the machine slows both. Nothing about the architecture is assumed beyond its structure.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from hf_prune.structure.structure import Axis, Structure
+    from hf_prune.structure.axes import Axis, Structure
 
 MOST_LAYERS = 8
 """Layers of one shape that are timed together."""

@@ -23,7 +23,7 @@ from hf_prune.exporting.plain import ordinary, write_plain
 from hf_prune.exporting.tokenizer import tokenizer_values
 from hf_prune.layers.weights import read_weight
 from hf_prune.loading import load_config, load_tokenizer, open_model
-from hf_prune.surgery.expressing import shapes
+from hf_prune.surgery.width_attributes import shapes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from hf_prune.surgery.configuring import Shapes
+    from hf_prune.surgery.pruned_config import Shapes
 
 DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 _BLOCK = 32  # entries of a row that the quantised types take together

@@ -11,22 +11,22 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
 from hf_prune.atomic import check_free, replaced_directory
-from hf_prune.checkpoint.loud import FLAG
-from hf_prune.checkpoint.per_layer import DIGESTS
 from hf_prune.checkpoint.saving import DISK_SHARD
+from hf_prune.config.checks import ranges
 from hf_prune.errors import HFPruneError, StructureError
 from hf_prune.exporting import Exported
+from hf_prune.format.building import build_empty
+from hf_prune.format.per_layer import DIGESTS
+from hf_prune.format.stock_guard import FLAG
 from hf_prune.layers.weights import read_weight
 from hf_prune.loading import load_config, load_tokenizer, open_model
 from hf_prune.plan import PruningPlan, bare_plan, prunable_units
-from hf_prune.printing import ranges
 from hf_prune.structure import layouts as lay
-from hf_prune.structure.building import build_empty
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.configuring import Shapes, predicted_shapes, pruned_config
-from hf_prune.surgery.expressing import family, shapes
 from hf_prune.surgery.judging import Judge
+from hf_prune.surgery.pruned_config import Shapes, predicted_shapes, pruned_config
 from hf_prune.surgery.slicing import pad_tensor, pruned_name
+from hf_prune.surgery.width_attributes import family, shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from hf_prune.structure.structure import Axis, Structure
+    from hf_prune.structure.axes import Axis, Structure
 
 # Classes with the same weights and the same computation whose configs take sizes that the first one's refuses, and the
 # values that make them compute the same.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 logger = logging.getLogger(__name__)
 

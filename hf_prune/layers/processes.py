@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def my_share(items: Sequence[T]) -> list[T]:
+def shard_batches(items: Sequence[T]) -> list[T]:
     """What this process handles: the items are dealt out in turn."""
     state = PartialState()
     return list(items[state.process_index :: state.num_processes])

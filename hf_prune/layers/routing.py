@@ -22,7 +22,7 @@ from hf_prune.structure import layouts as lay
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from hf_prune.structure.structure import Axis, Structure
+    from hf_prune.structure.axes import Axis, Structure
 
 _PRODUCTS = (F.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__)
 _CHOICES = (torch.topk, Tensor.topk)

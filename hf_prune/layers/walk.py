@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from hf_prune.errors import CalibrationError, ScoreError, StructureError
 from hf_prune.layers.boundaries import Boundaries, is_large, on_disk
 from hf_prune.layers.losses import CHUNK_ELEMENTS, next_token
-from hf_prune.layers.processes import my_share, of_main_process
+from hf_prune.layers.processes import of_main_process, shard_batches
 from hf_prune.layers.weights import evaluating, input_device, is_on_disk, resident
 from hf_prune.layers.work import Results
 
@@ -149,7 +149,7 @@ class Walk:
         self.model, self.layer_paths, self.work, self.every = model, list(layer_paths), work, every
         own = [isinstance(batch, Tensor) and not batch.is_floating_point() for batch in batches]
         self.all_ids: list[Tensor] = [x if known else checked_ids(x) for x, known in zip(batches, own, strict=True)]  # type: ignore[misc, arg-type]
-        self.ids = my_share(self.all_ids)
+        self.ids = shard_batches(self.all_ids)
         self._images = {
             id(ids): images for ids, x in zip(self.all_ids, batches, strict=True) if (images := images_of(x))
         }
@@ -659,7 +659,7 @@ def images_of(batch: Batch | Tensor) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace what `module` computes for a while."""
+    """Temporarily replace what `module` computes."""
     own = module.__dict__.get("forward")  # accelerate sets one on modules that it moves
     module.__dict__["forward"] = forward
     try:

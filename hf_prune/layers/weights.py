@@ -89,7 +89,7 @@ def _offload_hooks(module: nn.Module) -> list[AlignDevicesHook]:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; each module gets its own flag back."""
+    """Temporary evaluation mode; each module gets its own flag back."""
     flags = {module: module.training for model in models for module in model.modules()}
     for model in models:
         model.eval()
@@ -102,14 +102,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def inference(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no gradients, for a while."""
+    """Temporary evaluation mode without gradients."""
     with evaluating(*models), torch.no_grad():
         yield
 
 
 @contextlib.contextmanager
 def eager_experts(*models: nn.Module) -> Iterator[None]:
-    """Use the readable expert loop for a while: the fused ones gather copies of the weights."""
+    """Temporarily use the eager expert loop: the fused ones gather copies of the weights."""
     with contextlib.ExitStack() as stack:
         for model in models:
             before = getattr(getattr(model, "config", None), "_experts_implementation", None)

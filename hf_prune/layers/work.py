@@ -90,7 +90,7 @@ class WorkDir:
 
 
 class Results:
-    """What the visits of one pass found, part after part, and the hidden states or gradients to go on from.
+    """What the visits of one pass found, part after part, and the hidden states or gradients to resume from.
 
     Args:
         work: keeps them; `None`: they are only in memory.

@@ -1,4 +1,4 @@
-"""`PruningCallback`: prune inside of a `Trainer` run, or report what was pruned."""
+"""`PruningCallback`: prune during a `Trainer` run, or report what was pruned."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from hf_prune.config import PruningConfig
 from hf_prune.errors import ConfigError, check_whole_numbers
 from hf_prune.gate import check_model, check_windows, unwrapped
 from hf_prune.layers.processes import of_main_process
-from hf_prune.methods import METHODS, score
 from hf_prune.pipeline import base_model_of, calibration_data, prune
 from hf_prune.plan import PruningPlan
 from hf_prune.recovery.gradual import Schedule, ZeroedUnits, check_maskable, ratio_at
-from hf_prune.recovery.processes import launcher, shards_on_load
+from hf_prune.recovery.processes import distributed_kind, shards_on_load
+from hf_prune.scores import METHODS, score
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.in_place import apply_plan_, become_
+from hf_prune.surgery.in_place import apply_plan_, replace_contents_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
 
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 Mode = Literal["start", "gradual", "cut", "report"]
 Rows = Sequence[Sequence[Sequence[int]]]
@@ -255,7 +255,7 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             if _pruning_of(model) is None:
                 raise ConfigError("mode 'report' is for a pruned model, found one that is not; choose another mode.")
             return
-        launched = launcher(args)
+        launched = distributed_kind(args)
         if self.mode == "start":
             if launched == "DeepSpeed" and shards_on_load():
                 raise ConfigError("DeepSpeed ZeRO-3 has split the weights while loading: prune before, with `prune`.")
@@ -315,7 +315,7 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             )
             plan = of_main_process(result.plan)
             if plan == result.plan:
-                become_(model, result.model, result.structure, plan, optimizer=optimizer)
+                replace_contents_(model, result.model, result.structure, plan, optimizer=optimizer)
             else:  # rounding made another decision here; DDP copies the first process's weights
                 apply_plan_(model, result.structure, plan, optimizer=optimizer)
         self.progress = {"plan": plan.to_dict(), "sliced": True}

@@ -32,8 +32,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
     Args:
         *args: as for `Trainer`.
         teacher: the dense model, in memory, or its directory or Hub id (loaded in its own dtype). It is set to
-            evaluation mode and frozen, and moved to the device of the run. `None`: the rows are `TaughtRows`, which
-            say what it predicts.
+            evaluation mode, asked without gradients, and moved to the device of the run. `None`: the rows are
+            `TaughtRows`, which say what it predicts.
         temperature: T, above 0.
         alpha: weight of KL against LM, 0 to 1; 1, as Minitron has it, leaves the text to the teacher.
         hidden_weight: weight of hidden-state matching, 0 or more; 0 leaves it out.
@@ -73,7 +73,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             if hidden_weight > 0:
                 raise ConfigError("hidden_weight: written predictions hold no hidden states; pass the teacher itself.")
             return
-        self.teacher = self.teacher.eval().requires_grad_(False).to(self.args.device)
+        self.teacher = self.teacher.eval().to(self.args.device)
         self.kept_tokens = tokens_in_dense(self.model, self.teacher)
         if hidden_weight > 0:
             self.layer_map, self.kept_channels = _matching(self.model, self.teacher, layer_map)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from hf_prune.config import PruningConfig
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 Schedule = Literal["linear", "cubic"]
 

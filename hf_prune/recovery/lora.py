@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 PRESETS: dict[str, dict[str, Any]] = {"llm_pruner": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "bias": "none"}}
 """Name → settings of `peft.LoraConfig`: LLM-Pruner (arXiv 2305.11627, section 4.1 and its released recovery script)."""

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-def launcher(args: TrainingArguments) -> str | None:
+def distributed_kind(args: TrainingArguments) -> str | None:
     """What wraps the model in this run: `DDP`, `FSDP`, `DeepSpeed`, another wrapper's name, or `None`."""
     from accelerate import PartialState
     from accelerate.state import AcceleratorState

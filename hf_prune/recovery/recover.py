@@ -24,6 +24,7 @@ from hf_prune.checkpoint.save_hook import plan_of
 from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.evaluation.perplexity import exp
+from hf_prune.format.building import build_empty
 from hf_prune.gate import check_windows
 from hf_prune.layers.processes import of_main_process, reserved_for_all
 from hf_prune.loading import BASE, dense_source, load_config, load_model, load_tokenizer
@@ -32,10 +33,9 @@ from hf_prune.recovery.callback import PruningCallback
 from hf_prune.recovery.distillation import DistillationTrainer
 from hf_prune.recovery.divergence import DivergenceGuard
 from hf_prune.recovery.lora import add_adapters, lora_config, merge_adapters
-from hf_prune.recovery.processes import launcher
+from hf_prune.recovery.processes import distributed_kind
 from hf_prune.recovery.resuming import checkpoints, is_whole
 from hf_prune.recovery.teacher import TaughtRows, write_predictions
-from hf_prune.structure.building import build_empty
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -125,7 +125,7 @@ def recover(
         steps: optimizer steps, 1 or more; default: 300.
         tokens: of all steps together, in place of `steps`.
         seq_len: tokens of each window, 2 or more.
-        resume: go on from the last whole checkpoint in `<output_dir>-training` (from the start if there is none).
+        resume: resume from the last whole checkpoint in `<output_dir>-training` (from the start if there is none).
         overwrite: `output_dir` may hold a checkpoint, which is replaced at the end.
         **options: fields of `TrainingArguments`, in place of the defaults of `training_arguments`.
 
@@ -191,7 +191,7 @@ def recover(
         check_directory(directory, own, overwrite=overwrite)
         if recipe.learning_rate is None and "learning_rate" not in options:
             args.learning_rate = distillation_rate(own.num_parameters(), _removed(own))
-        sharded = launcher(args) in ("FSDP", "DeepSpeed")
+        sharded = distributed_kind(args) in ("FSDP", "DeepSpeed")
         if sharded and source is None:
             raise ConfigError(
                 "under FSDP or DeepSpeed pass the model's directory: its weights are gathered through files."
@@ -261,7 +261,7 @@ def recover(
 
 
 def _checkpoint(training_dir: Path, resume: bool) -> str | None:
-    """The checkpoint to go on from."""
+    """The checkpoint to resume from."""
     found = checkpoints(training_dir)
     if found and not resume:
         raise CheckpointError(

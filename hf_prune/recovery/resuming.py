@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def last_checkpoint(directory: str | Path) -> str | None:
     """The newest whole checkpoint in the `output_dir` of a `Trainer`, `None` if there is none.
 
-    A kill or a full disk while it is written leaves a `checkpoint-N` that no `Trainer` can go on from, and that
+    A kill or a full disk while it is written leaves a `checkpoint-N` that no `Trainer` can resume from, and that
     `resume_from_checkpoint=True` takes all the same. Pass what this returns in place of `True`.
     """
     return next((str(path) for path in checkpoints(directory) if is_whole(path)), None)
@@ -49,7 +49,7 @@ def align_to_checkpoint(model: PreTrainedModel, checkpoint: str | Path) -> None:
     """Slice the dense `model` in place to the shapes of `checkpoint`, so that a `Trainer` can resume from there.
 
     Weights are not read; `Trainer.train(resume_from_checkpoint=...)` does that. A model that has these widths already
-    is left as it is. Loading the checkpoint with `from_pretrained` does as well.
+    is left as it is. Loading the checkpoint with `from_pretrained` works too.
 
     Args:
         model: the dense model that the checkpoint was pruned from.

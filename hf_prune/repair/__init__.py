@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from hf_prune.errors import CalibrationError, PlanError
 from hf_prune.gate import positions_of
-from hf_prune.layers.processes import my_share
+from hf_prune.layers.processes import shard_batches
 from hf_prune.layers.walk import LayerProtocol, Walk
 from hf_prune.layers.weights import eager_experts, evaluating
 from hf_prune.repair.consumers import find_branches, first_change
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from hf_prune.layers.walk import Batch
     from hf_prune.layers.work import WorkDir
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
     from hf_prune.surgery.pruning import PrunedLayers
 
 __all__ = ["Repaired", "repair_", "select_repairable"]
@@ -134,7 +134,7 @@ def repair_(
                 layers.known(layer)
         for layer in tqdm(range(done, walk.num_layers), desc="repair", unit="layer", leave=False):
             if batches is None and other.hidden:  # every process draws the noise of all
-                other.hidden = my_share([_noise(other.hidden[0], generator) for _ in walk.all_ids])
+                other.hidden = shard_batches([_noise(other.hidden[0], generator) for _ in walk.all_ids])
             with walk.resident(layer) if layers is None else layers.layer(layer):
                 if layer in branches:
                     result.update(fit.repair(branches[layer]))

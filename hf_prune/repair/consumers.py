@@ -15,7 +15,7 @@ from hf_prune.surgery.slicing import pruned_name, renumber
 
 if TYPE_CHECKING:
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Branch, Structure
+    from hf_prune.structure.axes import Branch, Structure
 
 BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
 """In the order in which they are repaired: the MLP reads what the attention wrote."""
@@ -108,7 +108,7 @@ def find_branches(dense: nn.Module, pruned: nn.Module, structure: Structure, pla
 
 
 def first_change(structure: Structure, plan: PruningPlan) -> tuple[int, int]:
-    """`(layer, branch)` of the first thing that the plan changes; what comes before computes what it did."""
+    """`(layer, branch)` of the first thing that the plan changes; earlier layers are unchanged."""
     if "hidden" in plan.kept_indices:
         return 0, 0
     changes = [(layer, 0) for layer in plan.removed_layers]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.layers.masking import keep_mask, mask_axis
-from hf_prune.layers.processes import my_share, of_main_process
+from hf_prune.layers.processes import of_main_process, shard_batches
 from hf_prune.layers.statistics import Solution, Statistics, best_ridge, solve_, solving
 from hf_prune.layers.walk import StopForward, Walk, hidden_of, replaced_forward, with_hidden
 from hf_prune.layers.watch import watching
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from hf_prune.repair.consumers import Branches, Refit
+    from hf_prune.structure.axes import Branch, Structure
     from hf_prune.structure.consumers import Consumer
-    from hf_prune.structure.structure import Branch, Structure
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class LayerRepair:
             for consumer in consumers
             for held_out in (False, True)
         }
-        firsts = my_share(list(accumulate((len(ids) for ids in self.pruned.all_ids), initial=0))[:-1])
+        firsts = shard_batches(list(accumulate((len(ids) for ids in self.pruned.all_ids), initial=0))[:-1])
         only = _only(found.consumers[branch])
         for batch in range(len(self.pruned.hidden)):
             self._collect(found, consumers, inputs, dense, outputs, batch)

@@ -17,7 +17,7 @@ from hf_prune.layers.boundaries import on_disk
 from hf_prune.layers.statistics import factorise_, solving
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import is_on_disk
-from hf_prune.methods.obs import collecting
+from hf_prune.scores.obs import collecting
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.consumers import Consumer, only_consumer
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 
     from hf_prune.layers.walk import Batch, Found, LayerProtocol, Part
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 _CACHE_BYTES = 1 << 29
 """Repaired weights that are kept, the latest ones: plans of a search share most of their widths."""
 
 
 class RepairPreview:
-    """Repairs the masked dense model for a while, plan after plan.
+    """Temporarily repairs the masked dense model, plan after plan.
 
     Axes without a single linear consumer (experts) are only masked. The sums of all layers are held in float64: those
     of a model on disk in temporary files.

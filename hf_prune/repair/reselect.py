@@ -15,7 +15,7 @@ from hf_prune.layers.masking import keep_mask
 from hf_prune.layers.processes import of_main_process
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import eager_experts
-from hf_prune.methods.obs import collecting, costs_of
+from hf_prune.scores.obs import collecting, costs_of
 from hf_prune.structure.consumers import only_consumer
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from hf_prune.layers.walk import Batch, Found, LayerProtocol, Part
     from hf_prune.layers.work import WorkDir
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 
 @torch.no_grad()

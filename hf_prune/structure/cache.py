@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hf_prune.structure.axes import CacheTensor
 from hf_prune.structure.forward import BATCH_SIZE, SEQ_LEN, Forward, TraceError, tensors
-from hf_prune.structure.structure import CacheTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import nn
 
-    from hf_prune.structure.structure import Axis
+    from hf_prune.structure.axes import Axis
 
 
 def find_cache(model: nn.Module, axes: Mapping[str, Axis]) -> tuple[CacheTensor, ...] | None:

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_prune.structure import layouts as lay
 
 if TYPE_CHECKING:
-    from hf_prune.structure.structure import Member, Structure
+    from hf_prune.structure.axes import Member, Structure
 
 ConsumerKind = Literal["linear", "experts", "other"]
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from hf_prune.structure.known_values import KnownValues
+from hf_prune.structure.constants import ConstantValues
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ class Forward(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.values = KnownValues()
+        self.values = ConstantValues()
         self.alive: list[Tensor] = []  # ids stay unique while their tensors live
         self.module_path: list[str] = []
         self._known: dict[Any, Any] = {}  # sizes of results, by operation and sizes of what went in: layers repeat
@@ -55,14 +55,14 @@ class Forward(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "index":
             args = (args[0], [place for index in args[1] for place in self._integers(index)])
             inputs = list(tensors((args, kwargs)))
-        decided = self.values.decide(name, args)
+        decided = self.values.evaluate(name, args)
         out = self._computed(func, args, kwargs, inputs) if decided is None else decided
         outputs = list(tensors(out))
         if outputs:
             self.alive += inputs
             self.alive += outputs
             if decided is None:
-                self.values.follow(func, args, kwargs, inputs, outputs)
+                self.values.propagate(func, args, kwargs, inputs, outputs)
             self.saw(func, name, args, kwargs, inputs, outputs)
         return out
 
@@ -128,7 +128,7 @@ class NeedsValuesError(Exception):
 class Lists(TorchFunctionMode):
     """Sees the values that torch reads from, or gives as, Python lists: on the meta device it loses them."""
 
-    def __init__(self, values: KnownValues) -> None:
+    def __init__(self, values: ConstantValues) -> None:
         super().__init__()
         self.values = values
 

@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hf_prune.errors import StructureError
+from hf_prune.format.building import build_empty, fresh_config
 from hf_prune.reading import check_files
 from hf_prune.structure import layouts as lay
-from hf_prune.structure.building import build_empty, fresh_config
-from hf_prune.structure.cache import find_cache
-from hf_prune.structure.forward import TraceError
-from hf_prune.structure.layouts import Concat, Fixed, Layout, Product, Units
-from hf_prune.structure.structure import (
+from hf_prune.structure.axes import (
     Axis,
     Branch,
     BranchModule,
@@ -26,9 +23,12 @@ from hf_prune.structure.structure import (
     Member,
     Owner,
     Role,
-    SelectedInput,
+    SlicedArgument,
     Structure,
 )
+from hf_prune.structure.cache import find_cache
+from hf_prune.structure.forward import TraceError
+from hf_prune.structure.layouts import Concat, Fixed, Layout, Product, Units
 from hf_prune.structure.tracing import ConstantInput, Tracer, trace
 from hf_prune.structure.unify import Atom, Cat, Prod, Term, factors, fix, leaves, resolve
 
@@ -179,7 +179,7 @@ class _Naming:
             buffers=frozenset(self.buffers & set(self.terms)),
             branch_modules=branch_modules,
             selected_inputs={n: s for n, (f, _) in found.items() if (s := self._selected_inputs(n, f))},
-            without_rule=dict(sorted(self.tracer.without_rule.items())),
+            unsupported_ops=dict(sorted(self.tracer.unsupported_ops.items())),
         )
 
     # --- which atoms ------------------------------------------------------------------------------------------------
@@ -407,7 +407,7 @@ class _Naming:
         unused = (n for n in self.terms if n not in self.tracer.used and n not in self.aliases)
         return next((n for n in unused if self.layer_of[n] is None and size in (t.size for t in self.terms[n])), "")
 
-    def _selected_inputs(self, name: str, entry: _Found) -> tuple[SelectedInput, ...]:
+    def _selected_inputs(self, name: str, entry: _Found) -> tuple[SlicedArgument, ...]:
         """The arguments that hand varying constants to the layer's attention (or MLP); () if one is not handed on."""
         root = self._root(entry)
         result = []
@@ -525,7 +525,7 @@ def _flat(outputs: Any) -> list[Any]:
     return [leaf for item in outputs for leaf in _flat(item)] if isinstance(outputs, list) else [outputs]
 
 
-def _use(constant: ConstantInput, origin: Atom, origins: set[int]) -> SelectedInput | None:
+def _use(constant: ConstantInput, origin: Atom, origins: set[int]) -> SlicedArgument | None:
     """Where `constant` carries `origin`: as a whole factor of one dimension, alone or among `origins`."""
     for dim, term in enumerate(constant.terms):
         found = factors(term)
@@ -534,8 +534,8 @@ def _use(constant: ConstantInput, origin: Atom, origins: set[int]) -> SelectedIn
             if origin in carried and all(id(atom) in origins for atom in carried):
                 sizes = [f.size for f in found]
                 if len(sizes) > 1 and position > 0:
-                    sizes[0] = -1  # the batch, of whatever size
-                return SelectedInput(constant.module_path, constant.name, dim, tuple(sizes), position)
+                    sizes[0] = -1  # the batch, of any size
+                return SlicedArgument(constant.module_path, constant.name, dim, tuple(sizes), position)
     return None
 
 

@@ -68,7 +68,7 @@ class Tracer(Forward):  # type: ignore[no-untyped-call]
         """Parameters in which token ids are looked up."""
         self.apart: dict[str, int] = {}
         """Modules whose attention heads are computed one by one (each with its own norm), and how many they are."""
-        self.without_rule: dict[str, str] = {}
+        self.unsupported_ops: dict[str, str] = {}
         """Operations without a rule, and the module where each was first met."""
         self.constant_inputs: list[ConstantInput] = []
         self.outputs: dict[str, Any] = {}

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from hf_prune.checkpoint.per_layer import SelectInput
 from hf_prune.errors import PlanError
-from hf_prune.structure.building import build_empty, fresh_config
+from hf_prune.format.building import build_empty, fresh_config
+from hf_prune.format.per_layer import SliceArgument
 from hf_prune.surgery.pruning import apply_plan
 from hf_prune.surgery.slicing import pruned_name, slice_tensor
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 _PLAIN = (bool, int, float, str, tuple, list, dict, set, NoneType)
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -45,10 +45,10 @@ def apply_plan_(
             as its parameter; nothing is changed then.
         StructureError: no config can describe the pruned model.
     """
-    become_(model, apply_plan(model, structure, plan), structure, plan, optimizer=optimizer)
+    replace_contents_(model, apply_plan(model, structure, plan), structure, plan, optimizer=optimizer)
 
 
-def become_(
+def replace_contents_(
     model: PreTrainedModel,
     pruned: PreTrainedModel,
     structure: Structure,
@@ -56,7 +56,7 @@ def become_(
     *,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Make `model` equal to `pruned`, which `plan` made of it (and repaired, perhaps). See `apply_plan_`.
+    """Move the contents of `pruned`, which `plan` made of `model`, into `model`. See `apply_plan_`.
 
     `pruned` must not be used afterwards: it shares its tensors with `model`.
     """
@@ -123,11 +123,11 @@ def _is_of_pruning(value: Any, dense: Any) -> bool:
 def _select_inputs(live: nn.Module, pruned: nn.Module) -> None:
     """Take over the hooks that choose among inputs (ALiBi slopes of the heads that stay)."""
     for key, hook in list(live._forward_pre_hooks.items()):
-        if isinstance(hook, SelectInput):
+        if isinstance(hook, SliceArgument):
             del live._forward_pre_hooks[key]
             live._forward_pre_hooks_with_kwargs.pop(key, None)
     for hook in pruned._forward_pre_hooks.values():
-        if isinstance(hook, SelectInput):
+        if isinstance(hook, SliceArgument):
             live.register_forward_pre_hook(hook, with_kwargs=True)  # type: ignore[arg-type]
 
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hf_prune.checkpoint.per_layer import SelectInput
 from hf_prune.errors import StructureError
+from hf_prune.format.building import build_empty
+from hf_prune.format.per_layer import SliceArgument
 from hf_prune.layers.masking import masked
-from hf_prune.structure.building import build_empty
 from hf_prune.structure.forward import Forward, Lists, TraceError, tensors
 from hf_prune.structure.inference import traceable_config
 from hf_prune.surgery.slicing import renamed
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 _WITHOUT_VALUES = frozenset(("device", "layout", "pin_memory", "memory_format", "non_blocking"))
 _VIEWS = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias"))
@@ -96,7 +96,7 @@ class Judge:
             run.names.setdefault(id(tensor), new or f"removed {name}")
         for module in model.modules():
             for key, hook in list(module._forward_pre_hooks.items()):
-                if isinstance(hook, SelectInput):
+                if isinstance(hook, SliceArgument):
                     module._forward_pre_hooks[key] = partial(_select, hook, run)  # type: ignore[assignment]
         with contextlib.nullcontext() if bypassed is None else masked(model, self._structure, bypassed):
             result = run.compute(model)
@@ -248,7 +248,7 @@ def _value(value: Tensor, sizes: bool) -> Any:
     return str(value.dtype), tuple(value.shape), hashlib.sha256(repr(flat.tolist()).encode()).digest()
 
 
-def _select(hook: SelectInput, run: _Expressions, module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _select(hook: SliceArgument, run: _Expressions, module: nn.Module, args: Any, kwargs: Any) -> Any:
     """Run a hook that leaves out units of an argument: the rest is what it was."""
     result = hook(module, args, kwargs)
     for before, after in zip(tensors((args, kwargs)), tensors(result), strict=True):

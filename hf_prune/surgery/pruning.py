@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from hf_prune.atomic import held_by, temporary_directory
 from hf_prune.errors import PlanError
+from hf_prune.format.building import build_empty, fresh_config
 from hf_prune.layers.weights import device_map_of, input_device, is_on_disk, resident
 from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.structure import layouts as lay
-from hf_prune.structure.building import build_empty, fresh_config
-from hf_prune.surgery.configuring import pruned_config
+from hf_prune.surgery.pruned_config import pruned_config
 from hf_prune.surgery.slicing import (
     check_tensor,
     on_axis,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 
 def apply_plan(model: PreTrainedModel, structure: Structure, plan: PruningPlan) -> PreTrainedModel:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from hf_prune.plan import PruningPlan
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 
 def slice_state_dict(state_dict: Mapping[str, Tensor], structure: Structure, plan: PruningPlan) -> dict[str, Tensor]:

@@ -26,22 +26,22 @@ from small_configs import coincide, small_config
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
-from hf_prune.checkpoint import per_layer
 from hf_prune.checkpoint.save_hook import install_save_hook
 from hf_prune.config import RandomConfig
 from hf_prune.errors import HFPruneError
+from hf_prune.format import per_layer
+from hf_prune.format.building import auto_class
 from hf_prune.layers.masking import masked
 from hf_prune.plan import PruningPlan, counted_units
-from hf_prune.structure.building import auto_class
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.configuring import unresizable
-from hf_prune.surgery.expressing import family, find_knobs
+from hf_prune.surgery.pruned_config import unresizable
 from hf_prune.surgery.pruning import apply_plan
+from hf_prune.surgery.width_attributes import family, find_width_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from hf_prune.structure.structure import Axis, Structure
+    from hf_prune.structure.axes import Axis, Structure
 
 DOCS = Path(__file__).parents[2] / "docs"
 TIME_CAP_S = 120
@@ -150,7 +150,7 @@ def describe(result: dict[str, Any], model: Any, structure: Structure) -> None:
     """Axes and where their widths are written."""
     result["class"] = type(model).__name__
     result["layers"] = len(structure.layer_paths)
-    result["without_rule"] = structure.without_rule
+    result["unsupported_ops"] = structure.unsupported_ops
     for kind in ("attention", "mlp", "expert"):
         axes = structure.axes_of(kind)
         result[kind] = {
@@ -162,7 +162,7 @@ def describe(result: dict[str, Any], model: Any, structure: Structure) -> None:
         }
     hidden = structure.axes.get("hidden")
     result["hidden"] = "none" if hidden is None else hidden.blocker or "yes"
-    knobs = find_knobs(model.config, structure, type(model))
+    knobs = find_width_attributes(model.config, structure, type(model))
     result["knobs"] = {name: str(knob) for name, knob in knobs.items()}
 
 

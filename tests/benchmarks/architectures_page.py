@@ -154,6 +154,6 @@ def _remarks(result: dict[str, Any]) -> str:
     ]
     for kind in ("attention", "mlp", "expert"):
         remarks += [f"{kind}: {why}" for why in result.get(kind, {}).get("blockers", [])]
-    if without_rule := result.get("without_rule"):
-        remarks.append("without rule: " + ", ".join(f"`{name}`" for name in without_rule))
+    if unsupported_ops := result.get("unsupported_ops"):
+        remarks.append("without rule: " + ", ".join(f"`{name}`" for name in unsupported_ops))
     return "; ".join(" ".join(remark.split())[:240].replace("|", "\\|") for remark in remarks)

@@ -27,7 +27,7 @@ from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 
 if TYPE_CHECKING:
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 DOCS = Path(__file__).parents[2] / "docs"
 TOLERANCE = 1e-9

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_prune import PruningConfig, infer_structure, prune
 from hf_prune.data import evaluation_windows, load_text
-from hf_prune.evaluation import markdown_table
 from hf_prune.layers.losses import divergence, next_token
 from hf_prune.pipeline import calibration_data, scoring_settings
+from hf_prune.report.tables import markdown_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from hf_prune.allocation import allocate
 from hf_prune.config import RandomConfig
 from hf_prune.structure.inference import infer_structure
-from hf_prune.surgery.configuring import pruned_config
+from hf_prune.surgery.pruned_config import pruned_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable

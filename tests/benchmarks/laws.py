@@ -33,13 +33,13 @@ from hf_prune.atomic import replaced_file
 from hf_prune.config import RandomConfig
 from hf_prune.errors import HFPruneError
 from hf_prune.layers.masking import masked
-from hf_prune.methods import score
 from hf_prune.plan import PruningPlan
+from hf_prune.scores import score
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.pruning import apply_plan
 
 if TYPE_CHECKING:
-    from hf_prune.structure.structure import Structure
+    from hf_prune.structure.axes import Structure
 
 FAMILIES = [
     "llama",

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_prune import PolicyGradientConfig, infer_structure
 from hf_prune.layers.walk import Walk
-from hf_prune.methods.policy_gradient.forward import open_model
-from hf_prune.methods.policy_gradient.policy import find_units
+from hf_prune.scores.policy_gradient.forward import open_model
+from hf_prune.scores.policy_gradient.policy import find_units
 
 
 def measure(hidden: int, layers: int, vocab: int, windows: int, tokens: int, repeats: int, device: str) -> None:

@@ -32,12 +32,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "mutants.json"
 PAGE = ROOT / "docs" / "mutants.md"
-FOLDERS = ["structure", "surgery", "checkpoint"]
+FOLDERS = ["format", "structure", "surgery", "checkpoint"]
 # The longest key that a module's path begins with says which test files are near to it.
 NEAREST = {
     "structure": ["test_rules.py", "test_structure.py", "test_unify.py"],
     "structure/layouts": ["test_layouts.py", "test_structure.py"],
     "structure/unify": ["test_unify.py", "test_rules.py", "test_structure.py"],
+    "format": ["test_per_layer.py", "test_structure.py", "test_loading.py"],
     "surgery": ["test_surgery.py", "test_depth.py"],
     "surgery/in_place": ["test_recovery_in_place.py"],
     "surgery/judging": ["test_depth.py", "test_surgery.py"],
@@ -50,10 +51,10 @@ NEAREST = {
     "surgery/slicing": ["test_recovery_in_place.py", "test_surgery.py"],
     "checkpoint": ["test_loading.py", "test_saving.py"],
     "checkpoint/hub": ["test_hub.py"],
-    "checkpoint/per_layer": ["test_per_layer.py", "test_loading.py"],
+    "format/per_layer": ["test_per_layer.py", "test_loading.py"],
     "checkpoint/autoload": ["test_checkpoint_traps.py", "test_loading.py"],
-    "checkpoint/loud": ["test_checkpoint_traps.py", "test_per_layer.py"],
-    "checkpoint/remote_code": ["test_checkpoint_traps.py", "test_saving.py"],
+    "format/stock_guard": ["test_checkpoint_traps.py", "test_per_layer.py"],
+    "format/remote_code": ["test_checkpoint_traps.py", "test_saving.py"],
 }
 COMPARISONS = {
     ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),

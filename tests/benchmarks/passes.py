@@ -35,8 +35,8 @@ from hf_prune import (
     apply_plan,
     infer_structure,
 )
-from hf_prune.methods import score
 from hf_prune.repair import repair_
+from hf_prune.scores import score
 
 SHARED = Path(os.environ.get("HF_PRUNE_DATA", Path(__file__).parents[3] / "shared"))
 CRITERIA = ("fisher", "first_order", "vector", "second_order")

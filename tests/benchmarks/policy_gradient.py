@@ -26,12 +26,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_prune import PolicyGradientConfig, PruningConfig, Structure, allocate, apply_plan, infer_structure
 from hf_prune.data import load_text
-from hf_prune.evaluation import markdown_table, num_parameters, perplexity
+from hf_prune.evaluation import num_parameters, perplexity
 from hf_prune.layers.walk import Walk
-from hf_prune.methods.policy_gradient import as_scores, estimators, initial_scores, learn_policy
-from hf_prune.methods.policy_gradient.forward import open_model
-from hf_prune.methods.policy_gradient.policy import find_units, initial_widths, soft_profile
 from hf_prune.pipeline import calibration_data
+from hf_prune.report.tables import markdown_table
+from hf_prune.scores.policy_gradient import as_scores, estimators, initial_scores, learn_policy
+from hf_prune.scores.policy_gradient.forward import open_model
+from hf_prune.scores.policy_gradient.policy import find_units, initial_widths, soft_profile
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("HF_PRUNE_DATA", ROOT.parent / "shared"))

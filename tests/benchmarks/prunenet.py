@@ -21,13 +21,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_prune import PruneNetConfig, PruningConfig, allocate, apply_plan, infer_structure, perplexity
 from hf_prune.data import load_text
 from hf_prune.layers.walk import Walk
-from hf_prune.methods import score
-from hf_prune.methods.prunenet import train_policy
-from hf_prune.methods.prunenet.rows import UnitRows, unit_rows
-from hf_prune.methods.prunenet.scoring import marginal_losses, units_ratio
-from hf_prune.methods.prunenet.spectra import Spectrum
-from hf_prune.methods.prunenet.training import features_of, kept_count, train
-from hf_prune.methods.prunenet.updates import relative_updates
+from hf_prune.scores import score
+from hf_prune.scores.prunenet import train_policy
+from hf_prune.scores.prunenet.layer_importance import layer_importance
+from hf_prune.scores.prunenet.scoring import marginal_losses, units_ratio
+from hf_prune.scores.prunenet.spectra import Spectrum
+from hf_prune.scores.prunenet.training import features_of, kept_count, train
+from hf_prune.scores.prunenet.unit_matrix import UnitMatrix, unit_matrix
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("HF_PRUNE_DATA", ROOT.parent / "shared"))
@@ -71,26 +71,26 @@ def add_result(section: str, key: str, value: Any) -> None:
     print(section, key, json.dumps(value)[:300], flush=True)
 
 
-def random_layers(num_layers: int = 4, num_units: int = 512, width: int = 128) -> dict[str, UnitRows]:
+def random_layers(num_layers: int = 4, num_units: int = 512, width: int = 128) -> dict[str, UnitMatrix]:
     """Gaussian rows whose norms are log-normal (σ = 0.5)."""
     generator = torch.Generator().manual_seed(0)
     layers = {}
     for layer in range(num_layers):
         scale = (0.5 * torch.randn(num_units, 1, 1, generator=generator)).exp()
         rows = torch.randn(num_units, 1, width, generator=generator) * scale
-        layers[str(layer)] = UnitRows(rows, rows.norm(dim=(1, 2)), rows.norm(dim=(1, 2)))
+        layers[str(layer)] = UnitMatrix(rows, rows.norm(dim=(1, 2)), rows.norm(dim=(1, 2)))
     return layers
 
 
-def model_layers(state: str) -> dict[str, UnitRows]:
+def model_layers(state: str) -> dict[str, UnitMatrix]:
     """The MLPs of ref10m."""
     model, _, structure = ref10m()
     read = dict(model.named_parameters(remove_duplicate=False)).__getitem__
-    return {axis.name: unit_rows(read, structure, axis, state) for axis in structure.axes_of("mlp")}
+    return {axis.name: unit_matrix(read, structure, axis, state) for axis in structure.axes_of("mlp")}
 
 
 def rewards_of(
-    layers: dict[str, UnitRows], orders: dict[str, torch.Tensor], spectra: dict[str, Spectrum]
+    layers: dict[str, UnitMatrix], orders: dict[str, torch.Tensor], spectra: dict[str, Spectrum]
 ) -> list[float]:
     """Minus the distance of each layer at half of its units."""
     found = []
@@ -145,7 +145,7 @@ def scores_by_norms(model: Any, structure: Any, kind: str, seed: int = 0) -> dic
         if kind == "random":
             scores[axis.name] = torch.rand(axis.num_units, generator=generator)
         else:
-            scores[axis.name] = unit_rows(read, structure, axis, kind).state.norm(dim=(1, 2))
+            scores[axis.name] = unit_matrix(read, structure, axis, kind).state.norm(dim=(1, 2))
     return scores
 
 
@@ -153,14 +153,14 @@ def norms_with_our_widths(model: Any, structure: Any, ratio: float) -> dict[str,
     """Row norms of the group decide inside of a layer, the reward of the default setting how much each layer loses."""
     config = PruneNetConfig(ratio)
     axes = structure.axes_of("mlp")
-    shares = relative_updates(
+    shares = layer_importance(
         Walk(model, structure.layer_paths), structure, axes, torch.Generator().manual_seed(config.seed)
     )
     read = dict(model.named_parameters(remove_duplicate=False)).__getitem__
     scores = {}
     for axis in axes:
-        order = unit_rows(read, structure, axis, "group").state.norm(dim=(1, 2)).argsort(descending=True)
-        spectrum = Spectrum(unit_rows(read, structure, axis, config.state).state, config.distance, config.exact_up_to)
+        order = unit_matrix(read, structure, axis, "group").state.norm(dim=(1, 2)).argsort(descending=True)
+        spectrum = Spectrum(unit_matrix(read, structure, axis, config.state).state, config.distance, config.exact_up_to)
         scores[axis.name] = shares[axis.name] * marginal_losses(spectrum, order)
     return scores
 

@@ -32,7 +32,7 @@ from hf_prune.data import evaluation_windows
 from hf_prune.evaluation import num_parameters
 from hf_prune.layers.losses import next_token
 from hf_prune.layers.walk import Walk
-from hf_prune.pipeline import carry_out, decide, scoring_settings
+from hf_prune.pipeline import apply_and_repair, decide, scoring_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -191,7 +191,7 @@ class Bench:
         how = {"repair": "least_squares", **row.repair} if repaired else {"repair": "none"}
         config = dataclasses.replace(config, **how)
         batches = self.calibration(row.num_samples)
-        return carry_out(self.dense, self.structure, plan, config, batches, protocol=self.protocol), plan
+        return apply_and_repair(self.dense, self.structure, plan, config, batches, protocol=self.protocol), plan
 
 
 def asked(rows: Sequence[str], ratios: Sequence[float]) -> Iterator[tuple[Row, float, bool]]:

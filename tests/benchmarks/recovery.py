@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_prune import OBSConfig, PrunedModelForCausalLM, perplexity, prune, recover
 from hf_prune.data import load_text
-from hf_prune.evaluation import markdown_table
+from hf_prune.report.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("HF_PRUNE_DATA", ROOT.parent / "shared"))

@@ -31,8 +31,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_prune import OBSConfig, prune, recover
 from hf_prune.calibration import calibration_batches, training_windows
-from hf_prune.evaluation import evaluate, flat, markdown_table, read_texts
+from hf_prune.evaluation import evaluate, flat, read_texts
 from hf_prune.recovery.arguments import distillation_rate
+from hf_prune.report.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("HF_PRUNE_DATA", ROOT.parent / "shared"))

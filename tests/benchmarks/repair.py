@@ -18,8 +18,8 @@ import typer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_prune import RandomConfig, allocate, apply_plan, infer_structure
-from hf_prune.methods import score
 from hf_prune.repair import repair_
+from hf_prune.scores import score
 
 
 def peak_gib() -> float:

@@ -35,8 +35,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from hf_prune import LLMPrunerConfig, PruningConfig, PruningPlan, infer_structure
 from hf_prune.data import load_text
 from hf_prune.evaluation import num_bytes, num_parameters, perplexity, zero_shot
-from hf_prune.methods import METHODS, score
-from hf_prune.pipeline import calibration_data, carry_out, decide
+from hf_prune.pipeline import apply_and_repair, calibration_data, decide
+from hf_prune.scores import METHODS, score
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,7 +115,7 @@ def pruned_model(cell: Cell) -> tuple[PreTrainedModel, PruningPlan]:
             temporary = scores_path.with_suffix(f".{os.getpid()}")
             save_file(found, temporary)
             temporary.replace(scores_path)
-    return carry_out(dense, structure, plan, config, batches), plan
+    return apply_and_repair(dense, structure, plan, config, batches), plan
 
 
 def plan_key(config: PruningConfig) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from results_rows import RATIOS, README_SECTION, REPAIR, SECTIONS, ZERO_SHOT, ZERO_SHOT_QUESTIONS, Section
 
-from hf_prune.evaluation import markdown_table, perplexity_picture
+from hf_prune.report.pictures import perplexity_picture
+from hf_prune.report.tables import markdown_table
 
 if TYPE_CHECKING:
     from pathlib import Path

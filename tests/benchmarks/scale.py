@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from scale_page import write_page
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
-import hf_prune.methods.obs as obs
+import hf_prune.scores.obs as obs
 from hf_prune import LLMPrunerConfig, OBSConfig, PruningConfig, infer_structure
 from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.checkpoint.verifying import verify_checkpoint
@@ -42,8 +42,8 @@ from hf_prune.layers.boundaries import MEMORY_BYTES
 from hf_prune.layers.price import count_price
 from hf_prune.layers.statistics import Statistics
 from hf_prune.loading import open_model
-from hf_prune.methods import score
-from hf_prune.pipeline import carry_out, decide
+from hf_prune.pipeline import apply_and_repair, decide
+from hf_prune.scores import score
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -221,7 +221,7 @@ def prune_once(job: dict[str, Any], meter: Meter) -> dict[str, Any]:
         check_model(model, structure, config, batches)
         plan, _ = decide(model, structure, config, batches)
     with meter.phase("prune and repair"):
-        pruned = carry_out(model, structure, plan, config, batches)
+        pruned = apply_and_repair(model, structure, plan, config, batches)
     allowed = allowance(model, structure, batches)
     with meter.phase("save"):  # a file is in memory as a whole while it is written
         save_pruned(pruned, job["pruned"], max_shard_size=allowed["layer"])

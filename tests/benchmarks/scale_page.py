@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.evaluation import markdown_table
+from hf_prune.report.tables import markdown_table
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,7 +17,7 @@ import typer
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_prune import LLMPrunerConfig, Structure, infer_structure
-from hf_prune.methods import score
+from hf_prune.scores import score
 
 app = typer.Typer(add_completion=False)
 CRITERIA = ("vector", "first_order", "fisher")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import typer
 
-from hf_prune.methods.prunenet.spectra import Spectrum, gram, ks_statistic
+from hf_prune.scores.prunenet.spectra import Spectrum, gram, ks_statistic
 
 
 def timed(run: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:

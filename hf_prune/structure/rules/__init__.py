@@ -24,7 +24,7 @@ def apply(call: Call, pointwise: bool) -> None:
     except Conflict:  # the rule knows the operation, but the layouts do not fit
         call.tracer.fix_all(list(call.view.values()), call.why)
     except (NotImplementedError, IndexError):
-        call.tracer.without_rule.setdefault(call.name, call.tracer.where)
+        call.tracer.unsupported_ops.setdefault(call.name, call.tracer.where)
         call.tracer.fix_all(list(call.view.values()), f"no rule for operation {call.name!r} (in {call.tracer.where})")
     if call.name.removesuffix("_") not in indexing.LOOK_UPS and not call.name.endswith("_like"):
         for chooses in (call[tensor].chooses for tensor in call.inputs):

@@ -130,18 +130,18 @@ def convolution(call: Call) -> None:
     "any",
     "all",
     "_is_all_true",
+    "logsumexp",
+    "argmax",
+    "argmin",
+    "count_nonzero",
+    "aminmax",
+    "median",
 )
 def reduction(call: Call) -> None:
     """Mixes the reduced dimensions; indices of maxima name their entries."""
     _reduce(call, call.arg(1, call.kwargs.get("dim")))
     if call.name == "max" and len(call.outputs) == 2 and not call[call.inputs[0]].origin.constant:
         call.chosen(call[call.inputs[0]].terms[call.arg(1, call.kwargs.get("dim"))], 1, 1)
-
-
-@rule("logsumexp", "argmax", "argmin", "count_nonzero", "aminmax", "median")
-def reduction_too(call: Call) -> None:
-    """Mixes the reduced dimensions."""
-    _reduce(call, call.arg(1, call.kwargs.get("dim")))
 
 
 @rule("kthvalue", "mode")

@@ -1,0 +1,757 @@
+"""The command line, `hf-prune`: parse, call, print. Settings are the fields of the methods' configurations."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import inspect as inspect_module
+import os
+import signal
+import threading
+import time
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from hf_prune.cli.flags import METHOD, RUN, TEXT, UNITS, config_flags, read_config, read_sweep
+from hf_prune.errors import ConfigError, HFPruneError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hf_prune.config import PruningConfig
+    from hf_prune.pipeline import PruningResult
+    from hf_prune.recovery.recover import RecoveryResult
+
+
+_GOES_ON = {"prune": "--work-dir", "sweep": "", "recover": "--resume"}
+"""Commands that take up what was done when they are given again, with this option."""
+
+
+class _Commands(TyperGroup):
+    """Bad input and a full disk end in one red line and exit code 2. Any other error is ours and keeps its traceback.
+
+    SIGTERM is taken as Ctrl-C is: what was begun is cleaned up, and one line says how to go on.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        words, before = list(ctx.args), signal.getsignal(signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread() and before == signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, _terminate)
+        try:
+            return super().invoke(ctx)
+        except HFPruneError as error:
+            _print_error(str(error))
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            _print_error(f"no space is left: {error}. Free disk space, or choose another directory.")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt as stop:
+            number = int(stop.args[0]) if stop.args else signal.SIGINT
+            if not int(os.environ.get("RANK", "0")):
+                typer.echo(f"interrupted{_how_to_go_on(str(ctx.invoked_subcommand), words)}.", err=True)
+            raise typer.Exit(128 + number) from None
+        finally:
+            if signal.getsignal(signal.SIGTERM) is _terminate:
+                signal.signal(signal.SIGTERM, before)
+
+
+def _print_error(message: str) -> None:
+    from hf_prune.cli.printing import print_error
+
+    print_error(message)
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def _how_to_go_on(command: str, words: list[str]) -> str:
+    if command not in _GOES_ON:
+        return ""
+    option = _GOES_ON[command]
+    given = not option or any(word.split("=")[0] == option for word in words)
+    return ": the same command goes on" if given else f"; runs with {option} go on"
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    invoke_without_command=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+
+@app.callback()
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Structural pruning of Hugging Face causal LMs: smaller ordinary models."""
+    if version:
+        from hf_prune import __version__
+
+        typer.echo(f"hf-prune {__version__}")
+        raise typer.Exit
+
+
+Model = Annotated[str, typer.Argument(help="Directory or Hub id of a language model.", metavar="MODEL")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu (the default), cuda, cuda:1, ...", metavar="NAME", rich_help_panel=RUN)
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="float32, ...; else the checkpoint's.", metavar="NAME", rich_help_panel=RUN),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Files, Hub datasets, general, self.",
+        metavar="TEXT[:WEIGHT]",
+        rich_help_panel=TEXT,
+    ),
+]
+Table = Annotated[
+    Path | None, typer.Option(help="Measured latencies, for that budget.", metavar="FILE", rich_help_panel=RUN)
+]
+BatchSize = Annotated[
+    int, typer.Option(help="Windows in a forward pass.", metavar="N", rich_help_panel=RUN, show_default=False)
+]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let code of the checkpoint run.", rich_help_panel=RUN),
+]
+Dequantise = Annotated[
+    bool, typer.Option("--dequantise", help="Make plain weights of quantised ones.", rich_help_panel=RUN)
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the checkpoint in the output.", rich_help_panel=RUN)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.", rich_help_panel=RUN)]
+
+
+@app.command()
+def inspect(
+    model: Model,
+    as_json: AsJson = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Load the weights; prove that slicing = masking.")] = False,
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="For --verify: float32 or float64.")] = "float32",
+    fit: Annotated[
+        str | None, typer.Option(help="What fits into this memory, weights and key-value cache.", metavar="8GB")
+    ] = None,
+    context: Annotated[int, typer.Option(help="For --fit: tokens in the cache of each sequence.")] = 4096,
+    batch: Annotated[int, typer.Option(help="For --fit: sequences at a time.")] = 1,
+    bits: Annotated[int, typer.Option(help="For --fit: 4, 8, 16 or 32 bits of each weight.")] = 16,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Show which axes a model has, what can be pruned, and what cannot and why. Needs config.json only."""
+    from hf_prune.cli import inspection, printing
+    from hf_prune.loading import load_config, load_model
+
+    if fit is not None and verify:
+        raise ConfigError("--fit needs no weights and --verify does: ask one question at a time.")
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    if fit is not None:
+        found = inspection.inspect_fit(config, fit, context=context, batch=batch, bits=bits)
+        _print_json({"rows": found}) if as_json else printing.print_rows(found)
+        return
+    report, checks = inspection.inspect_config(config), []
+    if verify:
+        checks = inspection.verify(load_model(model, device=device, dtype=dtype, config=config))
+    if as_json:
+        verified = [{"kind": c.kind, "difference": c.difference, "effect": c.effect, "equal": c.equal} for c in checks]
+        _print_json(report.to_dict() | ({"verification": verified} if verify else {}))
+    else:
+        printing.print_inspection(report)
+        if checks:
+            printing.print_verification(checks)
+    if not all(check.equal for check in checks):
+        raise typer.Exit(1)
+
+
+def _with_config_flags(command: Callable[..., None], without: tuple[str, ...] = ()) -> Callable[..., None]:
+    """Give `command` one option for each field of any method's configuration, in place of its `**fields`."""
+    own = inspect_module.signature(command, eval_str=True)
+    parameters = [parameter for parameter in own.parameters.values() if parameter.kind != parameter.VAR_KEYWORD]
+    flags = [flag for flag in config_flags() if flag.name not in without]
+    positional = [parameter for parameter in parameters if parameter.kind != parameter.KEYWORD_ONLY]
+    rest = [parameter for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY]
+    command.__signature__ = own.replace(parameters=[*positional, *flags, *rest])  # type: ignore[attr-defined]
+    return command
+
+
+@app.command()
+@_with_config_flags
+def prune(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Argument(help="New directory for the pruned checkpoint.", metavar="OUTPUT")
+    ] = None,
+    *,
+    fit: Annotated[
+        str | None,
+        typer.Option(help="Instead: what must fit, with the cache.", metavar="8GB", rich_help_panel=UNITS),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="recommended, paper_block, ... of llm_pruner.", metavar="NAME", rich_help_panel=METHOD),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON of settings; flags override it.", metavar="FILE", rich_help_panel=METHOD)
+    ] = None,
+    calibration: Calibration = None,
+    latency_table: Table = None,
+    vocabulary: Annotated[
+        list[str] | None,
+        typer.Option(help="Text: the only tokens that stay.", metavar="TEXT", rich_help_panel=UNITS),
+    ] = None,
+    coverage: Annotated[
+        float,
+        typer.Option(help="Share of them that stays.", metavar="0-1", rich_help_panel=UNITS, show_default=False),
+    ] = 1.0,
+    batch_size: BatchSize = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    layers_on: Annotated[
+        str,
+        typer.Option(
+            help="Where layers are: memory, disk, auto.", metavar="NAME", rich_help_panel=RUN, show_default=False
+        ),
+    ] = "auto",
+    work_dir: Annotated[
+        Path | None,
+        typer.Option(help="Keeps results: a killed run goes on.", metavar="DIRECTORY", rich_help_panel=RUN),
+    ] = None,
+    recover: Annotated[
+        str | None,
+        typer.Option(help="Then train so long, towards MODEL.", metavar="TOKENS", rich_help_panel=RUN),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, save nothing.", rich_help_panel=RUN)
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    trust_remote_code: Trust = False,
+    dequantise: Dequantise = False,
+    **fields: Any,
+) -> None:
+    """Prune a model and save it: weights, widths, plan, tokenizer, card.
+
+    `hf-prune prune my-model smaller --method obs --pruning-ratio 0.3`
+    """
+    if fit is not None:
+        if fields["pruning_ratio"] is not None or fields["budget"] is not None:
+            raise ConfigError("--fit says how much goes: leave out --pruning-ratio and --budget.")
+        fields |= {"pruning_ratio": 0.5, "budget": "memory"}
+    elif vocabulary and not any((config, preset, fields["method"], fields["pruning_ratio"])):
+        fields |= {"pruning_ratio": 0.0, "method": "custom"}  # nothing else goes
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dequantise": dequantise}
+    chosen = read_config(config, fields, _preset(preset, model, fields, where))
+    if fit is not None:
+        chosen = _fitted(chosen, model, fit, where)
+    if output is None and not dry_run:
+        raise ConfigError("no output directory was given: name one after the model, or pass --dry-run.")
+
+    from hf_prune import pipeline
+    from hf_prune.calibration import parts_of
+    from hf_prune.checkpoint.files import load_plan
+    from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
+    from hf_prune.cli import printing
+    from hf_prune.format.building import needs_plugin
+    from hf_prune.latency import LatencyTable
+    from hf_prune.layers.processes import reserved_for_all
+    from hf_prune.loading import load_processor, load_tokenizer
+
+    target = None if dry_run else output
+    if recover is not None:
+        then = _recovery(model, target, calibration, recover, device, overwrite, as_json)
+        assert target is not None
+        target = target.with_name(f"{target.name}-pruned")
+        plan = load_plan(target) if target.is_dir() else None
+        if plan is not None and (plan.config, plan.base_model_name_or_path) == (chosen, model):
+            then(target)  # a run that was interrupted while it trained
+            return
+    if target is not None:
+        fields = {name: getattr(chosen, name, None) for name in ("policy", "save_policy", "state_dir")}
+        read = {name: Path(value) for name, value in fields.items() if value} | {"work_dir": work_dir}
+        found = enumerate(parts_of(calibration)) if calibration else ()
+        texts = {f"calibration {number}" if number else "calibration": part.source for number, part in found}
+        texts |= {f"vocabulary {number}": source for number, source in enumerate(vocabulary or ())}
+        check_apart(target, model=model, **texts, config=config, latency_table=latency_table, **read)
+        check_directory(target.absolute(), overwrite=overwrite)
+    table = LatencyTable.load(latency_table) if latency_table is not None else None
+    needed = calibration is not None or vocabulary is not None
+    tokenizer = load_tokenizer(model, required=needed, trust_remote_code=trust_remote_code)
+    printing.show_price()
+    start = time.perf_counter()
+    with reserved_for_all(target) if target is not None else nullcontext():
+        result = pipeline.prune(
+            model,
+            chosen,
+            tokenizer=tokenizer,
+            calibration=calibration,
+            batch_size=batch_size,
+            latency=table,
+            vocabulary=_vocabulary(vocabulary),
+            coverage=coverage,
+            layers_on=layers_on,  # type: ignore[arg-type]  # checked there
+            work_dir=work_dir,
+            device=device,
+            dtype=dtype,
+            output=target,
+            **where,
+        )
+        prune_s = time.perf_counter() - start
+        first = not int(os.environ.get("RANK", "0"))  # of several processes: it saves and prints
+        if target is not None and first:
+            processor = load_processor(model, result.model.config, trust_remote_code=trust_remote_code)
+            reads = processor or result.tokenizer
+            save_pruned(result.model, target, plan=result.plan, tokenizer=reads, report=_quality(result))
+    save_s = time.perf_counter() - start - prune_s
+    if as_json and first and recover is None:
+        quality = {"perplexity_before": result.perplexity_before, "perplexity_after": result.perplexity_after}
+        sizes = {
+            "num_parameters_before": result.structure.num_parameters(),
+            "num_parameters_after": result.plan.num_parameters(result.structure),
+        }
+        widths = {"num_units": result.plan.num_units, "widths": result.plan.widths}
+        asked = {"model": model, "output": None if target is None else str(target), "config": chosen.to_dict()}
+        _print_json({**asked, "achieved": result.plan.achieved, **sizes, **widths, **quality})
+    elif first and not as_json:
+        printing.print_plan(result.plan, result.structure)
+        printing.print_outcome(
+            output=target,
+            plugin=needs_plugin(result.model.config),
+            perplexity=(result.perplexity_before, result.perplexity_after),
+            prune_s=prune_s,
+            save_s=save_s,
+        )
+    if recover is not None and target is not None:
+        then(target)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Show all settings of this one.", metavar="[NAME]")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the methods, or the settings of one: meaning, default, what is allowed."""
+    from hf_prune.cli import printing
+    from hf_prune.cli.flags import describe_methods, describe_settings
+
+    rows = describe_methods() if name is None else describe_settings(name)
+    _print_json({"rows": rows}) if as_json else printing.print_texts(rows)
+
+
+@app.command()
+@partial(_with_config_flags, without=("method", "pruning_ratio", "allocation", "repair"))
+def sweep(
+    model: Model,
+    output: Annotated[Path, typer.Argument(help="Directory for the table, the picture and the scores.")],
+    *,
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")],
+    ratios: Annotated[str, typer.Option(help="Fractions to remove, separated by commas.")],
+    text: Annotated[str, typer.Option(help="Text to measure perplexity on: a file, or a Hub dataset.")],
+    calibration: Calibration = None,
+    allocations: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Allocations, separated by commas; or a JSON object of weights, or a .json file (repeatable)."
+        ),
+    ] = None,
+    repairs: Annotated[str, typer.Option(help="Values of repair, separated by commas.")] = "",
+    window: Annotated[int, typer.Option(help="Tokens of each window of the text, 2 or more.")] = 256,
+    batch_size: BatchSize = 8,
+    latency_table: Table = None,
+    as_json: AsJson = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+    **fields: Any,
+) -> None:
+    """Compare methods, allocations and ratios: one table, one picture. Run again to go on where it stopped."""
+    from hf_prune.calibration import parts_of
+    from hf_prune.checkpoint.saving import check_apart
+    from hf_prune.cli import printing
+    from hf_prune.cli.sweep import check_folder
+    from hf_prune.cli.sweep import sweep as run_sweep
+    from hf_prune.data import check_source
+    from hf_prune.gate import check_config
+    from hf_prune.latency import LatencyTable
+    from hf_prune.loading import load_config, load_model, load_tokenizer
+
+    chosen = read_sweep(methods, ratios, allocations or [], repairs, fields)
+    check_apart(output, model=model)
+    check_folder(output)
+    table = LatencyTable.load(latency_table) if latency_table is not None else None
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    tokenizer = load_tokenizer(model, required=True, **where)
+    assert tokenizer is not None
+    described = load_config(model, trust_remote_code=trust_remote_code)
+    check_config(described)
+    check_source(text)
+    if calibration:
+        parts_of(calibration)
+    dense = load_model(model, device=device, dtype=dtype, config=described)
+    rows = run_sweep(
+        dense,
+        tokenizer,
+        output,
+        **chosen,
+        text=text,
+        calibration=calibration[0] if calibration and len(calibration) == 1 else calibration,
+        window=window,
+        batch_size=batch_size,
+        latency=table,
+    )
+    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints
+        return
+    _print_json({"rows": rows}) if as_json else printing.print_rows(rows, output)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    text: Annotated[
+        list[str],
+        typer.Option(help="Text to measure perplexity on (repeatable).", metavar="FILE|DATASET"),
+    ],
+    dense: Annotated[
+        str | None,
+        typer.Option(help="Compare with this dense model; 'base': the one that the checkpoint was pruned from."),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens of each window, 2 or more; windows do not overlap.")] = 256,
+    max_windows: Annotated[int | None, typer.Option(help="Of each text, evenly spaced. Default: all.")] = None,
+    batch_size: BatchSize = 8,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task",
+            help="Zero-shot accuracy too: an lm-eval task, a .jsonl file of questions, or a directory of them.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="At most so many questions of each task.")] = None,
+    generate: Annotated[
+        int | None, typer.Option(help="Answer so many prompts (32 or more): loops, length, ends, agreement with dense.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="For --generate: a .jsonl file with a prompt in each line. Default: bundled.")
+    ] = None,
+    assists: Annotated[
+        str | None, typer.Option(help="Measure it as the draft of this dense model: speculative decoding.")
+    ] = None,
+    as_json: AsJson = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure a model, dense or pruned: perplexity on texts, size, speed, zero-shot accuracy, what it writes."""
+    from hf_prune import evaluation
+    from hf_prune.calibration import text_of
+    from hf_prune.cli import printing
+    from hf_prune.format.building import build_empty
+    from hf_prune.gate import check_windows
+    from hf_prune.loading import dense_source, load_config, load_model, load_tokenizer
+
+    trust = {"trust_remote_code": trust_remote_code}
+    tokenizer, config = load_tokenizer(model, required=True, **trust), load_config(model, **trust)
+    assert tokenizer is not None
+    texts = evaluation.read_texts(tokenizer, text, window, max_windows)
+    check_windows(build_empty(config), [{"input_ids": ids} for ids in texts.values()])
+    questions = evaluation.read_prompts(generate, prompts) if generate is not None else []
+    names = {"model": model, "dense": None if dense is None else dense_source(dense, config)}
+    loaded = load_model(model, device=device, dtype=dtype, config=config)
+    other = None
+    if names["dense"] is not None:
+        other = load_model(names["dense"], device=device, dtype=dtype, config=load_config(names["dense"], **trust))
+    quality = evaluation.evaluate(loaded, tokenizer, texts, dense=other, batch_size=batch_size)
+    speed = evaluation.measure_speed(loaded, **evaluation.usual_request(loaded))
+    values: dict[str, Any] = {
+        **names,
+        "window": window,
+        **evaluation.flat(quality),
+        "num_tokens": sum(row.num_tokens for row in quality.texts),
+        "num_parameters": evaluation.num_parameters(loaded),
+        "num_bytes": evaluation.num_bytes(loaded),
+        "prefill_tokens_per_s": speed.prefill_tokens_per_s,
+        "decode_tokens_per_s": speed.decode_tokens_per_s,
+        "prompt_len": speed.prompt_len,
+        "new_tokens": speed.new_tokens,
+        "device": speed.device,
+        "num_threads": speed.num_threads,
+    }
+    for task in evaluation.zero_shot(loaded, tokenizer, tasks, limit=limit, batch_size=batch_size) if tasks else ():
+        values.setdefault("tasks", []).append(evaluation.flat(task))
+    for number, task in enumerate(
+        evaluation.zero_shot(other, tokenizer, tasks, limit=limit, batch_size=batch_size) if tasks and other else ()
+    ):
+        values["tasks"][number]["dense_accuracy"] = task.accuracy.value
+    if questions:
+        written = evaluation.check_generation(loaded, tokenizer, questions, dense=other, batch_size=batch_size)
+        values["generation"] = evaluation.flat(written)
+    if assists is not None:
+        from hf_prune.evaluation.assisting import measure_assisted
+
+        lengths = evaluation.usual_request(loaded)
+        found = measure_assisted(
+            load_model(assists, device=device, dtype=dtype),
+            loaded,
+            tokenizer,
+            text_of(text[0], tokenizer),
+            prompt_len=max(2, min(64, lengths["prompt_len"])),
+            new_tokens=min(64, 2 * lengths["new_tokens"]),
+        )
+        values |= {f"draft {name}": value for name, value in dataclasses.asdict(found).items()}
+    _print_json(values) if as_json else printing.print_evaluation(values)
+
+
+@app.command()
+def quantise(
+    checkpoint: Annotated[str, typer.Argument(help="Directory or Hub id of a pruned model.")],
+    output: Annotated[Path, typer.Argument(help="New directory for the quantised checkpoint.")],
+    scheme: Annotated[str, typer.Option(help="int8, fp8 or int4 (torchao), or nf4 (bitsandbytes).")] = "int8",
+    text: Annotated[
+        str | None,
+        typer.Option(help="Measure perplexity on it: dense, pruned, both quantised.", metavar="FILE|DATASET"),
+    ] = None,
+    window: Annotated[int, typer.Option(help="Tokens of each window of the text, 2 or more.")] = 256,
+    batch_size: BatchSize = 8,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    device: Device = None,
+) -> None:
+    """Quantise a pruned checkpoint: weights of 8 or 4 bits that `from_pretrained` loads."""
+    from hf_prune.cli import printing
+    from hf_prune.exporting.quantising import quantise as run
+
+    options: dict[str, Any] = {"window": window, "batch_size": batch_size, "device": device, "overwrite": overwrite}
+    rows = run(checkpoint, output, scheme, text=text, **options)
+    _print_json({"rows": rows}) if as_json else printing.print_rows(rows, output)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def recover(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Directory or Hub id of a pruned model.")],
+    output: Annotated[Path, typer.Argument(help="Directory for the recovered model; checkpoints go beside it.")],
+    train: Annotated[
+        list[str],
+        typer.Option(
+            help="Text to train on; of several, each with its weight, a mixture.", metavar="FILE|DATASET[:WEIGHT]"
+        ),
+    ],
+    eval_text: Annotated[
+        list[str] | None,
+        typer.Option("--eval", help="Text to choose the best checkpoint by.", metavar="FILE|DATASET[:WEIGHT]"),
+    ] = None,
+    other: Annotated[
+        str,
+        typer.Option(help="Text of another kind, to warn if the model gets worse on it, or 'none'.", metavar="FILE"),
+    ] = "general",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="lora: adapters, merged at the end; norms: norms and biases; full: all weights; distill: all weights, "
+            "towards the dense model."
+        ),
+    ] = "lora",
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Dense model to distil from; 'base': the one it was pruned from, as preset distill takes."),
+    ] = None,
+    teacher_cache: Annotated[
+        Path | None,
+        typer.Option(help="Directory to write the teacher's predictions to before training: it is not loaded then."),
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the distributions that are compared, above 0.")] = 1.0,
+    alpha: Annotated[float, typer.Option(help="Weight of the teacher against the text, 0 to 1.")] = 1.0,
+    hidden_weight: Annotated[float, typer.Option(help="Weight of hidden-state matching, 0 or more.")] = 0.0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: 300.")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="Tokens to train on, in place of --steps: 500k, 2M, ...", metavar="N")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last whole checkpoint.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a pruned model and save it: adapters (the default), norms or all weights, with or without a teacher.
+
+    After the two directories, every option of transformers' TrainingArguments may be given too, as in
+    `--learning-rate 1e-4 --bf16 --per-device-train-batch-size 4`. Several GPUs, FSDP and DeepSpeed: start it by
+    `accelerate launch --no_python hf-prune recover ...`.
+    """
+    from hf_prune.recovery.arguments import parse_training_options, read_tokens
+    from hf_prune.recovery.recover import recover as run
+
+    if model.startswith("-") or str(output).startswith("-"):
+        raise ConfigError("the pruned model and the output directory come first, before any option.")
+    options = parse_training_options(context.args)
+    result = run(
+        model,
+        output,
+        train=train,
+        eval=eval_text or None,
+        other=None if other == "none" else other,
+        preset=preset,
+        teacher=teacher,
+        teacher_cache=teacher_cache,
+        temperature=temperature,
+        alpha=alpha,
+        hidden_weight=hidden_weight,
+        steps=steps,
+        tokens=None if tokens is None else read_tokens(tokens),
+        seq_len=seq_len,
+        resume=resume,
+        overwrite=overwrite,
+        **options,
+    )
+    _print_recovered(result, output)
+
+
+@app.command()
+def export(
+    checkpoint: Model,
+    output: Annotated[Path, typer.Argument(help="New file (gguf) or directory.")],
+    format: Annotated[
+        str, typer.Option(help="plain: stock transformers, all layers alike; gguf: llama.cpp; onnx.", metavar="FORMAT")
+    ],
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="gguf: f32, f16, bf16, q8_0 or q4_0; else as torch has it. Default: the checkpoint's own."),
+    ] = None,
+    round_to: Annotated[
+        int | None,
+        typer.Option(
+            help="gguf: MLP widths become a multiple of this by zeros; 256 for K-quants. Default: as dtype needs."
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a pruned or dense checkpoint in a format that other engines read."""
+    from hf_prune.cli import printing
+    from hf_prune.exporting import export as run
+
+    written = run(checkpoint, output, format=format, dtype=dtype, round_to=round_to, overwrite=overwrite)
+    values = {name: value for name, value in vars(written).items() if name != "notes"} | {"path": str(written.path)}
+    if as_json:
+        _print_json({**values, "notes": written.notes})
+    else:
+        notes = {f"note {i}": note for i, note in enumerate(written.notes, 1)}
+        printing.print_values({**values, **notes})
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Directory for the pictures, the table and the pruned model.")] = Path(
+        "demo_output"
+    ),
+) -> None:
+    """Prune the bundled model in several ways, compare perplexities, save, reload, generate. Needs no network."""
+    from hf_prune.cli.demo import run_demo
+
+    run_demo(output)
+
+
+def _quality(result: PruningResult) -> dict[str, Any] | None:
+    """What the card says of it."""
+    if result.perplexity_before is None:
+        return None
+    values = {"dense": result.perplexity_before, "pruned": result.perplexity_after}
+    return {"perplexity on windows that it was not calibrated with": values}
+
+
+def _vocabulary(sources: list[str] | None) -> Any:
+    """Texts as they are named; the tokens that a single .json file lists."""
+    if not sources or len(sources) > 1 or not sources[0].endswith(".json"):
+        return sources
+    from hf_prune.reading import load_text_file, parse_json
+
+    with suppress(ValueError):  # records of text, one a line
+        found = parse_json(load_text_file(sources[0], "vocabulary", ConfigError))
+        if isinstance(found, list) and all(type(token) is int for token in found):
+            return found
+    return sources
+
+
+def _print_recovered(result: RecoveryResult, output: Path, as_json: bool = False) -> None:
+    from hf_prune.cli import printing
+
+    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints
+        return
+    names = ("perplexity_before", "perplexity_after", "other_before", "other_after")
+    measured = {name: value for name in names if (value := getattr(result, name)) is not None}
+    values = {"num_parameters": result.model.num_parameters(), **measured, "output": str(output)}
+    _print_json(values) if as_json else printing.print_values(values)
+
+
+def _recovery(
+    dense: str,
+    output: Path | None,
+    calibration: list[str] | None,
+    tokens: str,
+    device: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> Callable[[Path], None]:
+    """What `prune --recover` does once the pruned model is there; bad input is found now."""
+    from hf_prune.calibration import GENERAL, asks_model, parts_of
+    from hf_prune.checkpoint.saving import check_apart, check_directory
+    from hf_prune.recovery.arguments import read_tokens
+    from hf_prune.recovery.recover import recover
+    from hf_prune.recovery.resuming import checkpoints
+
+    train, number = calibration or [GENERAL], read_tokens(tokens)
+    if output is None:
+        raise ConfigError("--recover trains what was saved: leave out --dry-run.")
+    if asks_model(train):
+        raise ConfigError("--recover trains on the calibration text, found 'self', which is written anew each time.")
+    check_apart(output, model=dense, **{f"calibration {i}": part.source for i, part in enumerate(parts_of(train))})
+    check_directory(output.absolute(), overwrite=overwrite)
+
+    def then(pruned: Path) -> None:
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+        begun = bool(checkpoints(output.with_name(f"{output.name}-training")))
+        options: dict[str, Any] = {"preset": "distill", "teacher": dense, "tokens": number, "resume": begun}
+        options |= {"use_cpu": True} if device == "cpu" else {}
+        _print_recovered(recover(pruned, output, train=train, overwrite=overwrite, **options), output, as_json)
+
+    return then
+
+
+def _preset(name: str | None, model: str, fields: dict[str, Any], where: dict[str, Any]) -> PruningConfig | None:
+    """The named setting for this model, at the ratio that `fields` give."""
+    if name is None:
+        return None
+    from hf_prune.config import LLMPrunerConfig
+    from hf_prune.loading import load_config
+
+    if fields.get("pruning_ratio") is None:
+        raise ConfigError("--preset needs --pruning-ratio: the fraction to remove, above 0 and below 1.")
+    num_hidden_layers = load_config(model, **where).get_text_config().num_hidden_layers
+    return LLMPrunerConfig.preset(name, fields["pruning_ratio"], num_hidden_layers)
+
+
+def _fitted(config: PruningConfig, model: str, fit: str, where: dict[str, Any]) -> PruningConfig:
+    """`config` with the ratio at which the model fits, from config.json alone."""
+    from hf_prune.loading import load_config
+    from hf_prune.memory import fit_ratio
+    from hf_prune.structure.inference import infer_structure
+
+    structure = infer_structure(load_config(model, **where), cache=True)
+    return dataclasses.replace(config, pruning_ratio=fit_ratio(structure, fit, config))
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    from hf_prune.cli.printing import strict_json
+
+    typer.echo(strict_json(values))

@@ -1,0 +1,1 @@
+"""What people look at: tables, pictures, the model card and a page."""
