@@ -2,6 +2,7 @@
 
 import logging
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
 import hf_prune
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+from recipes import RECIPES, section
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,6 +45,14 @@ def test_public_names_are_in_the_reference(site):
 def test_notebooks_and_pages_of_the_repository_are_pages(site):
     assert 'class="language-python' in (site / "first_pruning_notebook.html").read_text(encoding="utf-8")
     assert 'href="security.html' in (site / "cli.html").read_text(encoding="utf-8")
+
+
+def test_recipes_are_what_the_script_writes():
+    page = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    titles = re.findall("^## (.*)", page, re.M)
+    assert titles == [recipe.title for recipe in RECIPES]
+    for recipe in (RECIPES[0], RECIPES[-1]):
+        assert section(recipe) in page
 
 
 def test_lists_are_lists(site):
