@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -255,7 +256,12 @@ def _commands(recipe: Recipe, structure: Structure) -> str:
         words += ["--set", f"seq_len={config.seq_len}", "--layers-on", "disk", "--work-dir", f"{out}-work"]
     fit = f" --fit {recipe.fit} --context {CONTEXT} --bits 4" if recipe.fit else ""
     after = [line.replace("OUT", out) for line in recipe.after]
-    return "\n".join([f"hf-prune inspect {recipe.model}{fit}", shlex.join(words), *after])
+    return "\n".join(map(_wrapped, [f"hf-prune inspect {recipe.model}{fit}", shlex.join(words), *after]))
+
+
+def _wrapped(command: str) -> str:
+    lines = textwrap.wrap(command, 100, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False)
+    return " \\\n".join(lines)
 
 
 def _sizes(recipe: Recipe, structure: Structure) -> str:
