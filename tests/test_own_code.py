@@ -131,7 +131,9 @@ def test_every_command_that_writes_a_model_takes_the_flag(pruned, tmp_path, monk
     assert result.exit_code == 2
     assert "--trust-remote-code" in " ".join(result.output.split())
     assert not output.exists()
-    result = CliRunner().invoke(app, [command, str(pruned), str(output), *options, "--trust-remote-code"], catch_exceptions=False)
+    result = CliRunner().invoke(
+        app, [command, str(pruned), str(output), *options, "--trust-remote-code"], catch_exceptions=False
+    )
     assert result.exit_code == 0, result.output
     assert {"configuration_own.py", "modeling_own.py", "layers_own.py"} <= {path.name for path in output.iterdir()}
     logits = [load(path)(token_ids()).logits for path in (pruned, output)]

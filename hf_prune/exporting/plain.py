@@ -16,8 +16,8 @@ from hf_prune.config.checks import ranges
 from hf_prune.errors import HFPruneError, StructureError
 from hf_prune.exporting import Exported
 from hf_prune.format.building import build_empty, has_own_code
-from hf_prune.format.remote_code import own_class
 from hf_prune.format.per_layer import DIGESTS
+from hf_prune.format.remote_code import own_class
 from hf_prune.format.stock_guard import FLAG
 from hf_prune.layers.weights import read_weight
 from hf_prune.loading import load_config, load_tokenizer, open_model
