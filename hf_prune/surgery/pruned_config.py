@@ -303,7 +303,8 @@ def _with_fewer_layers(
     from the start or to the end. Where that does not do, each layer is built with its dense index, as it was.
     """
     usual = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    for place in (None, *(key for key, value in values.items() if isinstance(value, dict))):
+    inner = [key for key, value in values.items() if isinstance(value, dict) and all(isinstance(k, str) for k in value)]
+    for place in (None, *inner):  # a table of labels has numbers for keys
         own = values if place is None else values[place]
         listed: dict[str, Any] = {}
         mapped: dict[str, Any] = {}
