@@ -73,7 +73,9 @@ def find_width_attributes(
     return structure.once(key, lambda: _find_width_attributes(config, structure, cls, inner))
 
 
-def _find_width_attributes(config: Any, structure: Structure, cls: type | None, inner: bool) -> dict[str, WidthAttributes]:
+def _find_width_attributes(
+    config: Any, structure: Structure, cls: type | None, inner: bool
+) -> dict[str, WidthAttributes]:
     knobs = {}
     for kind in get_args(Kind):
         first: dict[str, Axis] = {}
