@@ -82,12 +82,12 @@ def _run(folder, words, at, what, counted, log):
 
     logging.disable_progress_bar()
     if words[0] == "demo":  # of a tiny model, one method
-        from hf_prune import demo
+        from hf_prune.cli import demo
 
         demo.run_demo.__kwdefaults__["model_dir"] = Path("../demo")
         demo.RUNS, demo.SAVED = {"magnitude": demo.RUNS["magnitude"]}, ("magnitude", 0.3)
     if words[0] == "quantise":  # without torchao: the model as it is
-        from hf_prune import quantising
+        from hf_prune.exporting import quantising
         from hf_prune.loading import load_model
 
         quantising.find_spec = bool

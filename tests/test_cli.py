@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 import hf_prune
-from hf_prune import inspection, printing
+from hf_prune.cli import inspection, printing
 from hf_prune.cli.demo import run_demo
 from hf_prune.cli.flags import config_flags, read_config
 from hf_prune.cli.main import app

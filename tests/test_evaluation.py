@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from hf_prune import evaluation as ev
 from hf_prune.data import evaluation_windows
 from hf_prune.errors import CalibrationError, ConfigError, HFPruneError
+from hf_prune.report import pictures, tables
 
 DATA = Path(os.environ.get("HF_PRUNE_DATA", Path(__file__).parents[2] / "shared"))
 PERPLEXITY_MODULE = sys.modules["hf_prune.evaluation.perplexity"]  # the name in the package is the function
@@ -274,7 +275,7 @@ ROWS: list[dict[str, str | int | float | None]] = [
 
 
 def test_markdown_table() -> None:
-    assert ev.markdown_table(ROWS).splitlines() == [
+    assert tables.markdown_table(ROWS).splitlines() == [
         "| method | removed | parameters | perplexity | speedup |",
         "| --- | ---: | ---: | ---: | ---: |",
         "| dense | 0.0 % | 9,965,824 | 41.67 | – |",
@@ -285,12 +286,12 @@ def test_markdown_table() -> None:
 
 def test_terminal_table_shows_the_same_cells() -> None:
     console = Console(width=120, record=True, file=open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
-    console.print(ev.comparison_table(ROWS, title="Results"))
+    console.print(tables.comparison_table(ROWS, title="Results"))
     shown = console.export_text()
     for cell in ("Results", "removed", "a|b [x]", "9,965,824", "41.67", "1,234.50", "1.50 ×"):
         assert cell in shown
     with pytest.raises(ConfigError, match="no rows"):
-        ev.comparison_table([])
+        tables.comparison_table([])
 
 
 def units(num_layers: int) -> dict[str, int]:
@@ -304,7 +305,7 @@ def units(num_layers: int) -> dict[str, int]:
 @pytest.mark.parametrize("num_layers", [1, 8, 80])
 def test_widths_picture_is_a_png(tmp_path: Path, num_layers: int) -> None:
     path = tmp_path / "new" / "widths.png"
-    ev.widths_picture({"layers.0.mlp": 0, "layers.0.attention": 3, "hidden": 24}, units(num_layers), path)
+    pictures.widths_picture({"layers.0.mlp": 0, "layers.0.attention": 3, "hidden": 24}, units(num_layers), path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
@@ -313,7 +314,7 @@ def test_widths_picture_draws_the_fractions(tmp_path: Path, monkeypatch: pytest.
     figures = []
     monkeypatch.setattr(report, "save_figure", lambda figure, path: figures.append(figure))
     num_units = units(3) | {"layers.1.mlp.experts": 10}
-    ev.widths_picture({"layers.1.attention": 2, "layers.2.mlp": 0, "hidden": 24}, num_units, tmp_path / "a.png")
+    pictures.widths_picture({"layers.1.attention": 2, "layers.2.mlp": 0, "hidden": 24}, num_units, tmp_path / "a.png")
     attention, mlp, experts = figures[0].axes
     assert [bar.get_height() for bar in attention.containers[1]] == [1.0, 0.25, 1.0]
     assert [bar.get_height() for bar in mlp.containers[1]] == [1.0, 1.0, 0.0]
@@ -335,18 +336,18 @@ def test_widths_picture_refuses(
     tmp_path: Path, widths: dict[str, int], num_units: dict[str, int], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        ev.widths_picture(widths, num_units, tmp_path / "a.png")
+        pictures.widths_picture(widths, num_units, tmp_path / "a.png")
 
 
 def test_perplexity_picture_has_a_line_per_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [*ROWS, {"method": "c", "achieved_ratio": 0.5, "perplexity": 99.0}]
     path = tmp_path / "perplexity.svg"
-    ev.perplexity_picture(rows, path)
+    pictures.perplexity_picture(rows, path)
     assert path.read_text(encoding="utf-8").startswith("<?xml")
     figures = []
     report = sys.modules["hf_prune.report.pictures"]
     monkeypatch.setattr(report, "save_figure", lambda figure, _: figures.append(figure))
-    ev.perplexity_picture(rows, path)
+    pictures.perplexity_picture(rows, path)
     drawn = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
     assert drawn["a|b [x]"] == [[0.25, 1234.5]]
     assert drawn["c"] == [[0.5, 99.0]]  # the infinite one is left out
@@ -357,15 +358,15 @@ def test_perplexity_picture_has_a_line_per_method(tmp_path: Path, monkeypatch: p
 def test_the_same_picture_is_the_same_bytes(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("a", "1"), ("b", "100000")):
         monkeypatch.setenv("SOURCE_DATE_EPOCH", seconds)  # the clock of matplotlib
-        ev.perplexity_picture(ROWS, tmp_path / f"{name}{suffix}")
+        pictures.perplexity_picture(ROWS, tmp_path / f"{name}{suffix}")
     assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
 def test_pictures_refuse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"found file type '\.docx'"):
-        ev.perplexity_picture(ROWS, tmp_path / "a.docx")
+        pictures.perplexity_picture(ROWS, tmp_path / "a.docx")
     with pytest.raises(ConfigError, match="nothing to draw"):
-        ev.perplexity_picture([{"method": "x"}], tmp_path / "a.png")
+        pictures.perplexity_picture([{"method": "x"}], tmp_path / "a.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(HFPruneError, match=r"pip install 'hf_prune\[plot\]'"):
-        ev.perplexity_picture(ROWS, tmp_path / "a.png")
+        pictures.perplexity_picture(ROWS, tmp_path / "a.png")

@@ -176,7 +176,8 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn(tmp_path):
     trainer = distiller(tiny_model("llama").train(), tmp_path, teacher=teacher, alpha=1.0, hidden_weight=1.0)
     loss = trainer.compute_loss(trainer.model, batch())
     assert loss.item() == pytest.approx(0, abs=1e-6)  # the KL is taken in float32
-    assert not any(parameter.requires_grad for parameter in trainer.teacher.parameters())
+    loss.backward()
+    assert all(p.grad is None and p.requires_grad for p in teacher.parameters())  # it can be trained afterwards
 
 
 def test_accumulated_batches_are_one_batch(tmp_path):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from models import make_plan, tiny_model
 
-from hf_prune import MagnitudeConfig, WandaConfig, infer_structure, inspection, prune
+from hf_prune import MagnitudeConfig, WandaConfig, infer_structure, prune
+from hf_prune.cli import inspection
 from hf_prune.errors import StructureError
 from hf_prune.surgery.pruned_config import pruned_config, unresizable
 

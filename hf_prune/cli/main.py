@@ -152,7 +152,7 @@ def inspect(
     trust_remote_code: Trust = False,
 ) -> None:
     """Show which axes a model has, what can be pruned, and what cannot and why. Needs config.json only."""
-    from hf_prune import inspection, printing
+    from hf_prune.cli import inspection, printing
     from hf_prune.loading import load_config, load_model
 
     if fit is not None and verify:
@@ -166,13 +166,13 @@ def inspect(
     if verify:
         checks = inspection.verify(load_model(model, device=device, dtype=dtype, config=config))
     if as_json:
-        verified = [{"kind": c.kind, "difference": c.difference, "effect": c.effect, "equal": c.equal} for c in checks]
+        verified = [dataclasses.asdict(check) | {"equal": check.equal} for check in checks]
         _print_json(report.to_dict() | ({"verification": verified} if verify else {}))
     else:
         printing.print_inspection(report)
         if checks:
             printing.print_verification(checks)
-    if not all(check.equal for check in checks):
+    if not all(check.equal or check.refused for check in checks):
         raise typer.Exit(1)
 
 
@@ -259,10 +259,11 @@ def prune(
     if output is None and not dry_run:
         raise ConfigError("no output directory was given: name one after the model, or pass --dry-run.")
 
-    from hf_prune import pipeline, printing
+    from hf_prune import pipeline
     from hf_prune.calibration import parts_of
     from hf_prune.checkpoint.files import load_plan
     from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
+    from hf_prune.cli import printing
     from hf_prune.format.building import needs_plugin
     from hf_prune.latency import LatencyTable
     from hf_prune.layers.processes import reserved_for_all
@@ -270,7 +271,7 @@ def prune(
 
     target = None if dry_run else output
     if recover is not None:
-        then = _recovery(model, target, calibration, recover, device, overwrite, as_json)
+        then = _recovery(model, target, calibration, recover, device, overwrite, as_json, trust_remote_code)
         assert target is not None
         target = target.with_name(f"{target.name}-pruned")
         plan = load_plan(target) if target.is_dir() else None
@@ -342,7 +343,7 @@ def methods(
     as_json: AsJson = False,
 ) -> None:
     """Show the methods, or the settings of one: meaning, default, what is allowed."""
-    from hf_prune import printing
+    from hf_prune.cli import printing
     from hf_prune.cli.flags import describe_methods, describe_settings
 
     rows = describe_methods() if name is None else describe_settings(name)
@@ -376,9 +377,9 @@ def sweep(
     **fields: Any,
 ) -> None:
     """Compare methods, allocations and ratios: one table, one picture. Run again to go on where it stopped."""
-    from hf_prune import printing
     from hf_prune.calibration import parts_of
     from hf_prune.checkpoint.saving import check_apart
+    from hf_prune.cli import printing
     from hf_prune.cli.sweep import check_folder
     from hf_prune.cli.sweep import sweep as run_sweep
     from hf_prune.data import check_source
@@ -452,8 +453,9 @@ def evaluate(
     trust_remote_code: Trust = False,
 ) -> None:
     """Measure a model, dense or pruned: perplexity on texts, size, speed, zero-shot accuracy, what it writes."""
-    from hf_prune import evaluation, printing
+    from hf_prune import evaluation
     from hf_prune.calibration import text_of
+    from hf_prune.cli import printing
     from hf_prune.format.building import build_empty
     from hf_prune.gate import check_windows
     from hf_prune.loading import dense_source, load_config, load_model, load_tokenizer
@@ -499,7 +501,7 @@ def evaluate(
 
         lengths = evaluation.usual_request(loaded)
         found = measure_assisted(
-            load_model(assists, device=device, dtype=dtype),
+            load_model(assists, device=device, dtype=dtype, config=load_config(assists, **trust)),
             loaded,
             tokenizer,
             text_of(text[0], tokenizer),
@@ -524,12 +526,14 @@ def quantise(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     device: Device = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Quantise a pruned checkpoint: weights of 8 or 4 bits that `from_pretrained` loads."""
-    from hf_prune import printing
+    from hf_prune.cli import printing
     from hf_prune.exporting.quantising import quantise as run
 
     options: dict[str, Any] = {"window": window, "batch_size": batch_size, "device": device, "overwrite": overwrite}
+    options["trust_remote_code"] = trust_remote_code
     rows = run(checkpoint, output, scheme, text=text, **options)
     _print_json({"rows": rows}) if as_json else printing.print_rows(rows, output)
 
@@ -578,6 +582,7 @@ def recover(
     seq_len: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last whole checkpoint.")] = False,
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train a pruned model and save it: adapters (the default), norms or all weights, with or without a teacher.
 
@@ -608,6 +613,7 @@ def recover(
         seq_len=seq_len,
         resume=resume,
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
         **options,
     )
     _print_recovered(result, output)
@@ -632,12 +638,14 @@ def export(
     ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a pruned or dense checkpoint in a format that other engines read."""
-    from hf_prune import printing
+    from hf_prune.cli import printing
     from hf_prune.exporting import export as run
 
-    written = run(checkpoint, output, format=format, dtype=dtype, round_to=round_to, overwrite=overwrite)
+    options: dict[str, Any] = {"dtype": dtype, "round_to": round_to, "trust_remote_code": trust_remote_code}
+    written = run(checkpoint, output, format=format, overwrite=overwrite, **options)
     values = {name: value for name, value in vars(written).items() if name != "notes"} | {"path": str(written.path)}
     if as_json:
         _print_json({**values, "notes": written.notes})
@@ -680,7 +688,7 @@ def _vocabulary(sources: list[str] | None) -> Any:
 
 
 def _print_recovered(result: RecoveryResult, output: Path, as_json: bool = False) -> None:
-    from hf_prune import printing
+    from hf_prune.cli import printing
 
     if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints
         return
@@ -698,6 +706,7 @@ def _recovery(
     device: str | None,
     overwrite: bool,
     as_json: bool,
+    trust_remote_code: bool,
 ) -> Callable[[Path], None]:
     """What `prune --recover` does once the pruned model is there; bad input is found now."""
     from hf_prune.calibration import GENERAL, asks_model, parts_of
@@ -720,7 +729,7 @@ def _recovery(
         PartialState().wait_for_everyone()
         begun = bool(checkpoints(output.with_name(f"{output.name}-training")))
         options: dict[str, Any] = {"preset": "distill", "teacher": dense, "tokens": number, "resume": begun}
-        options |= {"use_cpu": True} if device == "cpu" else {}
+        options |= {"trust_remote_code": trust_remote_code, **({"use_cpu": True} if device == "cpu" else {})}
         _print_recovered(recover(pruned, output, train=train, overwrite=overwrite, **options), output, as_json)
 
     return then
