@@ -339,7 +339,7 @@ def decide(
     preview, exponents = None, None
     if config.allocation in ("spectral", "search"):
         exponents = of_main_process(hill_exponents(model, structure))
-    if config.allocation == "search" and config.repairs_with_data:  # judge plans as repair will leave them
+    if config.compares_outputs and config.repairs_with_data:  # judge plans as repair will leave them
         preview = RepairPreview(model, structure, batches or (), config.repair_ridge, protocol).applied
     planned = partial(
         allocate,
@@ -493,7 +493,7 @@ def _data(
     if is_text(calibration):
         parts_of(calibration)  # type: ignore[arg-type]  # wrong ones are named whether they are needed or not
     scored = config.method in METHODS and METHODS[config.method].needs_calibration  # `score` refuses unknown ones
-    searched = config.allocation == "search"
+    searched = config.compares_outputs
     selected, repaired = config.selection != "scores", config.repairs_with_data
     needed = config.pruning_ratio > 0 and (scored or searched or selected or repaired)
     if not needed and (not is_text(calibration) or tokenizer is None or not num_held_out):
