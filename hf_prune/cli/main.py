@@ -166,13 +166,13 @@ def inspect(
     if verify:
         checks = inspection.verify(load_model(model, device=device, dtype=dtype, config=config))
     if as_json:
-        verified = [{"kind": c.kind, "difference": c.difference, "effect": c.effect, "equal": c.equal} for c in checks]
+        verified = [dataclasses.asdict(check) | {"equal": check.equal} for check in checks]
         _print_json(report.to_dict() | ({"verification": verified} if verify else {}))
     else:
         printing.print_inspection(report)
         if checks:
             printing.print_verification(checks)
-    if not all(check.equal for check in checks):
+    if not all(check.equal or check.refused for check in checks):
         raise typer.Exit(1)
 
 
@@ -271,7 +271,7 @@ def prune(
 
     target = None if dry_run else output
     if recover is not None:
-        then = _recovery(model, target, calibration, recover, device, overwrite, as_json)
+        then = _recovery(model, target, calibration, recover, device, overwrite, as_json, trust_remote_code)
         assert target is not None
         target = target.with_name(f"{target.name}-pruned")
         plan = load_plan(target) if target.is_dir() else None
@@ -501,7 +501,7 @@ def evaluate(
 
         lengths = evaluation.usual_request(loaded)
         found = measure_assisted(
-            load_model(assists, device=device, dtype=dtype),
+            load_model(assists, device=device, dtype=dtype, config=load_config(assists, **trust)),
             loaded,
             tokenizer,
             text_of(text[0], tokenizer),
@@ -526,12 +526,14 @@ def quantise(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     device: Device = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Quantise a pruned checkpoint: weights of 8 or 4 bits that `from_pretrained` loads."""
     from hf_prune.cli import printing
     from hf_prune.exporting.quantising import quantise as run
 
     options: dict[str, Any] = {"window": window, "batch_size": batch_size, "device": device, "overwrite": overwrite}
+    options["trust_remote_code"] = trust_remote_code
     rows = run(checkpoint, output, scheme, text=text, **options)
     _print_json({"rows": rows}) if as_json else printing.print_rows(rows, output)
 
@@ -580,6 +582,7 @@ def recover(
     seq_len: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last whole checkpoint.")] = False,
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train a pruned model and save it: adapters (the default), norms or all weights, with or without a teacher.
 
@@ -610,6 +613,7 @@ def recover(
         seq_len=seq_len,
         resume=resume,
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
         **options,
     )
     _print_recovered(result, output)
@@ -634,12 +638,14 @@ def export(
     ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a pruned or dense checkpoint in a format that other engines read."""
     from hf_prune.cli import printing
     from hf_prune.exporting import export as run
 
-    written = run(checkpoint, output, format=format, dtype=dtype, round_to=round_to, overwrite=overwrite)
+    options: dict[str, Any] = {"dtype": dtype, "round_to": round_to, "trust_remote_code": trust_remote_code}
+    written = run(checkpoint, output, format=format, overwrite=overwrite, **options)
     values = {name: value for name, value in vars(written).items() if name != "notes"} | {"path": str(written.path)}
     if as_json:
         _print_json({**values, "notes": written.notes})
@@ -700,6 +706,7 @@ def _recovery(
     device: str | None,
     overwrite: bool,
     as_json: bool,
+    trust_remote_code: bool,
 ) -> Callable[[Path], None]:
     """What `prune --recover` does once the pruned model is there; bad input is found now."""
     from hf_prune.calibration import GENERAL, asks_model, parts_of
@@ -722,7 +729,7 @@ def _recovery(
         PartialState().wait_for_everyone()
         begun = bool(checkpoints(output.with_name(f"{output.name}-training")))
         options: dict[str, Any] = {"preset": "distill", "teacher": dense, "tokens": number, "resume": begun}
-        options |= {"use_cpu": True} if device == "cpu" else {}
+        options |= {"trust_remote_code": trust_remote_code, **({"use_cpu": True} if device == "cpu" else {})}
         _print_recovered(recover(pruned, output, train=train, overwrite=overwrite, **options), output, as_json)
 
     return then

@@ -94,6 +94,7 @@ def recover(
     seq_len: int = 256,
     resume: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> RecoveryResult:
     """Train a pruned model on text and save it: adapters, norms or all weights, with or without the dense model.
@@ -127,6 +128,7 @@ def recover(
         seq_len: tokens of each window, 2 or more.
         resume: resume from the last whole checkpoint in `<output_dir>-training` (from the start if there is none).
         overwrite: `output_dir` may hold a checkpoint, which is replaced at the end.
+        trust_remote_code: whether code that comes with the checkpoints of model and teacher may run.
         **options: fields of `TrainingArguments`, in place of the defaults of `training_arguments`.
 
     Returns:
@@ -141,7 +143,8 @@ def recover(
     directory = Path(output_dir).absolute()
     training_dir = directory.with_name(f"{directory.name}-training")
     source = None if isinstance(model, torch.nn.Module) else str(model)
-    config = load_config(source) if source is not None else model.config  # type: ignore[union-attr]
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = load_config(source, **trust) if source is not None else model.config  # type: ignore[union-attr]
     other = _other(other, train, tokenizer or source)
     if preset not in PRESETS:
         raise ConfigError(f"preset: found {preset!r}, expected one of {tuple(PRESETS)}.")
@@ -179,7 +182,7 @@ def recover(
     check_directory(directory, overwrite=overwrite)
     with reserved_for_all(directory), _full_disk(training_dir):
         checkpoint = of_main_process(_checkpoint(training_dir, resume) if args.process_index == 0 else None)
-        tokenizer = tokenizer or load_tokenizer(source or config._name_or_path, required=is_text(train))
+        tokenizer = tokenizer or load_tokenizer(source or config._name_or_path, required=is_text(train), **trust)
         number = args.max_steps * windows_per_step(vars(args))
         shell: Any = model if source is None else build_empty(config)
         rows = partial(_rows, shell, tokenizer, seq_len)
@@ -187,7 +190,7 @@ def recover(
         evaluated = {name: rows(text) for name, text in ((TEXT, eval), (OTHER, other)) if text is not None}
         if OTHER in evaluated:
             evaluated[OTHER] = evaluated[OTHER][:: max(1, len(evaluated[OTHER]) // OTHER_WINDOWS)][:OTHER_WINDOWS]
-        own: Any = load_model(source) if source is not None else model
+        own: Any = load_model(source, config=config) if source is not None else model
         check_directory(directory, own, overwrite=overwrite)
         if recipe.learning_rate is None and "learning_rate" not in options:
             args.learning_rate = distillation_rate(own.num_parameters(), _removed(own))
@@ -198,10 +201,10 @@ def recover(
             )
 
         if written is not None:
-            data = _taught(teacher, own, data, written, temperature, str(args.device))
+            data = _taught(teacher, own, data, written, temperature, str(args.device), **trust)
             teacher, args.remove_unused_columns = None, False
         own = own.float() if dtype != torch.float32 else own
-        use_cache = own.config.use_cache
+        use_cache = getattr(own.config, "use_cache", True)  # configs that come with a model need not have it
         trained: Any = own
         frozen: list[torch.nn.Parameter] = []
         if recipe.trains == "adapters":
@@ -217,6 +220,7 @@ def recover(
                 "alpha": alpha,
                 "hidden_weight": hidden_weight,
                 "teacher": teacher,
+                **trust,
             }
         trainer_class = DistillationTrainer if distillation else Trainer
         trainer = trainer_class(
@@ -237,7 +241,7 @@ def recover(
         losses = trainer.evaluate() if evaluated else {}
         after = {name: exp(losses[f"eval_{name}_loss"]) for name in evaluated}
 
-        result = _gathered(trainer, source, training_dir) if sharded else trainer.model
+        result = _gathered(trainer, source, training_dir, config) if sharded else trainer.model
         if recipe.trains == "adapters" and result is not None:
             result = merge_adapters(result)
         for parameter in frozen:
@@ -312,11 +316,25 @@ def _rows(
 
 
 def _taught(
-    teacher: Any, student: Any, rows: list[dict[str, Tensor]], directory: Path, temperature: float, device: str
+    teacher: Any,
+    student: Any,
+    rows: list[dict[str, Tensor]],
+    directory: Path,
+    temperature: float,
+    device: str,
+    trust_remote_code: bool,
 ) -> Any:
     """The same rows with what the teacher predicts; windows that come several times are predicted once."""
     windows, order = torch.unique(torch.stack([row["input_ids"] for row in rows]), dim=0, return_inverse=True)
-    write_predictions(teacher, windows, directory, temperature=temperature, student=student, device=device)
+    write_predictions(
+        teacher,
+        windows,
+        directory,
+        temperature=temperature,
+        student=student,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     return TaughtRows(windows, order.tolist(), directory)
 
 
@@ -354,7 +372,7 @@ def _callbacks(model: Any) -> list[Any]:
     return [DivergenceGuard(), *([PruningCallback(mode="report")] if pruned else [])]
 
 
-def _gathered(trainer: Trainer, source: str | None, training_dir: Path) -> Any:
+def _gathered(trainer: Trainer, source: str | None, training_dir: Path, config: PreTrainedConfig) -> Any:
     """The whole model on the first process, `None` on the others: shards are written out and read again."""
     final = training_dir / "final"
     trainer.save_model(str(final))
@@ -365,8 +383,8 @@ def _gathered(trainer: Trainer, source: str | None, training_dir: Path) -> Any:
     if (final / "adapter_config.json").exists():
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(load_model(source), final)
-    return load_model(str(final))
+        return PeftModel.from_pretrained(load_model(source, config=config), final)
+    return load_model(str(final), config=config)
 
 
 def _save(model: Any, directory: Path, tokenizer: PreTrainedTokenizerBase | None, report: dict[str, Any]) -> None:
