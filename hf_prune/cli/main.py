@@ -203,13 +203,13 @@ def inspect(
     if verify:
         checks = inspection.verify(load_model(model, device=device, dtype=dtype, config=config))
     if as_json:
-        verified = [{"kind": c.kind, "difference": c.difference, "effect": c.effect, "equal": c.equal} for c in checks]
+        verified = [dataclasses.asdict(check) | {"equal": check.equal} for check in checks]
         _print_json(report.to_dict() | ({"verification": verified} if verify else {}))
     else:
         printing.print_inspection(report)
         if checks:
             printing.print_verification(checks)
-    if not all(check.equal for check in checks):
+    if not all(check.equal or check.refused for check in checks):
         raise typer.Exit(1)
 
 
@@ -293,7 +293,7 @@ def prune(
     target = None if dry_run else output
     then = None
     if recover is not None:
-        then = pruning.recovery(model, target, calibration, recover, device, overwrite)
+        then = pruning.recovery(model, target, calibration, recover, device, overwrite, trust_remote_code)
         assert target is not None
         target = target.with_name(f"{target.name}-pruned")
     if then is None or not pruning.is_pruned(target, model, chosen):  # else a run was interrupted while it trained
@@ -502,7 +502,7 @@ def evaluate(
         written = evaluation.check_generation(loaded, tokenizer, questions, dense=other, batch_size=batch_size)
         values["generation"] = evaluation.flat(written)
     if assists is not None:
-        draft_of = load_model(assists, device=device, dtype=dtype)
+        draft_of = load_model(assists, device=device, dtype=dtype, config=load_config(assists, **trust))
         values |= _assisted(draft_of, loaded, tokenizer, text_of(text[0], tokenizer))
     _print_json(values) if as_json else printing.print_evaluation(values)
 
@@ -521,12 +521,14 @@ def quantise(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     device: Device = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Quantise a pruned checkpoint: weights of 8 or 4 bits that `from_pretrained` loads."""
     from hf_prune.cli import printing
     from hf_prune.exporting.quantising import quantise as run
 
     options: dict[str, Any] = {"window": window, "batch_size": batch_size, "device": device, "overwrite": overwrite}
+    options["trust_remote_code"] = trust_remote_code
     rows = run(checkpoint, output, scheme, text=text, **options)
     _print_json({"rows": rows}) if as_json else printing.print_rows(rows, output)
 
@@ -577,6 +579,7 @@ def recover(
     seq_len: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last whole checkpoint.")] = False,
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train a pruned model and save it: adapters (the default), norms or all weights, with or without a teacher.
 
@@ -607,6 +610,7 @@ def recover(
         seq_len=seq_len,
         resume=resume,
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
         **options,
     )
     _print_recovered(result, output)
@@ -631,12 +635,14 @@ def export(
     ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a pruned or dense checkpoint in a format that other engines read."""
     from hf_prune.cli import printing
     from hf_prune.exporting import export as run
 
-    written = run(checkpoint, output, format=format, dtype=dtype, round_to=round_to, overwrite=overwrite)
+    options: dict[str, Any] = {"dtype": dtype, "round_to": round_to, "trust_remote_code": trust_remote_code}
+    written = run(checkpoint, output, format=format, overwrite=overwrite, **options)
     values = {name: value for name, value in vars(written).items() if name != "notes"} | {"path": str(written.path)}
     if as_json:
         _print_json({**values, "notes": written.notes})

@@ -125,9 +125,13 @@ def print_verification(checks: Sequence[Verification]) -> None:
     table = _table("kind", "masked−sliced", "rounding up to", "dense−sliced", "equal", numbers=(1, 2, 3))
     for check in checks:
         differences = (f"{value:.2e}" for value in (check.difference, check.tolerance, check.effect))
-        table.add_row(check.kind, *differences, "yes" if check.equal else Text("NO", style="red"))
+        if not check.refused:
+            table.add_row(check.kind, *differences, "yes" if check.equal else Text("NO", style="red"))
     table.title = "Largest difference of logits, random plans"
     _print(table)
+    for check in checks:
+        if check.refused:
+            _print(f"{check.kind} cannot be removed: {check.refused}")
 
 
 def print_plan(plan: PruningPlan, structure: Structure) -> None:

@@ -95,7 +95,13 @@ def prune_and_save(
 
 
 def recovery(
-    dense: str, output: Path | None, calibration: list[str] | None, tokens: str, device: str | None, overwrite: bool
+    dense: str,
+    output: Path | None,
+    calibration: list[str] | None,
+    tokens: str,
+    device: str | None,
+    overwrite: bool,
+    trust_remote_code: bool,
 ) -> Callable[[], RecoveryResult]:
     """What `--recover` does once the pruned model is there; bad input is found now."""
     train, number = calibration or [GENERAL], read_tokens(tokens)
@@ -110,7 +116,7 @@ def recovery(
         PartialState().wait_for_everyone()
         begun = bool(checkpoints(output.with_name(f"{output.name}-training")))
         options: dict[str, Any] = {"preset": "distill", "teacher": dense, "tokens": number, "resume": begun}
-        options |= {"use_cpu": True} if device == "cpu" else {}
+        options |= {"trust_remote_code": trust_remote_code, **({"use_cpu": True} if device == "cpu" else {})}
         pruned = output.with_name(f"{output.name}-pruned")
         return recover(pruned, output, train=train, overwrite=overwrite, **options)
 

@@ -40,6 +40,8 @@ class Origin:
 
 
 TAGS = ("hf_prune", "pruned")
+INSTALL = "pip install hf_prune-0.1.0-py3-none-any.whl (`make wheel`; it is on no package index yet)"
+"""How a reader of a card gets hf_prune. With a public address: pip install 'hf_prune @ git+ADDRESS'."""
 
 _METHODS = {
     "llm_pruner": "LLM-Pruner ([arXiv 2305.11627](https://arxiv.org/abs/2305.11627))",
@@ -317,7 +319,7 @@ def _loading(config: PreTrainedConfig, model_id: str) -> str:
         if plugin
         else "An ordinary checkpoint: no plugin and no remote code needed."
     )
-    first = "import hf_prune  # pip install hf_prune\n" if plugin else ""
+    first = f"import hf_prune  # {INSTALL}\n" if plugin else ""
     model = auto_class(config).__name__
     reader, name = ("AutoProcessor", "processor") if _reads_images(config) else ("AutoTokenizer", "tokenizer")
     return (
