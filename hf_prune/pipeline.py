@@ -20,7 +20,7 @@ from hf_prune.allocation.planning import allocate, check_ratio
 from hf_prune.allocation.spectral import hill_exponents
 from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
 from hf_prune.calibration import GENERAL, Sources, asks_model, calibration_batches, is_text, parts_of
-from hf_prune.config import PolicyGradientConfig, selected_axes
+from hf_prune.config import LLMPrunerConfig, PolicyGradientConfig, selected_axes
 from hf_prune.errors import CalibrationError, ConfigError, StructureError
 from hf_prune.evaluation.latency import measure_latency
 from hf_prune.evaluation.perplexity import perplexity_of
@@ -339,7 +339,7 @@ def decide(
     preview, exponents = None, None
     if config.allocation in ("spectral", "search"):
         exponents = of_main_process(hill_exponents(model, structure))
-    if config.allocation == "search" and config.repairs_with_data:  # judge plans as repair will leave them
+    if config.compares_outputs and config.repairs_with_data:  # judge plans as repair will leave them
         preview = RepairPreview(model, structure, batches or (), config.repair_ridge, protocol).applied
     planned = partial(
         allocate,
@@ -444,7 +444,8 @@ def identity(
     for batch in batches or ():
         ids = batch["input_ids"]
         text.update(f"{tuple(ids.shape)}".encode() + ids.to("cpu", torch.int64).numpy().tobytes())
-        for name, value in images_of(batch).items():
+        others = images_of(batch) | {name: batch[name] for name in ("labels",) if name in batch}
+        for name, value in others.items():
             text.update(f"{name} {value.tolist() if isinstance(value, torch.Tensor) else value}".encode())
     settings = {name: value for name, value in scoring_settings(config).items() if name not in _WITH_RATIO}
     return {"model": fingerprint(model), "text": text.hexdigest(), **settings}
@@ -492,7 +493,7 @@ def _data(
     if is_text(calibration):
         parts_of(calibration)  # type: ignore[arg-type]  # wrong ones are named whether they are needed or not
     scored = config.method in METHODS and METHODS[config.method].needs_calibration  # `score` refuses unknown ones
-    searched = config.allocation == "search"
+    searched = config.compares_outputs
     selected, repaired = config.selection != "scores", config.repairs_with_data
     needed = config.pruning_ratio > 0 and (scored or searched or selected or repaired)
     if not needed and (not is_text(calibration) or tokenizer is None or not num_held_out):
@@ -521,6 +522,7 @@ def _data(
         seed=config.seed,
         num_held_out=num_held_out if config.seq_len > 1 else 0,
         model=model,
+        assistant_only_loss=isinstance(config, LLMPrunerConfig) and config.assistant_only_loss,
     )
     first = -(-num_samples // batch_size)
     return batches[:first] if needed else None, batches[first:]

@@ -34,7 +34,7 @@ _SHOWN = {
     "min_units": (UNITS, "Units that every axis keeps at least.", "N"),
     "targets": (UNITS, "For gguf, vllm, plain, int4 or tp=N.", "TARGET"),
     "method": (METHOD, "What scores units: see hf-prune methods.", "NAME"),
-    "allocation": (METHOD, "uniform, global, spectral, search, JSON.", "NAME"),
+    "allocation": (METHOD, "uniform, global, curves, search, ...; JSON.", "NAME"),
     "repair": (METHOD, "none, least_squares, train or data_free.", "NAME"),
     "num_steps": (METHOD, "Prune in so many steps, scored anew each.", "N"),
     "seed": (METHOD, "Seed of everything random.", "N"),

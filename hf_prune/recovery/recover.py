@@ -19,9 +19,10 @@ from safetensors import SafetensorError
 from transformers import Trainer, default_data_collator
 
 from hf_prune.atomic import replaced_directory
-from hf_prune.calibration import GENERAL, Sources, is_text, parts_of, training_windows
+from hf_prune.calibration import GENERAL, Sources, check_chats, is_text, parts_of, training_windows
 from hf_prune.checkpoint.save_hook import plan_of
 from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
+from hf_prune.data import labelled
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.evaluation.perplexity import exp
 from hf_prune.format.building import build_empty
@@ -92,6 +93,7 @@ def recover(
     steps: int | None = None,
     tokens: int | None = None,
     seq_len: int = 256,
+    assistant_only_loss: bool = False,
     resume: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
@@ -126,6 +128,8 @@ def recover(
         steps: optimizer steps, 1 or more; default: 300.
         tokens: of all steps together, in place of `steps`.
         seq_len: tokens of each window, 2 or more.
+        assistant_only_loss: of chats in `train` and `eval` only what the assistant says has labels, also for the
+            teacher's loss.
         resume: resume from the last whole checkpoint in `<output_dir>-training` (from the start if there is none).
         overwrite: `output_dir` may hold a checkpoint, which is replaced at the end.
         trust_remote_code: whether code that comes with the checkpoints of model and teacher may run.
@@ -186,8 +190,11 @@ def recover(
         number = args.max_steps * windows_per_step(vars(args))
         shell: Any = model if source is None else build_empty(config)
         rows = partial(_rows, shell, tokenizer, seq_len)
-        data = rows(train, number)
-        evaluated = {name: rows(text) for name, text in ((TEXT, eval), (OTHER, other)) if text is not None}
+        data = rows(train, number, assistant_only_loss)
+        if assistant_only_loss and is_text(train):
+            check_chats(row["labels"] for row in data)
+        evaluated = {} if eval is None else {TEXT: rows(eval, assistant_only_loss=assistant_only_loss)}
+        evaluated |= {} if other is None else {OTHER: rows(other)}
         if OTHER in evaluated:
             evaluated[OTHER] = evaluated[OTHER][:: max(1, len(evaluated[OTHER]) // OTHER_WINDOWS)][:OTHER_WINDOWS]
         own: Any = load_model(source, config=config) if source is not None else model
@@ -302,6 +309,7 @@ def _rows(
     seq_len: int,
     text: Text,
     number: int | None = None,
+    assistant_only_loss: bool = False,
 ) -> Any:
     """Rows for a Trainer: windows of texts, of a mixture so many, or what the caller brought."""
     if not is_text(text):
@@ -310,9 +318,10 @@ def _rows(
         return text
     if tokenizer is None:
         raise ConfigError("text for training needs a tokenizer; pass the model's own.")
-    windows = training_windows(tokenizer, text, seq_len, number=number)  # type: ignore[arg-type]
-    check_windows(model, [{"input_ids": ids[None]} for ids in windows])
-    return [{"input_ids": ids, "labels": ids} for ids in windows]
+    how: dict[str, Any] = {"number": number, "assistant_only_loss": assistant_only_loss}
+    rows = [labelled(window) for window in training_windows(tokenizer, text, seq_len, **how)]  # type: ignore[arg-type]
+    check_windows(model, [{"input_ids": row["input_ids"][None]} for row in rows])
+    return rows
 
 
 def _taught(
@@ -335,7 +344,7 @@ def _taught(
         device=device,
         trust_remote_code=trust_remote_code,
     )
-    return TaughtRows(windows, order.tolist(), directory)
+    return TaughtRows(rows, order.tolist(), directory)
 
 
 def _dtype(config: PreTrainedConfig) -> torch.dtype:
