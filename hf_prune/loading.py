@@ -58,11 +58,7 @@ def load_config(name: str, *, dequantise: bool = False, **where: Any) -> PreTrai
             f"{where['gguf_file']} is a GGUF file, expected float32, bfloat16 or float16 weights. {UNQUANTISED}"
         )
     check_source(name, where)
-    if Path(name, "adapter_config.json").exists() and not Path(name, "config.json").exists():
-        raise StructureError(
-            f"{name} holds an adapter, expected a model. Merge it: `model = AutoPeftModelForCausalLM.from_pretrained("
-            f"{name!r}).merge_and_unload()` of peft, and prune that, or save it with `model.save_pretrained(...)`."
-        )
+    _check_no_adapter(name)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
     except (HFPruneError, ImportError):
@@ -72,6 +68,14 @@ def load_config(name: str, *, dequantise: bool = False, **where: Any) -> PreTrai
     if dequantise:
         _ask_for_plain_weights(config)
     return config
+
+
+def _check_no_adapter(name: str) -> None:
+    if Path(name, "adapter_config.json").exists() and not Path(name, "config.json").exists():
+        raise StructureError(
+            f"{name} holds an adapter, expected a model. Merge it: `model = AutoPeftModelForCausalLM.from_pretrained("
+            f"{name!r}).merge_and_unload()` of peft, and prune that, or save it with `model.save_pretrained(...)`."
+        )
 
 
 def _located(name: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -247,6 +251,7 @@ def load_tokenizer(name: str, *, required: bool, **where: Any) -> PreTrainedToke
 
     name, where = _located(name, {"trust_remote_code": False, **where})
     check_source(name, where)
+    _check_no_adapter(name)
     try:
         return AutoTokenizer.from_pretrained(name, **where)  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError) as error:

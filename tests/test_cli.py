@@ -290,6 +290,11 @@ def test_inspect_names_operations_without_a_rule_and_missing_kinds(capsys):
     assert "no rule for operation aten.odd (first in model.layers.0)" in printed
 
 
+def test_inspect_says_how_many_layers_predict_further_tokens(tmp_path):
+    result = run("inspect", config_only(tmp_path, num_mtp_layers=2))
+    assert "2 layers that predict further tokens (MTP)" in " ".join(result.stdout.split())
+
+
 def test_verify_proves_masked_equals_sliced(model):
     result = run("inspect", model, "--verify", "--json", "--dtype", "float64")
     assert result.exit_code == 0, result.output
@@ -313,6 +318,27 @@ def test_verify_fails_where_slicing_is_wrong(model, monkeypatch):
     result = run("inspect", model, "--verify")
     assert result.exit_code == 1
     assert "NO" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prune", "ADAPTER", "OUT", "--method", "wanda", "--pruning-ratio", "0.3", "--calibration", "TEXT"),
+        ("inspect", "ADAPTER", "--verify"),
+        ("sweep", "ADAPTER", "OUT", "--methods", "random", "--ratios", "0.3", "--text", "TEXT"),
+        ("eval", "ADAPTER", "--text", "TEXT"),
+        ("recover", "ADAPTER", "OUT", "--train", "TEXT"),
+        ("export", "ADAPTER", "OUT", "--format", "plain"),
+        ("quantise", "ADAPTER", "OUT"),
+    ],
+)
+def test_an_adapter_is_refused_with_the_call_that_merges_it(words, text, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    paths = {"ADAPTER": str(tmp_path / "adapter"), "OUT": str(tmp_path / "out"), "TEXT": text}
+    result = run(*(paths.get(word, word) for word in words))
+    assert result.exit_code == 2
+    assert "from_pretrained('" + paths["ADAPTER"] + "').merge_and_unload()" in " ".join(result.output.split())
 
 
 # --- eval and demo ----------------------------------------------------------------------------------------------------
