@@ -71,6 +71,17 @@ def test_a_state_of_one_width_for_all_layers():
     assert pruned_config(config, structure, both).attention_hidden_size == 30
 
 
+def test_attention_outside_of_the_layers_is_named():
+    from transformers import XLMConfig
+
+    config = XLMConfig(vocab_size=64, emb_dim=48, n_layers=2, n_heads=6, max_position_embeddings=64, causal=True)
+    rows = {row.name: row for row in inspection.inspect_config(config).families}
+    assert rows["mlp"].prunable
+    assert rows["attention"].reason.startswith(
+        "it is outside of the list of decoder layers, as transformer.attentions.0"
+    )
+
+
 _CTRL = {"n_embd": 48, "n_head": 6, "n_layer": 3, "dff": 40, "n_positions": 64, "vocab_size": 64}
 _REFORMER = {
     "attn_layers": ["local", "local"],

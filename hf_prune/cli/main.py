@@ -577,6 +577,9 @@ def recover(
         str | None, typer.Option(help="Tokens to train on, in place of --steps: 500k, 2M, ...", metavar="N")
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
+    assistant_only_loss: Annotated[
+        bool, typer.Option("--assistant-only-loss", help="Of chats only what the assistant says is learnt.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last whole checkpoint.")] = False,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
@@ -608,6 +611,7 @@ def recover(
         steps=steps,
         tokens=None if tokens is None else read_tokens(tokens),
         seq_len=seq_len,
+        assistant_only_loss=assistant_only_loss,
         resume=resume,
         overwrite=overwrite,
         trust_remote_code=trust_remote_code,
