@@ -121,9 +121,7 @@ def pruned(dense, tmp_path_factory):
 )
 def test_every_command_that_writes_a_model_takes_the_flag(pruned, tmp_path, monkeypatch, command, options):
     """Without it one line names it; with it, the result loads and its code travels along."""
-    monkeypatch.setattr(
-        "hf_prune.exporting.quantising.find_spec", lambda _: True
-    )  # without torchao: the model as it is
+    monkeypatch.setattr("hf_prune.exporting.quantising.find_spec", bool)  # without torchao: the model as it is
     monkeypatch.setattr("hf_prune.exporting.quantising._quantization_config", lambda _: None)
     options = [str(pruned.parent / word) if word == "text.txt" else word for word in options]
     output = tmp_path / "output"
@@ -131,9 +129,7 @@ def test_every_command_that_writes_a_model_takes_the_flag(pruned, tmp_path, monk
     assert result.exit_code == 2
     assert "--trust-remote-code" in " ".join(result.output.split())
     assert not output.exists()
-    result = CliRunner().invoke(
-        app, [command, str(pruned), str(output), *options, "--trust-remote-code"], catch_exceptions=False
-    )
+    result = CliRunner().invoke(app, [command, str(pruned), str(output), *options, "--trust-remote-code"])
     assert result.exit_code == 0, result.output
     assert {"configuration_own.py", "modeling_own.py", "layers_own.py"} <= {path.name for path in output.iterdir()}
     logits = [load(path)(token_ids()).logits for path in (pruned, output)]

@@ -39,26 +39,25 @@ LEAST = -30.0
 
 
 class TaughtRows(Dataset):  # type: ignore[type-arg]
-    """Rows for `DistillationTrainer`: windows, and what the teacher predicts at each position.
+    """Rows for `DistillationTrainer` with what the teacher predicts at each position.
 
     Args:
-        windows: int64 `[N, T]`.
+        rows: `input_ids` and `labels` `[T]` of each.
         order: which window each row is.
         directory: what `write_predictions` has written for these windows.
     """
 
-    def __init__(self, windows: Tensor, order: Sequence[int], directory: Path) -> None:
-        self.windows, self.order, self.directory = windows, order, directory
+    def __init__(self, rows: Sequence[dict[str, Tensor]], order: Sequence[int], directory: Path) -> None:
+        self.rows, self.order, self.directory = rows, order, directory
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         window = self.order[index]
-        ids = self.windows[window]
         with safe_open(_path(self.directory, window // WINDOWS), "pt") as file:
             taught = {name: file.get_slice(name)[window % WINDOWS] for name in (TOKENS, LOG_PROBS, REST)}
-        return {"input_ids": ids, "labels": ids, **taught}
+        return {**self.rows[index], **taught}
 
 
 def write_predictions(

@@ -53,6 +53,11 @@ on sizes that coincide ("–": not run, or no such model can be built). *Verify*
 MODEL --verify` proved on the model in files ("–": none; refusals are among the remarks).
 """
 
+_ONE_KIND = """Types with one kind of axes only:
+
+| model type | what it lacks, and why |
+|---|---|"""
+
 _COLUMNS = (
     "| model type | attention | MLP | experts | widths | identity | masked | count | reload | tokens | removal "
     "| alike | verify | remarks |"
@@ -94,11 +99,20 @@ def write_page(found: list[dict[str, Any]], docs: Path, *, coinciding: bool) -> 
         "proved": sum(bool(r.get("verify", {}).get("proved")) for r in results),
     }
     summary["others"] = summary["total"] - summary["passed"] - summary["one_kind"]
-    lines = [_HEAD.format(**summary), _COLUMNS, "|" + "---|" * (_COLUMNS.count("|") - 1)]
+    causes = [f"| {r['model_type']} | {_missing(r)} |" for r in one]
+    lines = [_HEAD.format(**summary), _ONE_KIND, *causes, "", _COLUMNS, "|" + "---|" * (_COLUMNS.count("|") - 1)]
     lines += [_row(result) for result in sorted(results, key=lambda r: str(r["model_type"]))]
     (docs / "architectures.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     data = json.dumps({"summary": summary, "model_types": results}, indent=1, ensure_ascii=False)
     (docs / "architectures.json").write_text(data + "\n", encoding="utf-8")
+
+
+def _missing(result: dict[str, Any]) -> str:
+    """Why a type has only one kind of axis."""
+    kind = "MLP" if _prunable(result, "attention") else "attention"
+    if kind == "attention" and not result.get("attends", True):
+        return "has no attention to prune"
+    return _cell(f"{kind}: {'; '.join(result[kind.lower()]['blockers'][:1]) or 'none found'}")
 
 
 def passes(result: dict[str, Any]) -> bool:
@@ -175,4 +189,8 @@ def _remarks(result: dict[str, Any]) -> str:
         remarks += [f"{kind}: {why}" for why in result.get(kind, {}).get("blockers", [])]
     if unsupported_ops := result.get("unsupported_ops"):
         remarks.append("without rule: " + ", ".join(f"`{name}`" for name in unsupported_ops))
-    return "; ".join(" ".join(remark.split())[:240].replace("|", "\\|") for remark in remarks)
+    return "; ".join(map(_cell, remarks))
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split())[:240].replace("|", "\\|")
