@@ -297,7 +297,7 @@ def test_gradient_checkpointing_gives_the_same_scores(criterion):
     structure, batches = infer_structure(model), samples()
     config = LLMPrunerConfig(0.5, criterion=criterion)
     plain = score(model, structure, config, batches)
-    model.activation_checkpointing_enable()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()  # before 5.22
     again = score(model, structure, config, batches)
     for axis in plain:
         torch.testing.assert_close(plain[axis], again[axis], rtol=1e-5, atol=1e-9)

@@ -265,4 +265,5 @@ def _cache_layers(config: Any) -> list[Any]:
         kinds, settings = cache_utils.get_layer_types_and_kwargs(config.get_text_config(decoder=True))
     except Exception:  # configs of models without such a cache
         return []
-    return [(kind, own.get("sliding_window")) for kind, own in zip(kinds, settings, strict=True)]
+    each = [settings] * len(kinds) if isinstance(settings, dict) else settings  # one for all before transformers 5.20
+    return [(kind, own.get("sliding_window")) for kind, own in zip(kinds, each, strict=True)]
