@@ -214,8 +214,7 @@ def open_model(
             raise ConfigError(f"layers_on='disk' found {kind} weights, which are read as a whole; take 'memory'.")
         return load()
     structure = structure or infer_structure(config)
-    needed = structure.num_parameters() * _itemsize(config, dtype)
-    if layers_on == "auto" and needed <= MEMORY_SHARE * free_memory(device):
+    if layers_on == "auto" and bytes_of(structure, config, dtype) <= MEMORY_SHARE * free_memory(device):
         return load()
     with contextlib.ExitStack() as held:
         own = folder or held.enter_context(temporary_directory())
@@ -235,12 +234,13 @@ def _check_target(device: str | None, dtype: str | None) -> None:
         raise ConfigError(f"device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def _itemsize(config: PreTrainedConfig, dtype: str | None) -> int:
+def bytes_of(structure: Structure, config: PreTrainedConfig, dtype: str | None = None) -> int:
+    """Bytes of a model's weights in memory; by default in the checkpoint's own dtype."""
     import torch
 
     name = dtype or getattr(config, "dtype", None) or torch.float32
     found = getattr(torch, name) if isinstance(name, str) else name
-    return int(found.itemsize)
+    return structure.num_parameters() * int(found.itemsize)
 
 
 def load_tokenizer(name: str, *, required: bool, **where: Any) -> PreTrainedTokenizerBase | None:

@@ -22,6 +22,7 @@ from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, nex
 from hf_prune.calibration import GENERAL, Sources, asks_model, calibration_batches, is_text, parts_of
 from hf_prune.config import LLMPrunerConfig, PolicyGradientConfig, selected_axes
 from hf_prune.errors import CalibrationError, ConfigError, StructureError
+from hf_prune.evaluation.generation import samples
 from hf_prune.evaluation.latency import measure_latency
 from hf_prune.evaluation.perplexity import perplexity_of
 from hf_prune.format.building import build_empty
@@ -35,6 +36,7 @@ from hf_prune.loading import load_config, load_tokenizer, open_model
 from hf_prune.plan import bare_plan, make_plan, with_tokens
 from hf_prune.repair import repair_, select_repairable
 from hf_prune.repair.preview import RepairPreview
+from hf_prune.report.card import Origin, calibration_names
 from hf_prune.scores import METHODS, check_scores, score
 from hf_prune.scores.learned import LearnedScores
 from hf_prune.structure.inference import infer_structure
@@ -166,7 +168,8 @@ def prune(
             the same bits, and a call with another ratio or allocation needs no new scores.
         device: where layers run, for a directory or id; default: the CPU.
         dtype: of the weights in memory, likewise; default: the checkpoint's own.
-        output: where the pruned model will be saved; nothing is written there, but that it has room is checked now.
+        output: where the pruned model will be saved: that it has room is checked now, and both models write a few
+            lines for its report.
         trust_remote_code: whether code that comes with the checkpoint of a directory or id may run.
         dequantise: make plain weights of the quantised ones of a directory, id or GGUF file.
 
@@ -239,8 +242,13 @@ def prune(
     if tokens is not None:
         plan = with_tokens(plan, structure, tokens)
     pruned = apply_and_repair(model, structure, plan, config, batches, work, protocol)
-    if history := history_of(found):
-        pruned._learning_history = plan, history  # type: ignore[assignment]  # for the picture in checkpoints
+    texts: dict[str, dict[str, str]] = {}
+    if output is not None and tokenizer is not None and smaller is not None and not is_on_disk(model):
+        before, after = samples(model, tokenizer), samples(pruned, smaller)
+        texts = {prompt: {"dense": before[prompt], "pruned": after[prompt]} for prompt in before if prompt in after}
+    pruned._origin = Origin(plan, found, history_of(found), texts)  # type: ignore[assignment]  # for the report
+    if is_text(calibration):
+        pruned.config.pruning_config["calibration"] = calibration_names(calibration)
     logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
     walk = Walk(model, structure.layer_paths, held_out, protocol=protocol)
     windows = walk.all_ids

@@ -677,11 +677,15 @@ def test_one_command_from_dense_to_recovered_goes_on_after_a_kill(tmp_path, monk
     assert run.exit_code == 130, run.output
     assert not (tmp_path / "out").exists()
     assert load_plan("out-pruned").achieved["decoder"] > 0.29
-    monkeypatch.setattr("hf_prune.pipeline.prune", lambda *_, **__: pytest.fail("pruned again"))
+    monkeypatch.setattr("hf_prune.cli.pruning.prune", lambda *_, **__: pytest.fail("pruned again"))
     run = CliRunner().invoke(app, command)
     assert run.exit_code == 0, run.output
     assert "other after" in run.stdout
     assert load_plan("out") == load_plan("out-pruned")
+    assert not (tmp_path / "out-training").exists()  # it would refuse the next run, and is several times the model
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"| {name} |" in card for name in ("dense", "before recovery", "after recovery"))
+    assert "hf-prune recover out-pruned out" in card
     assert not same(*(AutoModelForCausalLM.from_pretrained(path) for path in ("out", "out-pruned")))
     for words, said in ((["--recover", "much"], "tokens: found"), (["--calibration", "self"], "found 'self'")):
         run = CliRunner().invoke(app, [*command, *words, "--overwrite"])

@@ -8,7 +8,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from hf_prune.checkpoint.save_hook import plan_of
 from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
 from hf_prune.data import labelled
 from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.evaluation.generation import samples
 from hf_prune.evaluation.perplexity import exp
 from hf_prune.format.building import build_empty
 from hf_prune.gate import check_windows
@@ -37,6 +38,7 @@ from hf_prune.recovery.lora import add_adapters, lora_config, merge_adapters
 from hf_prune.recovery.processes import distributed_kind
 from hf_prune.recovery.resuming import checkpoints, is_whole
 from hf_prune.recovery.teacher import TaughtRows, write_predictions
+from hf_prune.report.card import Origin, calibration_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,8 +103,9 @@ def recover(
 ) -> RecoveryResult:
     """Train a pruned model on text and save it: adapters, norms or all weights, with or without the dense model.
 
-    The Trainer's checkpoints go to `<output_dir>-training`, which stays; the result goes to `output_dir`, whole or not
-    at all, with plan, tokenizer and model card. Started by `accelerate launch`, it runs on all processes.
+    The Trainer's checkpoints go to `<output_dir>-training`, and are removed when the result is there; that goes to
+    `output_dir`, whole or not at all, with plan, tokenizer, model card and report. Started by `accelerate launch`, it
+    runs on all processes.
 
     Args:
         model: a pruned model (or any causal LM): in memory (it is modified in place), or its directory or Hub id.
@@ -207,6 +210,8 @@ def recover(
                 "under FSDP or DeepSpeed pass the model's directory: its weights are gathered through files."
             )
 
+        writes = args.should_save and tokenizer is not None and not sharded
+        wrote = {"before recovery": samples(own, tokenizer)} if writes and tokenizer is not None else {}
         if written is not None:
             data = _taught(teacher, own, data, written, temperature, str(args.device), **trust)
             teacher, args.remove_unused_columns = None, False
@@ -257,7 +262,19 @@ def recover(
             result.config.use_cache = use_cache
             result = result if dtype == torch.float32 else result.to(dtype)
         if args.should_save and result is not None:
+            if writes and tokenizer is not None:
+                dense = getattr(trainer, "teacher", None)
+                wrote = ({} if dense is None else {"dense": samples(dense, tokenizer)}) | wrote
+                wrote["after recovery"] = samples(result, tokenizer)
+            named = {"teacher": str(teacher)} if isinstance(teacher, (str, Path)) else {}
+            asked = {"preset": preset, **named, "steps": args.max_steps, "seq_len": seq_len, **options}
+            words = ["recover", source or "MODEL", str(output_dir)]
+            for name, text in (("train", train), ("eval", eval), ("other", other)):
+                words += [word for part in calibration_names(text) for word in (f"--{name}", part)]
+            words += [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+            _note_origin(result, wrote, words)
             _save(result, directory, tokenizer, _report(eval, before.get(TEXT), after.get(TEXT)))
+            remove_checkpoints(training_dir)
         trainer.accelerator.wait_for_everyone()
         found = (before.get(TEXT), after.get(TEXT), before.get(OTHER), after.get(OTHER))
         if OTHER in after and not after[OTHER] <= WORSE * before[OTHER]:
@@ -394,6 +411,22 @@ def _gathered(trainer: Trainer, source: str | None, training_dir: Path, config: 
 
         return PeftModel.from_pretrained(load_model(source, config=config), final)
     return load_model(str(final), config=config)
+
+
+def remove_checkpoints(training_dir: Path) -> None:
+    """Remove what a finished run needs no longer: weights and optimizer states, several times the model."""
+    for path in [*checkpoints(training_dir), training_dir / "final"]:
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # logs are in it
+        training_dir.rmdir()
+
+
+def _note_origin(model: Any, wrote: dict[str, dict[str, str]], words: list[str]) -> None:
+    """What the report says of a model that was pruned; `wrote` has texts by model and prompt."""
+    if (plan := plan_of(model)) is not None:
+        prompts = [prompt for prompt in next(iter(wrote.values()), {}) if all(prompt in own for own in wrote.values())]
+        found = {prompt: {name: own[prompt] for name, own in wrote.items()} for prompt in prompts}
+        model._origin = Origin(plan, {}, samples=found, then=words)
 
 
 def _save(model: Any, directory: Path, tokenizer: PreTrainedTokenizerBase | None, report: dict[str, Any]) -> None:
