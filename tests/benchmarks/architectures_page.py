@@ -50,7 +50,8 @@ is built, then resized by the loader). Axes that the code does not let go are fo
 away: they count as not prunable, with the cause. *Removal* tells whether a whole layer (L), only its attention (A) or
 only its MLP (M) was removed from the small model, with masked = sliced; it is not needed for passing. *Alike*: the laws
 on sizes that coincide ("–": not run, or no such model can be built). *Verify*: how many kinds of axes `hf-prune inspect
-MODEL --verify` proved on the model in files ("–": none; refusals are among the remarks).
+MODEL --verify` proved on the model in files ("–": none; refusals are among the remarks); `--verify` renews that and the
+axes, while the laws are those of the last full run of each type.
 """
 
 _ONE_KIND = """Types with one kind of axes only:
