@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hf_prune.layers.losses import divergence
+from hf_prune.layers.losses import divergence, precision
 from hf_prune.layers.processes import of_main_process, sum_numbers
 from hf_prune.layers.statistics import Statistics, solve_, solving
 from hf_prune.layers.walk import Outputs
@@ -30,8 +30,9 @@ HELD_OUT = 8
 """One batch of so many tells how far to go; at least the last one."""
 RIDGE = 0.3
 """Of the regression, as a fraction of the mean square of the inputs."""
-FIRST_STEP, STEP_GROWTH = 1e-4, 3.0
-"""Steps that are tried: the first, and so many times the one before, until held-out text no longer gains."""
+FIRST_STEP, STEP_GROWTH = 0.01, 3.0
+"""Steps that are tried, as fractions of the one that the slope says would leave no divergence: the first, and so many
+times the one before, until held-out text no longer gains."""
 
 
 def step_end_to_end_(dense: Walk, pruned: Walk, branches: Iterable[Branches]) -> tuple[float, float]:
@@ -55,11 +56,11 @@ def step_end_to_end_(dense: Walk, pruned: Walk, branches: Iterable[Branches]) ->
     teachers = {id(every[batch]): Outputs(dense, every[batch], known[batch], None) for batch in range(number)}
     try:
         pruned.ids, pruned.teachers = [every[batch] for batch in fitted], teachers
-        steps = _steps(pruned, branches)
+        steps, slope = _steps(pruned, branches)
         pruned.ids = [every[batch] for batch in held_out]
         before = best = _divergence(pruned, teachers)
-        size, taken = FIRST_STEP, 0.0
-        while steps:
+        size, taken = of_main_process(FIRST_STEP * before / slope if slope else 0.0), 0.0
+        while size:
             _take_(steps, size)
             found = _divergence(pruned, teachers)
             if not of_main_process(found < best):
@@ -71,13 +72,17 @@ def step_end_to_end_(dense: Walk, pruned: Walk, branches: Iterable[Branches]) ->
         pruned.ids, pruned.teachers = every, {}
 
 
-def _steps(pruned: Walk, branches: Iterable[Branches]) -> list[tuple[Refit, Tensor, Tensor]]:
-    """The weight of each consumer, and what a step of size 1 adds to it: float32 `[D, K]`, on the CPU."""
+def _steps(pruned: Walk, branches: Iterable[Branches]) -> tuple[list[tuple[Refit, Tensor, Tensor]], float]:
+    """The weight of each consumer, and what a step of size 1 adds to it: `[D, K]`, float32 at least, on the CPU.
+
+    Also by how much the divergence of a token falls in such a step, were it to go on as it begins.
+    """
     refits: dict[int, list[Refit]] = {}
     for found in branches:
         linear = [refit for refit in found.all() if refit.pruned is not None and refit.consumer.kind == "linear"]
         refits[found.pruned_layer] = linear
     steps: list[tuple[Refit, Tensor, Tensor]] = []
+    slopes: list[float] = []
 
     def visit(part: Part) -> Found:
         assert part.layer is not None
@@ -95,19 +100,22 @@ def _steps(pruned: Walk, branches: Iterable[Branches]) -> list[tuple[Refit, Tens
             scale = total.squares / max(total.num_tokens, 1) / len(weight)
             if scale:
                 with solving(refit.name):
-                    slope = solve_(total, torch.zeros_like(weight), None, RIDGE).weight
-                steps.append((refit, weight.detach().float().cpu(), (-slope / scale).float().cpu()))
+                    found = solve_(total, torch.zeros_like(weight), None, RIDGE)
+                wide = precision(weight)
+                step = (-found.weight / scale).to("cpu", wide)
+                steps.append((refit, weight.detach().to("cpu", wide, copy=True), step))
+                slopes.append((found.error_before - found.error_after) / scale)
         return {}
 
     pruned.backward(visit, "end to end", layered=True)
-    return steps
+    return steps, sum(slopes)
 
 
 def _watch(walk: Walk, sums: Statistics, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
     """Add inputs and gradients of a consumer; the loss of a walk is a mean over the tokens of a sample."""
     if output.requires_grad:
-        inputs, factor = args[0].detach().float(), (walk.ids[0].shape[1] - 1) / walk.scale
-        output.register_hook(lambda gradient: sums.add(inputs, gradient.float() * factor))  # type: ignore[no-untyped-call]
+        inputs, factor = args[0].detach(), (walk.ids[0].shape[1] - 1) / walk.scale
+        output.register_hook(lambda g: sums.add(inputs, g.to(precision(g)) * factor))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
