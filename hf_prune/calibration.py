@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +18,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_prune.config.checks import Range
-from hf_prune.data import CALIBRATION_CHARS, check_source, is_dataset, load_text, pieces, token_stream, windows_of
+from hf_prune.data import (
+    CALIBRATION_CHARS,
+    NO_LABEL,
+    check_source,
+    is_dataset,
+    labelled,
+    load_text,
+    pieces,
+    text_and_answers,
+    token_stream,
+    windows_of,
+    with_answers,
+)
 from hf_prune.errors import CalibrationError, check_whole_numbers
 from hf_prune.layers.weights import inference, input_device, is_on_disk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -97,6 +111,7 @@ def calibration_batches(
     column: str = "text",
     num_held_out: int = 0,
     model: PreTrainedModel | None = None,
+    assistant_only_loss: bool = False,
 ) -> list[dict[str, Tensor]]:
     """Draw random windows of tokens, without replacement and without overlap.
 
@@ -116,12 +131,15 @@ def calibration_batches(
         column: the field of each record that holds the text.
         num_held_out: up to so many of the other windows follow, in batches of their own.
         model: the dense model, in memory; for `self`.
+        assistant_only_loss: give `labels` too, -100 for what is not an answer in a chat (text that is no chat counts);
+            windows without any label are left out.
 
     Returns:
         Batches of `input_ids` and `attention_mask` (all ones: no padding), int64 `[B, seq_len]`, on the CPU.
 
     Raises:
-        CalibrationError: a source cannot be read, or has too few tokens for its share.
+        CalibrationError: a source cannot be read, or has too few tokens for its share; or answers are asked for, and
+            there is no chat, or nothing that tells which tokens are answers.
         ConfigError: a number is out of range.
     """
     lowest = 0 if num_held_out else 1
@@ -139,17 +157,35 @@ def calibration_batches(
                 f"{part.source}: its share {part.share:.3g} of {num_samples} windows is none; take more samples."
             )
         if _is_self(part.source):
-            drawn.append(iter(_own_windows(model, tokenizer, part.source, wanted + more, seq_len, batch_size, seed)))
+            how = (seq_len, batch_size, seed, assistant_only_loss)
+            drawn.append(iter(_own_windows(model, tokenizer, part.source, wanted + more, *how)))
         else:
-            drawn.append(iter(_text_windows(tokenizer, part.source, column, wanted, seq_len, seed, more)))
+            texts = _texts(tokenizer, part.source, column, assistant_only_loss)
+            drawn.append(iter(_text_windows(texts, part.source, wanted, seq_len, seed, more)))
     rows = [next(drawn[number], None) for number in turns]  # of those that are held out there may be fewer
     found = [[row for row in own if row is not None] for own in (rows[:num_samples], rows[num_samples:])]
-    batches = [own[start : start + batch_size] for own in found for start in range(0, len(own), batch_size)]
-    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in map(torch.stack, batches)]
+    batches = [
+        labelled(torch.stack(own[start : start + batch_size]))
+        for own in found
+        for start in range(0, len(own), batch_size)
+    ]
+    if assistant_only_loss:
+        check_chats(batch["labels"] for batch in batches)
+    asked = ("input_ids", "labels") if assistant_only_loss else ("input_ids",)
+    return [
+        {name: batch[name] for name in asked} | {"attention_mask": torch.ones_like(batch["input_ids"])}
+        for batch in batches
+    ]
 
 
 def training_windows(
-    tokenizer: PreTrainedTokenizerBase, sources: Sources, window: int, *, number: int | None = None, seed: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    sources: Sources,
+    window: int,
+    *,
+    number: int | None = None,
+    seed: int = 0,
+    assistant_only_loss: bool = False,
 ) -> Tensor:
     """Windows of texts for training.
 
@@ -162,27 +198,30 @@ def training_windows(
         window: tokens of each window, 1 or more.
         number: windows of a mixture. Default: as many as the shares allow without repeating any.
         seed: of the draw.
+        assistant_only_loss: as for `calibration_batches`, but a token without a label is given as `~id`: see
+            `labelled`.
 
     Returns:
         int64 `[num_windows, window]`, at least one window.
 
     Raises:
-        CalibrationError: a source cannot be read, or has fewer than `window` tokens.
+        CalibrationError: a source cannot be read, or has fewer than `window` tokens; answers as above.
         ConfigError: a number is below 1.
     """
     check_whole_numbers(window=(window, 1), number=(1 if number is None else number, 1))
     parts = parts_of(sources, "training text")
     if any(_is_self(part.source) for part in parts):
         raise CalibrationError("training text 'self' is not written here; let the model write it, and pass the file.")
+    texts = [_texts(tokenizer, part.source, "text", assistant_only_loss) for part in parts]
     if len(parts) == 1:
-        text = text_of(parts[0].source, tokenizer)
-        tokens = torch.cat([token_stream(tokenizer, piece) for piece in pieces(text)])
+        tokens = torch.cat([piece() for piece in texts[0]])
         return windows_of(tokens, window, num_windows=1, source=str(parts[0].source))
     _announce(parts)
     shares = [part.share for part in parts]
     most = _MOST if number is None else number
     drawn = [
-        _text_windows(tokenizer, part.source, "text", 1, window, seed, math.ceil(part.share * most)) for part in parts
+        _text_windows(text, part.source, 1, window, seed, math.ceil(part.share * most))
+        for text, part in zip(texts, parts, strict=True)
     ]
     turns = _turns(shares, number or max(1, int(min(len(d) / s for d, s in zip(drawn, shares, strict=True)))))
     for part, own, wanted in zip(parts, drawn, map(turns.count, range(len(parts))), strict=True):
@@ -257,23 +296,46 @@ def _turns(shares: Sequence[float], number: int) -> list[int]:
     return turns
 
 
+def _texts(
+    tokenizer: PreTrainedTokenizerBase, source: Any, column: str, assistant_only: bool
+) -> list[Callable[[], Tensor]]:
+    """The pieces of a text, each to be tokenised."""
+    if not assistant_only:
+        return [partial(token_stream, tokenizer, piece) for piece in pieces(text_of(source, tokenizer, column))]
+    write = partial(with_answers, tokenizer)
+    text, answers = text_and_answers(_path(source), write, column=column, max_chars=CALIBRATION_CHARS)
+    parts = list(pieces(text))
+    firsts = itertools.accumulate(map(len, parts), initial=0)
+    return [
+        partial(token_stream, tokenizer, piece, answers, first) for piece, first in zip(parts, firsts, strict=False)
+    ]
+
+
 def _text_windows(
-    tokenizer: PreTrainedTokenizerBase, source: Any, column: str, number: int, seq_len: int, seed: int, more: int
+    texts: list[Callable[[], Tensor]], source: Any, number: int, seq_len: int, seed: int, more: int
 ) -> Tensor:
     """`number` random windows of one text, and up to so many `more`: `[N, seq_len]`."""
-    text = text_of(source, tokenizer, column)
-    parts, generator = list(pieces(text)), torch.Generator().manual_seed(seed)
-    if len(parts) > _LAZY_PIECES:
+    generator = torch.Generator().manual_seed(seed)
+    if len(texts) > _LAZY_PIECES:
         found: list[Tensor] = []
-        for index in torch.randperm(len(parts), generator=generator).tolist():
-            found.append(_whole(token_stream(tokenizer, parts[index]), seq_len))
+        for index in torch.randperm(len(texts), generator=generator).tolist():
+            found.append(_whole(texts[index](), seq_len))
             if sum(len(own) for own in found) >= _SPARE * (number + more):
                 break
         tokens = torch.cat(found).flatten()
     else:
-        tokens = torch.cat([token_stream(tokenizer, part) for part in parts])
+        tokens = torch.cat([text() for text in texts])
     windows = windows_of(tokens, seq_len, num_windows=number, source=str(source))
     return windows[torch.randperm(len(windows), generator=generator)[: number + more]]
+
+
+def check_chats(labels: Iterable[Tensor]) -> None:
+    """Raise `CalibrationError` if all tokens have labels."""
+    if not any(bool((own == NO_LABEL).any()) for own in labels):
+        raise CalibrationError(
+            "assistant_only_loss found no chat: every token counts. Give records with `messages`, or with `prompt` and "
+            "`completion`; or leave it out."
+        )
 
 
 def text_of(
@@ -283,8 +345,11 @@ def text_of(
     max_chars: int | None = CALIBRATION_CHARS,
 ) -> str:
     """The text of one part of a mixture that is no answer of a model; `CalibrationError` if it cannot be read."""
-    path = TEXTS / "general.jsonl" if not is_dataset(source) and source == GENERAL else source
-    return load_text(path, column=column, max_chars=max_chars, tokenizer=tokenizer)
+    return load_text(_path(source), column=column, max_chars=max_chars, tokenizer=tokenizer)
+
+
+def _path(source: Any) -> Any:
+    return TEXTS / "general.jsonl" if not is_dataset(source) and source == GENERAL else source
 
 
 def _whole(tokens: Tensor, window: int) -> Tensor:
@@ -302,6 +367,7 @@ def _own_windows(
     seq_len: int,
     batch_size: int,
     seed: int,
+    assistant_only: bool,
 ) -> Tensor:
     """Windows of prompts and the answers that the model draws for them at temperature 1, one after the other."""
     if model is None or is_on_disk(model):
@@ -322,7 +388,7 @@ def _own_windows(
         while num_tokens < number * seq_len:
             for rows in torch.split(torch.randperm(len(prompts), generator=generator), batch_size):
                 for prompt, answer, _ in answers(model, tokenizer, [prompts[row] for row in rows.tolist()], seq_len):
-                    found += [prompt, answer]
+                    found += [~prompt if assistant_only else prompt, answer]
                     num_tokens += len(prompt) + len(answer)
                     bar.update(len(prompt) + len(answer))
                 if num_tokens >= number * seq_len:

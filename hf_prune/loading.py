@@ -58,11 +58,7 @@ def load_config(name: str, *, dequantise: bool = False, **where: Any) -> PreTrai
             f"{where['gguf_file']} is a GGUF file, expected float32, bfloat16 or float16 weights. {UNQUANTISED}"
         )
     check_source(name, where)
-    if Path(name, "adapter_config.json").exists() and not Path(name, "config.json").exists():
-        raise StructureError(
-            f"{name} holds an adapter, expected a model. Merge it: `model = AutoPeftModelForCausalLM.from_pretrained("
-            f"{name!r}).merge_and_unload()` of peft, and prune that, or save it with `model.save_pretrained(...)`."
-        )
+    _check_no_adapter(name)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name, **where)
     except (HFPruneError, ImportError):
@@ -72,6 +68,14 @@ def load_config(name: str, *, dequantise: bool = False, **where: Any) -> PreTrai
     if dequantise:
         _ask_for_plain_weights(config)
     return config
+
+
+def _check_no_adapter(name: str) -> None:
+    if Path(name, "adapter_config.json").exists() and not Path(name, "config.json").exists():
+        raise StructureError(
+            f"{name} holds an adapter, expected a model. Merge it: `model = AutoPeftModelForCausalLM.from_pretrained("
+            f"{name!r}).merge_and_unload()` of peft, and prune that, or save it with `model.save_pretrained(...)`."
+        )
 
 
 def _located(name: str, where: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -210,8 +214,7 @@ def open_model(
             raise ConfigError(f"layers_on='disk' found {kind} weights, which are read as a whole; take 'memory'.")
         return load()
     structure = structure or infer_structure(config)
-    needed = structure.num_parameters() * _itemsize(config, dtype)
-    if layers_on == "auto" and needed <= MEMORY_SHARE * free_memory(device):
+    if layers_on == "auto" and bytes_of(structure, config, dtype) <= MEMORY_SHARE * free_memory(device):
         return load()
     with contextlib.ExitStack() as held:
         own = folder or held.enter_context(temporary_directory())
@@ -231,12 +234,13 @@ def _check_target(device: str | None, dtype: str | None) -> None:
         raise ConfigError(f"device: {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def _itemsize(config: PreTrainedConfig, dtype: str | None) -> int:
+def bytes_of(structure: Structure, config: PreTrainedConfig, dtype: str | None = None) -> int:
+    """Bytes of a model's weights in memory; by default in the checkpoint's own dtype."""
     import torch
 
     name = dtype or getattr(config, "dtype", None) or torch.float32
     found = getattr(torch, name) if isinstance(name, str) else name
-    return int(found.itemsize)
+    return structure.num_parameters() * int(found.itemsize)
 
 
 def load_tokenizer(name: str, *, required: bool, **where: Any) -> PreTrainedTokenizerBase | None:
@@ -247,6 +251,7 @@ def load_tokenizer(name: str, *, required: bool, **where: Any) -> PreTrainedToke
 
     name, where = _located(name, {"trust_remote_code": False, **where})
     check_source(name, where)
+    _check_no_adapter(name)
     try:
         return AutoTokenizer.from_pretrained(name, **where)  # type: ignore[no-any-return]
     except (OSError, ValueError, KeyError) as error:

@@ -20,8 +20,9 @@ from hf_prune.allocation.planning import allocate, check_ratio
 from hf_prune.allocation.spectral import hill_exponents
 from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
 from hf_prune.calibration import GENERAL, Sources, asks_model, calibration_batches, is_text, parts_of
-from hf_prune.config import PolicyGradientConfig, selected_axes
+from hf_prune.config import LLMPrunerConfig, PolicyGradientConfig, selected_axes
 from hf_prune.errors import CalibrationError, ConfigError, StructureError
+from hf_prune.evaluation.generation import samples
 from hf_prune.evaluation.latency import measure_latency
 from hf_prune.evaluation.perplexity import perplexity_of
 from hf_prune.format.building import build_empty
@@ -35,6 +36,7 @@ from hf_prune.loading import load_config, load_tokenizer, open_model
 from hf_prune.plan import bare_plan, make_plan, with_tokens
 from hf_prune.repair import repair_, select_repairable
 from hf_prune.repair.preview import RepairPreview
+from hf_prune.report.card import Origin, calibration_names
 from hf_prune.scores import METHODS, check_scores, score
 from hf_prune.scores.learned import LearnedScores
 from hf_prune.structure.inference import infer_structure
@@ -166,7 +168,8 @@ def prune(
             the same bits, and a call with another ratio or allocation needs no new scores.
         device: where layers run, for a directory or id; default: the CPU.
         dtype: of the weights in memory, likewise; default: the checkpoint's own.
-        output: where the pruned model will be saved; nothing is written there, but that it has room is checked now.
+        output: where the pruned model will be saved: that it has room is checked now, and both models write a few
+            lines for its report.
         trust_remote_code: whether code that comes with the checkpoint of a directory or id may run.
         dequantise: make plain weights of the quantised ones of a directory, id or GGUF file.
 
@@ -241,8 +244,13 @@ def prune(
     if tokens is not None:
         plan = with_tokens(plan, structure, tokens)
     pruned = apply_and_repair(model, structure, plan, config, batches, work, protocol)
-    if history := history_of(found):
-        pruned._learning_history = plan, history  # type: ignore[assignment]  # for the picture in checkpoints
+    texts: dict[str, dict[str, str]] = {}
+    if output is not None and tokenizer is not None and smaller is not None and not is_on_disk(model):
+        before, after = samples(model, tokenizer), samples(pruned, smaller)
+        texts = {prompt: {"dense": before[prompt], "pruned": after[prompt]} for prompt in before if prompt in after}
+    pruned._origin = Origin(plan, found, history_of(found), texts)  # type: ignore[assignment]  # for the report
+    if is_text(calibration):
+        pruned.config.pruning_config["calibration"] = calibration_names(calibration)
     logger.info("pruned %s: %.2f %% of the decoder removed", type(model).__name__, 100 * plan.achieved["decoder"])
     walk = Walk(model, structure.layer_paths, held_out, protocol=protocol)
     windows = walk.all_ids
@@ -341,7 +349,7 @@ def decide(
     preview, exponents = None, None
     if config.allocation in ("spectral", "search"):
         exponents = of_main_process(hill_exponents(model, structure))
-    if config.allocation == "search" and config.repairs_with_data:  # judge plans as repair will leave them
+    if config.compares_outputs and config.repairs_with_data:  # judge plans as repair will leave them
         preview = RepairPreview(model, structure, batches or (), config.repair_ridge, protocol).applied
     planned = partial(
         allocate,
@@ -447,7 +455,8 @@ def identity(
     for batch in batches or ():
         ids = batch["input_ids"]
         text.update(f"{tuple(ids.shape)}".encode() + ids.to("cpu", torch.int64).numpy().tobytes())
-        for name, value in images_of(batch).items():
+        others = images_of(batch) | {name: batch[name] for name in ("labels",) if name in batch}
+        for name, value in others.items():
             text.update(f"{name} {value.tolist() if isinstance(value, torch.Tensor) else value}".encode())
     settings = {name: value for name, value in scoring_settings(config).items() if name not in _WITH_RATIO}
     return {"model": fingerprint(model), "text": text.hexdigest(), **settings}
@@ -495,7 +504,7 @@ def _data(
     if is_text(calibration):
         parts_of(calibration)  # type: ignore[arg-type]  # wrong ones are named whether they are needed or not
     scored = config.method in METHODS and METHODS[config.method].needs_calibration  # `score` refuses unknown ones
-    searched = config.allocation == "search"
+    searched = config.compares_outputs
     selected, repaired = config.selection != "scores", config.repairs_with_data
     needed = config.pruning_ratio > 0 and (scored or searched or selected or repaired)
     if not needed and (not is_text(calibration) or tokenizer is None or not num_held_out):
@@ -524,6 +533,7 @@ def _data(
         seed=config.seed,
         num_held_out=num_held_out if config.seq_len > 1 else 0,
         model=model,
+        assistant_only_loss=isinstance(config, LLMPrunerConfig) and config.assistant_only_loss,
     )
     first = -(-num_samples // batch_size)
     return batches[:first] if needed else None, batches[first:]

@@ -6,18 +6,25 @@ import dataclasses
 import itertools
 import math
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models import SETTINGS, shared_model, shared_structure, tiny_model, token_ids
 from structures import llama
 from test_allocation import latency_table, random_scores
 
 from hf_prune import MagnitudeConfig, RandomConfig, WandaConfig, allocate, infer_structure, prune
+from hf_prune.allocation.curves import _worth
 from hf_prune.config import PruningConfig, selected_axes
 from hf_prune.errors import BudgetError, CalibrationError, ConfigError
 from hf_prune.layers.masking import masked
+from hf_prune.layers.price import LEVELS
 from hf_prune.layers.walk import Walk
+from hf_prune.layers.work import WorkDir
 from hf_prune.plan import make_plan
 
 BATCHES = [{"input_ids": token_ids(2, 7)}, {"input_ids": token_ids(1, 7, seed=2)}]
@@ -123,6 +130,7 @@ def test_no_worse_than_the_starts_and_within_the_budget(family, evaluations):
     assert not model.training
 
 
+@pytest.mark.parametrize("allocation", ["search", "curves"])
 @pytest.mark.parametrize(
     "changes",
     [
@@ -132,9 +140,9 @@ def test_no_worse_than_the_starts_and_within_the_budget(family, evaluations):
         {"axes": ("layer_attention", "attention"), "pruning_ratio": 1 / 3},
     ],
 )
-def test_limits_and_budgets_hold(changes):
+def test_limits_and_budgets_hold(changes, allocation):
     model, structure = shared_model("llama"), shared_structure("llama")
-    config = search_config(**{"pruning_ratio": 0.4, "search_evaluations": 12} | changes)
+    config = search_config(**{"pruning_ratio": 0.4, "search_evaluations": 12, "allocation": allocation} | changes)
     table = latency_table(structure) if config.budget == "latency" else None
     plan = allocate(random_scores(structure), structure, config, model=model, batches=BATCHES, latency=table)
     target = config.pruning_ratio if config.protect == () else None
@@ -168,7 +176,7 @@ def test_plans_that_break_the_model_are_not_chosen(small, monkeypatch):
 
     def chosen(values):
         measured = lambda self, plans: [math.inf if math.isnan(x) else x for _, x in zip(plans, values)]  # noqa: E731, B905
-        monkeypatch.setattr(sys.modules["hf_prune.allocation.search"]._Evaluator, "_divergences", measured)
+        monkeypatch.setattr(sys.modules["hf_prune.allocation.search"].Evaluator, "_divergences", measured)
         return allocate(random_scores(structure), structure, config, model=model, batches=BATCHES)
 
     nothing = itertools.repeat(float("nan"))
@@ -176,9 +184,59 @@ def test_plans_that_break_the_model_are_not_chosen(small, monkeypatch):
     assert len(found) == 8  # each time the only plan that gives a number
 
 
-def test_search_through_prune():
+def test_curves_take_first_what_the_model_misses_least():
+    """Whatever the scores of an axis are beside those of others."""
+    model, structure = tiny_model("llama"), shared_structure("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight *= 1e-3
+    scores = random_scores(structure)
+    scores["layers.1.mlp"] *= 1000
+    config = search_config(pruning_ratio=0.3, allocation="curves")
+    plan = allocate(scores, structure, config, model=model, batches=BATCHES)
+    assert list(plan.kept_indices) == ["layers.1.mlp"]
+    best = scores["layers.1.mlp"].topk(plan.widths["layers.1.mlp"]).indices.sort().values
+    assert plan.kept_indices["layers.1.mlp"] == tuple(best.tolist())
+
+
+def test_curves_are_nested_and_measured_once(tmp_path, monkeypatch):
+    model, structure = shared_model("llama"), shared_structure("llama")
+    scores, measured = random_scores(structure), []
+    evaluator = sys.modules["hf_prune.allocation.search"].Evaluator
+    run = evaluator._divergences
+    monkeypatch.setattr(
+        evaluator, "_divergences", lambda self, plans: (measured.append(len(plans)), run(self, plans))[1]
+    )
+    work, kept = WorkDir(tmp_path / "work"), {}
+    for ratio, budget in ((0.2, "decoder"), (0.4, "decoder"), (0.6, "units")):
+        config = PruningConfig(ratio, allocation="curves", budget=budget)
+        plan = allocate(scores, structure, config, model=model, batches=BATCHES, work=work)
+        assert plan.achieved[budget] == pytest.approx(ratio, abs=0.03)
+        kept[ratio] = plan.kept_indices
+    assert sum(measured) <= 1 + LEVELS * len(selected_axes(structure, config))
+    for name, units in kept[0.2].items():
+        assert set(kept[0.4][name]) <= set(units)
+
+
+@given(st.lists(st.floats(0, 10), min_size=2, max_size=9), st.integers(1, 3))
+def test_worth_of_steps_is_the_slope_of_the_hull(losses, step):
+    """It never falls along the steps, and is that of a straight line where the curve is one, or bends down."""
+    ends = step * np.arange(1, len(losses))
+    ladder = SimpleNamespace(num_taken=0, step_ends=ends, scores=None)
+    levels = range(1, len(losses))
+    worth = _worth(ladder, levels, losses)
+    assert (np.diff(worth) >= -1e-9).all()
+    straight = _worth(ladder, levels, [2.0 * units for units in (0, *ends)])
+    np.testing.assert_allclose(straight, 2.0 * step)
+    if len(losses) > 2:
+        bent = _worth(ladder, levels, [0.0, *([5.0] * (len(losses) - 1))])
+        np.testing.assert_allclose(bent, 5.0 / ends[-1] * step)
+
+
+@pytest.mark.parametrize("allocation", ["search", "curves"])
+def test_search_through_prune(allocation):
     model = shared_model("llama")
-    config = MagnitudeConfig(0.3, allocation="search", search_evaluations=6, num_steps=2)
+    repair = "least_squares" if allocation == "curves" else "none"
+    config = MagnitudeConfig(0.3, allocation=allocation, search_evaluations=6, num_steps=2, repair=repair)
     result = prune(model, config, calibration=BATCHES)
     assert result.plan.achieved["decoder"] == pytest.approx(0.3, abs=0.03)
     wanda = WandaConfig(0.3, allocation="search", search_evaluations=6)

@@ -13,7 +13,7 @@ from test_data import TOKENIZER, byte_tokenizer
 from tiny import write_checkpoint, write_text
 
 from hf_prune import WandaConfig, calibration, data, prune
-from hf_prune.calibration import calibration_batches, parts_of
+from hf_prune.calibration import calibration_batches, parts_of, training_windows
 from hf_prune.errors import CalibrationError
 
 TEMPLATE = (
@@ -152,6 +152,83 @@ def test_chats_are_written_by_the_template(tmp_path):
     path.write_text(json.dumps({"messages": [{"from": "x"}]}) + "\n")
     with pytest.raises(CalibrationError, match="a chat cannot be written as text"):
         data.load_text(path, tokenizer=None)
+
+
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</>"
+    "{% endgeneration %}{% else %}{{ m.content }}</>{% endif %}{% endfor %}"
+)
+PLAIN = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHATS = [
+    {"messages": [{"role": role, "content": text} for role, text in turns]}
+    for turns in (
+        [("system", "short"), ("user", "hé?"), ("assistant", "ja"), ("user", "two?"), ("assistant", "2")],
+        [("assistant", "first"), ("user", "no answer")],
+    )
+]
+
+
+def chat_file(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("template", [MARKED, PLAIN])
+def test_only_what_the_assistant_says_has_labels(tmp_path, monkeypatch, template):
+    monkeypatch.setattr(data, "_PIECE_CHARS", 11)  # answers go on in the next piece
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    path = chat_file(tmp_path / "chat.jsonl", *CHATS, {"prompt": "x", "completion": "y"}, {"text": "plain"})
+    text = data.load_text(path, tokenizer=tokenizer)
+    size = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    options = {"num_samples": 1, "seq_len": size, "batch_size": 1, "seed": 0, "assistant_only_loss": True}
+    (batch,) = calibration_batches(tokenizer, path, **options)
+    counts = batch["labels"] != -100
+    assert torch.equal(batch["labels"][counts], batch["input_ids"][counts])
+    assert torch.equal(batch["input_ids"][0], data.token_stream(tokenizer, text))
+    first = (
+        "<assistant>" if template == PLAIN else ""
+    )  # who says it is a part of the answer, where nothing asks for one
+    assert tokenizer.decode(batch["labels"][counts]) == f"ja</>2</>{first}first</>y</>plain"
+    (windows,) = training_windows(tokenizer, path, size, assistant_only_loss=True)
+    assert all(torch.equal(value, batch[name][0]) for name, value in data.labelled(windows).items())
+    if template == MARKED:
+        found = tokenizer.apply_chat_template(
+            CHATS[0]["messages"], return_dict=True, return_assistant_tokens_mask=True, tokenize=True
+        )
+        assert counts[0, : len(found["input_ids"])].tolist() == [bool(one) for one in found["assistant_masks"]]
+
+
+def test_windows_without_an_answer_are_left_out(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = PLAIN
+    rows = [{"prompt": "u" * 300, "completion": "a" * 100}] * 3
+    options = {"seq_len": 16, "batch_size": 4, "seed": 0, "assistant_only_loss": True}
+    path = chat_file(tmp_path / "chat.jsonl", *rows)
+    batches = calibration_batches(tokenizer, path, num_samples=18, **options)
+    assert all((batch["labels"][:, 1:] != -100).any(1).all() for batch in batches)
+    with pytest.raises(CalibrationError, match=r"chat.jsonl has 1,\d\d\d tokens, 309 of them answers, but 60 windows"):
+        calibration_batches(tokenizer, path, num_samples=60, **options)
+
+
+def test_answers_that_cannot_be_told_are_refused(tmp_path, texts):
+    tokenizer = byte_tokenizer()
+    options = {"num_samples": 1, "seq_len": 4, "batch_size": 1, "seed": 0, "assistant_only_loss": True}
+    path = chat_file(tmp_path / "chat.jsonl", *CHATS)
+    with pytest.raises(CalibrationError, match="without a chat template"):
+        calibration_batches(tokenizer, path, **options)
+    tokenizer.chat_template = TEMPLATE  # asks for an answer otherwise than it writes one
+    with pytest.raises(CalibrationError, match="does not mark answers"):
+        calibration_batches(tokenizer, path, **options)
+    with pytest.raises(CalibrationError, match="found no chat"):
+        calibration_batches(tokenizer, texts["a"], **options)
+    path = chat_file(tmp_path / "chat.jsonl", {"messages": [{"from": "x"}]})
+    tokenizer.chat_template = PLAIN
+    with pytest.raises(CalibrationError, match="a chat cannot be written as text"):
+        calibration_batches(tokenizer, path, **options)
 
 
 def test_without_a_text_the_bundled_mixture_is_used(tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import subprocess
@@ -17,7 +18,7 @@ import hf_prune
 from hf_prune.cli import inspection, printing
 from hf_prune.cli.demo import run_demo
 from hf_prune.cli.flags import config_flags, read_config
-from hf_prune.cli.main import app
+from hf_prune.cli.main import LogFile, app
 from hf_prune.config import CONFIGS, MagnitudeConfig, PruningConfig
 from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.plan import PruningPlan
@@ -290,6 +291,11 @@ def test_inspect_names_operations_without_a_rule_and_missing_kinds(capsys):
     assert "no rule for operation aten.odd (first in model.layers.0)" in printed
 
 
+def test_inspect_says_how_many_layers_predict_further_tokens(tmp_path):
+    result = run("inspect", config_only(tmp_path, num_mtp_layers=2))
+    assert "2 layers that predict further tokens (MTP)" in " ".join(result.stdout.split())
+
+
 def test_verify_proves_masked_equals_sliced(model):
     result = run("inspect", model, "--verify", "--json", "--dtype", "float64")
     assert result.exit_code == 0, result.output
@@ -313,6 +319,27 @@ def test_verify_fails_where_slicing_is_wrong(model, monkeypatch):
     result = run("inspect", model, "--verify")
     assert result.exit_code == 1
     assert "NO" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prune", "ADAPTER", "OUT", "--method", "wanda", "--pruning-ratio", "0.3", "--calibration", "TEXT"),
+        ("inspect", "ADAPTER", "--verify"),
+        ("sweep", "ADAPTER", "OUT", "--methods", "random", "--ratios", "0.3", "--text", "TEXT"),
+        ("eval", "ADAPTER", "--text", "TEXT"),
+        ("recover", "ADAPTER", "OUT", "--train", "TEXT"),
+        ("export", "ADAPTER", "OUT", "--format", "plain"),
+        ("quantise", "ADAPTER", "OUT"),
+    ],
+)
+def test_an_adapter_is_refused_with_the_call_that_merges_it(words, text, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    paths = {"ADAPTER": str(tmp_path / "adapter"), "OUT": str(tmp_path / "out"), "TEXT": text}
+    result = run(*(paths.get(word, word) for word in words))
+    assert result.exit_code == 2
+    assert "from_pretrained('" + paths["ADAPTER"] + "').merge_and_unload()" in " ".join(result.output.split())
 
 
 # --- eval and demo ----------------------------------------------------------------------------------------------------
@@ -424,7 +451,7 @@ def test_prune_needs_an_output_or_a_dry_run(model):
 
 def test_output_that_holds_other_things_is_left_alone(model, tmp_path, monkeypatch):
     (tmp_path / "thesis.tex").write_text("years of work")
-    monkeypatch.setattr("hf_prune.pipeline.prune", None)  # refused before anything is computed
+    monkeypatch.setattr("hf_prune.cli.pruning.prune", None)  # refused before anything is computed
     result = run("prune", model, tmp_path, "--method", "random", "--pruning-ratio", 0.3)
     assert result.exit_code == 2
     assert "thesis.tex" in result.stderr
@@ -486,3 +513,25 @@ def test_widths_are_shown_one_by_one_in_runs_or_in_blocks():
 def test_ranges():
     assert printing.ranges([3, 0, 1, 2, 7]) == "0-3,7"
     assert printing.ranges([]) == ""
+
+
+def test_bars_are_lines_in_a_log_file(monkeypatch):
+    from tqdm import tqdm
+
+    clock, log = [0.0], io.StringIO()
+    monkeypatch.setattr("hf_prune.cli.main.time.monotonic", lambda: clock[0])
+    file = LogFile(log)
+    file.write("before\n")
+    with tqdm(total=50, file=file, mininterval=0, disable=False, desc="outer") as outer:
+        for _ in range(50):
+            for _ in tqdm(range(2), file=file, mininterval=0, disable=False, desc="inner", leave=False):
+                clock[0] += 1
+            outer.update()
+    file.write("after\n")
+    lines = log.getvalue().splitlines()
+    assert lines[0] == "before"
+    assert lines[-1] == "after"
+    assert "50/50" in lines[-2]
+    assert 3 <= len(lines) - 2 <= 100 / LogFile.EVERY_S + 2
+    assert not set("\r\x1b") & set(log.getvalue())
+    assert all(lines)

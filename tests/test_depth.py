@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_models import SETTINGS
 from models import logits, make_plan, token_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -228,6 +229,13 @@ def test_a_difference_is_looked_for_in_the_module_around_too():
     dense.model.layers[1].mlp.factor, model.model.layers[1].mlp.factor = 1.0, 2.0
     said = judge._constants(dense, model, "model.layers.1.mlp.down_proj")
     assert said == "model.layers.1.mlp.factor is 2.0, 1.0 in the dense model"
+
+
+def test_layers_of_the_text_in_a_model_of_images_with_tables_of_labels():
+    """Configs of models of images carry `id2label`, whose keys are numbers and whose values are no longer than n."""
+    text = {**SETTINGS["gemma3"]["text_config"], "num_hidden_layers": 8, "layer_types": ["full_attention"] * 8}
+    config = AutoConfig.for_model("gemma3", **{**SETTINGS["gemma3"], "text_config": text})
+    assert next(row for row in inspect_config(config).families if row.name == "layers").reason == ""
 
 
 def test_a_single_layer_depends_on_nothing():

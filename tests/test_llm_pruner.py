@@ -104,9 +104,9 @@ def sample_gradients(model, batches):
     """`g_n` of every parameter, one backward pass per sample."""
     result = []
     for batch in batches:
-        for row in batch["input_ids"]:
+        for row, labels in zip(batch["input_ids"], batch.get("labels", batch["input_ids"]), strict=True):
             model.zero_grad()
-            model(input_ids=row[None], labels=row[None]).loss.backward()
+            model(input_ids=row[None], labels=labels[None]).loss.backward()
             result.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     model.zero_grad()
     return result
@@ -167,6 +167,21 @@ def test_scores_equal_the_reference(case, criterion):
             for branch, units in zip(("attention", "mlp"), groups(model, layer, heads, kv, dim), strict=True):
                 expected = reference(model, units, gradients, criterion, aggregation)
                 torch.testing.assert_close(scores[f"layers.{layer}.{branch}"], expected, rtol=2e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_tokens_without_a_label_do_not_count(criterion):
+    """Each sample's loss is the mean over those that have one, whatever their number."""
+    model, batches = tiny_model("llama"), samples()
+    labels = batches[0]["input_ids"].clone()
+    labels[0, :5], labels[1, 2:], labels[3, 1::2] = -100, -100, -100
+    batches = [{**batches[0], "labels": labels}]
+    structure, (groups, *sizes) = infer_structure(model), FAMILIES["llama"]
+    scores = score(model, structure, LLMPrunerConfig(0.5, criterion=criterion), batches)
+    gradients = sample_gradients(model, batches)
+    for branch, units in zip(("attention", "mlp"), groups(model, 1, *sizes), strict=True):
+        expected = reference(model, units, gradients, criterion, "sum")
+        torch.testing.assert_close(scores[f"layers.1.{branch}"], expected, rtol=2e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("criterion", [*CRITERIA, "fisher"])

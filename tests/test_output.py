@@ -168,9 +168,10 @@ def cut(path):
 
 
 @pytest.mark.parametrize("damage", list(DAMAGES))
-def test_recovery_goes_on_from_the_newest_whole_checkpoint(material, damage):
+def test_recovery_goes_on_from_the_newest_whole_checkpoint(material, damage, monkeypatch):
     options = {"train": "text.txt", "preset": "full", "seq_len": 16, "steps": 3, "save_steps": 1, "use_cpu": True}
     options |= {"per_device_train_batch_size": 4, "save_total_limit": 3, "disable_tqdm": True, "learning_rate": 1e-2}
+    monkeypatch.setattr("hf_prune.recovery.recover.remove_checkpoints", lambda _: None)
     whole = recover("pruned", "whole", **options)
     shutil.copytree("whole-training", "out-training")
     folder = material / "out-training"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import token_ids
+from models import tiny_tokenizer, token_ids, write_text
 from typer.testing import CliRunner
 
 from hf_prune import PrunedModelForCausalLM, RandomConfig, prune
@@ -88,3 +88,49 @@ def test_code_runs_only_if_asked_for_and_nobody_is_asked(dense, monkeypatch):
     result = CliRunner().invoke(app, ["inspect", str(dense)])
     assert result.exit_code == 2
     assert "--trust-remote-code" in " ".join(result.output.split())
+
+
+@pytest.fixture(scope="module")
+def pruned(dense, tmp_path_factory):
+    """Directory of a pruned model whose layers differ, with a tokenizer and a text."""
+    directory = tmp_path_factory.mktemp("commands")
+    shutil.copytree(dense, directory / "dense")
+    tiny_tokenizer(write_text(directory / "text.txt", 600)).save_pretrained(directory / "dense")
+    arguments = [
+        directory / "dense",
+        directory / "pruned",
+        "--method",
+        "random",
+        "--pruning-ratio",
+        "0.3",
+        "--allocation",
+        "global",
+    ]
+    result = CliRunner().invoke(app, ["prune", *map(str, arguments), "--trust-remote-code"])
+    assert result.exit_code == 0, result.output
+    return directory / "pruned"
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("recover", ["--train", "text.txt", "--steps", "1", "--seq-len", "8", "--preset", "distill", "--use-cpu"]),
+        ("export", ["--format", "plain"]),
+        ("quantise", ["--text", "text.txt", "--window", "8"]),
+    ],
+)
+def test_every_command_that_writes_a_model_takes_the_flag(pruned, tmp_path, monkeypatch, command, options):
+    """Without it one line names it; with it, the result loads and its code travels along."""
+    monkeypatch.setattr("hf_prune.exporting.quantising.find_spec", bool)  # without torchao: the model as it is
+    monkeypatch.setattr("hf_prune.exporting.quantising._quantization_config", lambda _: None)
+    options = [str(pruned.parent / word) if word == "text.txt" else word for word in options]
+    output = tmp_path / "output"
+    result = CliRunner().invoke(app, [command, str(pruned), str(output), *options])
+    assert result.exit_code == 2
+    assert "--trust-remote-code" in " ".join(result.output.split())
+    assert not output.exists()
+    result = CliRunner().invoke(app, [command, str(pruned), str(output), *options, "--trust-remote-code"])
+    assert result.exit_code == 0, result.output
+    assert {"configuration_own.py", "modeling_own.py", "layers_own.py"} <= {path.name for path in output.iterdir()}
+    logits = [load(path)(token_ids()).logits for path in (pruned, output)]
+    assert torch.allclose(*logits, rtol=0, atol=1e-6 if command == "export" else 0.5)

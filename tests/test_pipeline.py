@@ -110,7 +110,13 @@ def test_a_path_is_read_once_and_traced_once(dense, monkeypatch, layers_on):
     counted(width_attributes, "_find_width_attributes")
     counted(judging.Judge, "_run", lambda _, config, numbers, *bypassed: " of the dense model" if bypassed else "")
     result = prune(dense.directory, RandomConfig(0.3), layers_on=layers_on, tokenizer=dense.tokenizer)
-    assert counts == {"load_config": 1, "trace": 1, "_find_width_attributes": 1, "_run of the dense model": 1, "_run": 1}
+    assert counts == {
+        "load_config": 1,
+        "trace": 1,
+        "_find_width_attributes": 1,
+        "_run of the dense model": 1,
+        "_run": 1,
+    }
     counts.clear()
     plan = allocate(result.scores, result.structure, RandomConfig(0.5))
     pruned_config(AutoConfig.from_pretrained(dense.directory), result.structure, plan, type(result.model))

@@ -60,7 +60,10 @@ sharded = Path(sys.argv[1]) / "sharded"
 command[2] = str(sharded)
 command += ["--hidden-weight", "0", "--alpha", "0.5", "--teacher-cache", f"{sys.argv[1]}/taught", "--save-steps", "2"]
 command += ["--optim", "adamw_torch", "--learning-rate", "1e-2"]
+import hf_prune.recovery.recover as recovery
+removed, recovery.remove_checkpoints = recovery.remove_checkpoints, lambda _: None
 app(command, standalone_mode=False)
+recovery.remove_checkpoints = removed
 torch.save(AcceleratorState().is_fsdp2, f"{sys.argv[1]}/fsdp2-{os.environ['RANK']}.pt")
 torch.distributed.barrier()
 if os.environ["RANK"] == "0":  # as if the run had been killed after its first checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -571,7 +572,8 @@ def test_written_predictions_are_the_teachers(tmp_path, family):
     teacher = tiny_model(family, dtype=torch.float32).eval()
     windows = token_ids(19, 12, seed=3)
     write_predictions(teacher, windows, tmp_path / "taught", top_k=3)
-    rows = TaughtRows(windows, [18, 0, 7], tmp_path / "taught")
+    order = [18, 0, 7]
+    rows = TaughtRows([{"input_ids": windows[n], "labels": windows[n]} for n in order], order, tmp_path / "taught")
     with torch.no_grad():
         log_p = teacher(input_ids=windows).logits.log_softmax(-1)
     for row, window in zip(rows, (18, 0, 7), strict=False):
@@ -599,6 +601,28 @@ def test_written_predictions_teach_as_the_teacher_does_and_are_written_once(mate
     other = {**options, "train": material / "eval.txt", "eval": material / "train.txt"}
     with pytest.raises(CheckpointError, match="of another run: text"):
         quick(material, tmp_path / "other", teacher_cache=tmp_path / "taught", **other)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_only_answers_teach_where_that_is_asked(material, tmp_path, cached):
+    tokenizer = AutoTokenizer.from_pretrained(material / "dense")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}"
+    words = (material / "train.txt").read_text().split()
+    chats = [{"prompt": " ".join(words[i : i + 9]), "completion": " ".join(words[i + 9 : i + 20])} for i in range(400)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    windows = training_windows(tokenizer, tmp_path / "chats.jsonl", 16, assistant_only_loss=True)
+    assert 0.3 < (windows < 0).float().mean() < 0.7
+    rows = [{"input_ids": w.where(w >= 0, ~w), "labels": w.where(w >= 0, -100)} for w in windows]
+    options = {"preset": "distill", "alpha": 0.5, "teacher": str(material / "dense"), "tokenizer": tokenizer}
+    taught = {"teacher_cache": tmp_path / "taught"} if cached else {}
+    chat = {"train": tmp_path / "chats.jsonl", "assistant_only_loss": True}
+    found = quick(material, tmp_path / "found", **chat, **options, **taught)
+    expected = quick(material, tmp_path / "expected", train=rows, **options)
+    assert same(found.model, expected.model) or cached
+    for left, right in zip(found.model.parameters(), expected.model.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-2, atol=1e-3)
+    with pytest.raises(CalibrationError, match="found no chat"):
+        quick(material, tmp_path / "plain", assistant_only_loss=True)
 
 
 def test_a_mixture_is_trained_on_by_its_shares(material, tmp_path, caplog):
@@ -653,11 +677,15 @@ def test_one_command_from_dense_to_recovered_goes_on_after_a_kill(tmp_path, monk
     assert run.exit_code == 130, run.output
     assert not (tmp_path / "out").exists()
     assert load_plan("out-pruned").achieved["decoder"] > 0.29
-    monkeypatch.setattr("hf_prune.pipeline.prune", lambda *_, **__: pytest.fail("pruned again"))
+    monkeypatch.setattr("hf_prune.cli.pruning.prune", lambda *_, **__: pytest.fail("pruned again"))
     run = CliRunner().invoke(app, command)
     assert run.exit_code == 0, run.output
     assert "other after" in run.stdout
     assert load_plan("out") == load_plan("out-pruned")
+    assert not (tmp_path / "out-training").exists()  # it would refuse the next run, and is several times the model
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert all(f"| {name} |" in card for name in ("dense", "before recovery", "after recovery"))
+    assert "hf-prune recover out-pruned out" in card
     assert not same(*(AutoModelForCausalLM.from_pretrained(path) for path in ("out", "out-pruned")))
     for words, said in ((["--recover", "much"], "tokens: found"), (["--calibration", "self"], "found 'self'")):
         run = CliRunner().invoke(app, [*command, *words, "--overwrite"])

@@ -322,6 +322,36 @@ def test_softmax_of_less_than_three_dimensions_finds_no_heads():
     assert not any(atom.heads for terms in tracer.consumed.values() for term in terms for atom in leaves(term))
 
 
+@pytest.mark.parametrize("write", [lambda s: s.softmax(-1), lambda s: (s - s.logsumexp(-1, keepdim=True)).exp()])
+def test_a_softmax_finds_heads_however_it_is_written(write):
+    def attention(x, q, o):
+        heads = F.linear(x, q).unflatten(-1, (4, 2)).transpose(1, 2)
+        return F.linear((write(heads @ heads.mT) @ heads).transpose(1, 2).flatten(2), o)
+
+    _, tracer = traced(attention, q=(8, D), o=(D, 8))
+    assert [atom.heads for term in tracer.consumed["o"] for atom in leaves(term)] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("stretch", "differs"),
+    [
+        (lambda index: index.expand(4, -1, -1), False),
+        (lambda index: index.repeat(4, 1, 1), False),
+        (lambda index: index + torch.arange(4)[:, None, None], True),
+    ],
+)
+def test_what_is_stretched_over_heads_does_not_differ_along_them(stretch, differs):
+    def attention(x, q, o):
+        heads = F.linear(x, q).unflatten(-1, (4, 2)).transpose(1, 2)
+        scores = (heads @ heads.mT) * stretch(torch.arange(121).view(1, 11, 11))
+        return F.linear((scores.softmax(-1) @ heads).transpose(1, 2).flatten(2), o)
+
+    _, tracer = traced(attention, q=(8, D), o=(D, 8))
+    heads = next(leaves(tracer.consumed["o"][0]))
+    assert heads.heads
+    assert bool(heads.origins) == differs
+
+
 def test_a_tensor_in_memory_meets_those_without_memory():
     offset = torch.ones(8)
     found, _ = traced(lambda x, w, o: F.linear(F.linear(x, w) + offset, o), w=(8, D), o=(D, 8))

@@ -16,6 +16,7 @@ from hf_prune import RandomConfig, apply_plan, infer_structure, measure_latency,
 from hf_prune.cli.main import app
 from hf_prune.cli.sweep import sweep
 from hf_prune.errors import CheckpointError, ConfigError, HFPruneError
+from hf_prune.plan import PruningPlan
 from hf_prune.scores import METHODS
 
 SWEEP = "hf_prune.cli.sweep"
@@ -35,7 +36,7 @@ def common(material, monkeypatch):
     """Arguments of every sweep, without a clock; the scorings that it does are counted."""
     counts = {"score": [], "perplexity": []}
     module = sys.modules[SWEEP]
-    score, measure = module.score, module.perplexity
+    score, measure = module.score, module.window_losses
 
     def counted_score(model, structure, config, **others):
         counts["score"].append((config.method, config.pruning_ratio))
@@ -46,7 +47,7 @@ def common(material, monkeypatch):
         return measure(*arguments, **others)
 
     monkeypatch.setattr(module, "score", counted_score)
-    monkeypatch.setattr(module, "perplexity", counted_perplexity)
+    monkeypatch.setattr(module, "window_losses", counted_perplexity)
     monkeypatch.setattr(module, "_speed", lambda _: {"prefill_ms": 2.0, "decode_ms": 1.0, "latency_ms": 3.0})
     arguments = {
         "methods": ["magnitude", "wanda"],
@@ -78,6 +79,8 @@ def test_rows_are_what_prune_gives(common, material, tmp_path):
         assert row["perplexity"] == pytest.approx(perplexity(result.model, tokenizer, text, window=32).perplexity)
         assert row["decoder_ratio"] == row["achieved_ratio"] == result.plan.achieved["decoder"]
         assert row["num_parameters"] == sum(p.numel() for p in result.model.parameters())
+        assert row["times_dense"] == pytest.approx(row["perplexity"] / rows[0]["perplexity"])
+        assert PruningPlan.load(tmp_path / "out" / row["plan"]) == result.plan
     table = (tmp_path / "out" / "results.md").read_text()
     assert table.count("\n") == 2 + 13
     assert "| magnitude | global |" in table
@@ -90,7 +93,7 @@ def test_an_interrupted_sweep_goes_on_and_ends_the_same(common, tmp_path, monkey
     whole = sweep(model, tokenizer, tmp_path / "whole", **arguments)
     counts["score"].clear(), counts["perplexity"].clear()
     module = sys.modules[SWEEP]
-    measure, left = module.perplexity, [3]
+    measure, left = module.window_losses, [3]
 
     def interrupted(*values, **others):
         left[0] -= 1
@@ -98,22 +101,30 @@ def test_an_interrupted_sweep_goes_on_and_ends_the_same(common, tmp_path, monkey
             raise KeyboardInterrupt
         return measure(*values, **others)
 
-    monkeypatch.setattr(module, "perplexity", interrupted)
+    monkeypatch.setattr(module, "window_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sweep(model, tokenizer, tmp_path / "out", **arguments)
     written = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert len(written) == 3
     assert counts["score"] == [("magnitude", 0.2), ("wanda", 0.2)]
-    monkeypatch.setattr(module, "perplexity", measure)
+    monkeypatch.setattr(module, "window_losses", measure)
     rows = sweep(model, tokenizer, tmp_path / "out", **arguments)
     assert [{**row, "prune_s": 0} for row in rows] == [{**row, "prune_s": 0} for row in whole]
     assert rows[:3] == written
-    assert len(counts["perplexity"]) == 5  # each row once
+    assert len(counts["perplexity"]) == 6  # each row once, and the dense model again to compare with
     assert len(counts["score"]) == 2  # the scores were kept too
     more = sweep(model, tokenizer, tmp_path / "out", **arguments | {"ratios": [0.4, 0.3], "methods": ["magnitude"]})
     assert [row["pruning_ratio"] for row in more] == [0.0, 0.4, 0.3]
-    assert len(counts["perplexity"]) == 6
+    assert len(counts["perplexity"]) == 8
     assert (tmp_path / "out" / "results.md").read_text().count("\n") == 2 + 6  # all rows there are
+
+
+def test_no_row_is_begun_when_the_time_is_over(common, tmp_path, caplog):
+    model, tokenizer, arguments, _ = common
+    rows = sweep(model, tokenizer, tmp_path / "out", **arguments, seconds=0)
+    assert [row["method"] for row in rows] == ["dense"]
+    assert "4 rows were not begun" in caplog.text
+    assert len(sweep(model, tokenizer, tmp_path / "out", **arguments)) == 5
 
 
 def test_scores_that_are_learnt_for_a_ratio_serve_no_other(common, tmp_path, monkeypatch):
@@ -224,6 +235,8 @@ def test_a_directory_of_something_else_is_refused(common, tmp_path):
     one = {"methods": ["magnitude"], "ratios": [0.2]}
     sweep(model, tokenizer, tmp_path / "out", **arguments | one)
     before = (tmp_path / "out" / "results.json").read_text()
+    with pytest.raises(ConfigError, match=r"text differ\. Name"):  # no digest
+        sweep(model, tokenizer, tmp_path / "out", **arguments | one | {"text": arguments["calibration"]})
     for changes in ({"window": 16}, {"settings": {"num_samples": 5, "seq_len": 16}}):
         with pytest.raises(ConfigError, match=f"is of another sweep: {next(iter(changes))} differ"):
             sweep(model, tokenizer, tmp_path / "out", **arguments | one | changes)
@@ -257,9 +270,18 @@ def test_the_command_writes_table_and_picture_and_goes_on(material, tmp_path):
     result = run(*command, "--ratios", "0.2,0.4", "--allocations", "uniform,global", "--allocations", '{"mlp": 1}')
     assert result.exit_code == 0, result.output
     assert result.stdout.count("magnitude") == 6
+    narrow = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).invoke(
+        app, list(map(str, [*command, "--ratios", "0.2,0.4"]))
+    )
+    assert max(map(len, narrow.stdout.splitlines())) <= 80
+    assert "perplexity" in narrow.stdout
+    assert "…" not in narrow.stdout
     assert "written to" in result.stdout
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert files == {"results.json", "results.md", "report.html", "tradeoff.png", "scores"}
+    assert files == {"results.json", "results.md", "report.html", "tradeoff.png", "scores", "plans"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "hf-prune sweep" in page
+    assert "The lighthouse keeper" in page
     again = run(*command, "--ratios", "0.2", "--allocations", "global", "--json")
     assert again.exit_code == 0, again.output
     rows = json.loads(again.stdout)["rows"]

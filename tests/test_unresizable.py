@@ -9,7 +9,9 @@ from models import make_plan, tiny_model
 from hf_prune import MagnitudeConfig, WandaConfig, infer_structure, prune
 from hf_prune.cli import inspection
 from hf_prune.errors import StructureError
+from hf_prune.layers.masking import masked
 from hf_prune.surgery.pruned_config import pruned_config, unresizable
+from hf_prune.surgery.pruning import apply_plan
 
 _SIZES = {
     "vocab_size": 64,
@@ -67,3 +69,68 @@ def test_a_state_of_one_width_for_all_layers():
         pruned_config(config, structure, one)
     both = make_plan(structure, {name.format(layer): tuple(range(30)) for layer in range(2)})
     assert pruned_config(config, structure, both).attention_hidden_size == 30
+
+
+def test_attention_outside_of_the_layers_is_named():
+    from transformers import XLMConfig
+
+    config = XLMConfig(vocab_size=64, emb_dim=48, n_layers=2, n_heads=6, max_position_embeddings=64, causal=True)
+    rows = {row.name: row for row in inspection.inspect_config(config).families}
+    assert rows["mlp"].prunable
+    assert rows["attention"].reason.startswith(
+        "it is outside of the list of decoder layers, as transformer.attentions.0"
+    )
+
+
+_CTRL = {"n_embd": 48, "n_head": 6, "n_layer": 3, "dff": 40, "n_positions": 64, "vocab_size": 64}
+_REFORMER = {
+    "attn_layers": ["local", "local"],
+    "is_decoder": True,
+    "axial_pos_embds": False,
+    "attention_head_size": 8,
+    "num_attention_heads": 6,
+    "hidden_size": 48,
+    "feed_forward_size": 40,
+    "max_position_embeddings": 64,
+    "vocab_size": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes", "kind", "cause"),
+    [
+        ("ctrl", _CTRL, "layer_mlp", "whose constructor takes `config`"),  # its layers are built from numbers
+        ("reformer", _REFORMER, "layer", "no attribute 'attn_output'"),  # its layers pass on two streams
+    ],
+)
+def test_verification_goes_on_after_what_is_refused(model_type, sizes, kind, cause):
+    """A kind that no checkpoint can hold is named with its cause; the others are proved."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**sizes)).eval()
+    checks = {check.kind: check for check in inspection.verify(model)}
+    assert cause in checks[kind].refused
+    assert not checks[kind].equal
+    assert all(checks[proved].equal for proved in ("mlp", "attention"))
+
+
+def test_layers_that_take_their_heads_from_other_attributes():
+    """Sliding layers count theirs by attributes of their own: sizes that coincide are told apart in each kind."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 96, "unpadded_vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 2, "d_rel": 4}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8}
+    sliding = {f"swa_{name}": size for name, size in heads.items()}
+    experts = {"moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    kinds = {"layer_types": ["hybrid_sliding", "hybrid"], "sliding_window_size": 6, "rel_extent": 64}
+    config = CONFIG_MAPPING["inkling2_text"](**sizes, **heads, **sliding, **experts, **kinds)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    structure = infer_structure(model)
+    kept = {f"layers.{i}.attention": (0, 2) for i in range(2)} | {
+        f"layers.{i}.attention.queries": (0, 3, 4) for i in range(2)
+    }
+    plan = make_plan(structure, kept)
+    ids = torch.arange(2, 11)[None]
+    with torch.no_grad(), masked(model, structure, plan):
+        expected = model(ids).logits
+    assert torch.allclose(apply_plan(model, structure, plan)(ids).logits, expected, atol=1e-5)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from hf_prune.allocation.budgets import ratio_too_small, spending_of, unit_costs
+from hf_prune.allocation.curves import measured_orders
 from hf_prune.allocation.ladders import make_ladders, state_after
 from hf_prune.allocation.search import Candidate, search
 from hf_prune.allocation.sequences import (
@@ -66,6 +67,7 @@ def allocate(
     layer first). `global`: steps compete across axes by score per parameter removed (per predicted second for the
     budget `latency`), or by standardised score. A mapping: fractions in proportion to its weights; a kind is one pool,
     in which units compete as in `global`. `spectral`: fractions in proportion to `spectral_weights` of the layers.
+    `curves`: as `global` with `measured_orders`, whatever `standardise` says.
     `search`: widths with the least KL divergence from the dense model, from the better of the uniform, the global and
     the spectral plan on. Attention of layer 0 stays (caches are measured by it).
 
@@ -73,15 +75,15 @@ def allocate(
         scores: float `[num_units]` for every axis of `selected_axes(structure, config)`, higher = keep.
         structure: structure of the dense model.
         config: ratio, budget and limits.
-        model: the dense model, for `spectral` and `search`; not changed.
-        batches: calibration batches (`input_ids` `[B, T]`), for `search`.
+        model: the dense model, for `spectral`, `curves` and `search`; not changed.
+        batches: calibration batches (`input_ids` `[B, T]`), for `curves` and `search`.
         latency: table of measured latencies, for the budget `latency`; otherwise only recorded.
         exponents: decoder layer → Hill exponent, if already known; saves `spectral` and `search` the spectra.
-        preview: for `search` of plans that will be repaired: see `search`.
-        work: for `search`: keeps what was measured.
+        preview: for `curves` and `search` of plans that will be repaired: see `search`.
+        work: for `curves` and `search`: keeps what was measured.
         gone: a plan of the same axes and a smaller ratio, all of whose units go (see `steps`); they count for the
             ratio, their scores for the statistics of their axis only.
-        protocol: for `search`: how the model runs its layers, if that is known.
+        protocol: for `curves` and `search`: how the model runs its layers, if that is known.
         base_model_name_or_path: recorded in the plan.
 
     Returns:
@@ -93,7 +95,7 @@ def allocate(
         StructureError: the model lacks a kind of axis asked for, or none of that kind can be pruned.
         ConfigError: `layers`, `protect` or the mapping name what the model does not have; or the model, or the latency
             table, is needed and missing.
-        CalibrationError: `search` without batches.
+        CalibrationError: `curves` or `search` without batches.
         PlanError: the latency table was measured on another model, or `gone` made for another.
         BudgetError: the ratio is out of reach, or so small that no unit would be removed.
     """
@@ -107,6 +109,10 @@ def allocate(
     _check_any(ladders, config)
     if exponents is None and model is not None and config.allocation in ("spectral", "search"):
         exponents = hill_exponents(model, structure)
+    if config.allocation == "curves":
+        assert model is not None
+        assert batches is not None
+        ladders = measured_orders(ladders, model, structure, config, batches, preview, work, protocol)
     if config.allocation == "search":
         assert model is not None
         assert batches is not None
@@ -172,8 +178,8 @@ def _start(
         weights = spectral_weights(exponents, config.spectral_epsilon)
         shares = [Share(1.0 if x.axis.layer is None else weights[x.axis.layer]) for x in ladders]
     spending = spending_of(ladders, structure, config, latency)
-    if config.allocation == "global":
-        sequence = by_score(ladders, config.standardise)
+    if config.allocation in ("global", "curves"):
+        sequence = by_score(ladders, config.standardise if config.allocation == "global" else "none")
     else:
         sequence = by_fraction(ladders, shares, spending, config)
     return Candidate(ladders, nearest_prefix(ladders, sequence, spending, config))
@@ -206,11 +212,11 @@ def _check_inputs(
     batches: Iterable[Batch] | None,
     exponents: Mapping[int, float] | None,
 ) -> None:
-    if config.allocation == "search" and batches is None:
-        raise CalibrationError("allocation 'search' needs calibration batches and found none: give a calibration text.")
-    missing = model is None and (
-        config.allocation == "search" or (config.allocation == "spectral" and exponents is None)
-    )
+    if config.compares_outputs and batches is None:
+        raise CalibrationError(
+            f"allocation {config.allocation!r} needs calibration batches and found none: give a calibration text."
+        )
+    missing = model is None and (config.compares_outputs or (config.allocation == "spectral" and exponents is None))
     if missing:
         raise ConfigError(f"allocation {config.allocation!r} looks at the weights: pass the dense `model` to allocate.")
 

@@ -105,18 +105,13 @@ def search(
         ConfigError: the hidden axis is to be pruned, which cannot be masked.
         CalibrationError: no batch, or an unusable one.
     """
-    if "hidden" in config.axes:
-        raise ConfigError(
-            "allocation 'search' masks units, and the hidden axis cannot be masked: leave it out of axes."
-        )
-    windows = _windows(batches, config.search_samples)
     generator = torch.Generator().manual_seed(config.seed)
     with (
         torch.no_grad(),
         evaluating(model),
         tqdm(total=config.search_evaluations, desc="search", unit="plan", leave=False) as bar,
     ):
-        evaluator = _Evaluator(model, structure, config, windows, preview, work, protocol)
+        evaluator = Evaluator(model, structure, config, batches, preview, work, protocol)
         misses = [_miss(start, structure, config, latency) for start in starts]
         most = max(NEAR, min(misses)) + 1e-9
         population = evaluator.evaluate([start for start, miss in zip(starts, misses, strict=True) if miss <= most])
@@ -204,19 +199,25 @@ def _swapped(ladder: RemovalOrder, steps: int, draws: Floats) -> RemovalOrder:
     return dataclasses.replace(ladder, order=order)
 
 
-class _Evaluator:
-    """Measures plans on the same windows, each plan once; many plans at a time read the model once."""
+class Evaluator:
+    """Measures plans on the first `search_samples` windows, each plan once; many at a time read the model once."""
 
     def __init__(
         self,
         model: nn.Module,
         structure: Structure,
         config: PruningConfig,
-        windows: Sequence[Batch | Tensor],
+        batches: Iterable[Batch],
         preview: Preview | None,
         work: WorkDir | None,
         protocol: LayerProtocol | None,
     ) -> None:
+        if "hidden" in config.axes:
+            raise ConfigError(
+                f"allocation {config.allocation!r} masks units, and the hidden axis cannot be masked: leave it out of "
+                "axes."
+            )
+        windows = _windows(batches, config.search_samples)
         self._model, self._structure, self._config = model, structure, config
         self._preview = preview or (lambda plan, layer: contextlib.nullcontext())
         self._known: dict[str, float] = {}
@@ -230,9 +231,11 @@ class _Evaluator:
 
     @property
     def num_evaluations(self) -> int:
+        """Plans that were measured."""
         return len(self._known)
 
     def knows(self, start: Candidate) -> bool:
+        """Whether a plan was measured."""
         return self.key(start) in self._known
 
     def evaluate(self, starts: Sequence[Candidate]) -> list[ScoredCandidate]:
@@ -285,5 +288,5 @@ def _windows(batches: Iterable[Batch], number: int) -> list[Batch | Tensor]:
         if number <= 0:
             break
     if not windows:
-        raise CalibrationError("allocation 'search' found no batch, expected one or more: give a calibration text.")
+        raise CalibrationError("allocation found no batch, expected one or more: give a calibration text.")
     return windows

@@ -18,6 +18,7 @@ PLAN_NAME = "pruning_plan.json"
 CODE_NAME = "modeling_hf_prune.py"
 PICTURE_NAME = "widths.png"
 CURVE_NAME = "learning_curve.png"
+SCORES_NAME = "scores.png"
 CARD_NAME = "README.md"
 REPORT_NAME = "report.html"
 

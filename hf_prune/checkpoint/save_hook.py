@@ -91,7 +91,7 @@ def tokens_in_dense(model: PreTrainedModel, dense: PreTrainedModel) -> Tensor | 
     """
     import torch
 
-    own, theirs = (one.get_output_embeddings().weight.shape[0] for one in (model, dense))
+    own, theirs = (one.get_input_embeddings().weight.shape[0] for one in (model, dense))  # a head need not be named
     if own == theirs:
         return None
     plan = plan_of(model.get_base_model() if hasattr(model, "peft_config") else model)

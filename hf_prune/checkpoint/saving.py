@@ -21,13 +21,14 @@ from hf_prune.checkpoint.files import (
     PICTURE_NAME,
     PLAN_NAME,
     REPORT_NAME,
+    SCORES_NAME,
     agrees,
     load_plan,
     read_plan,
 )
 from hf_prune.checkpoint.save_hook import check_source, install_save_hook, plan_of, source_plans
 from hf_prune.checkpoint.verifying import verify_checkpoint
-from hf_prune.errors import CheckpointError
+from hf_prune.errors import CheckpointError, ConfigError
 from hf_prune.layers.processes import main_writes
 from hf_prune.layers.weights import is_on_disk, to_bytes
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from hf_prune.plan import PruningPlan
+    from hf_prune.report.card import Origin
 
 __all__ = ["install_save_hook", "load_plan", "save_pruned", "verify_checkpoint", "write_card"]
 
@@ -57,6 +59,7 @@ _MODEL_FILES = (
     PICTURE_NAME,
     CURVE_NAME,
     REPORT_NAME,
+    SCORES_NAME,
 )
 _TOKENIZER_FILES = (
     "tokenizer*",
@@ -92,7 +95,7 @@ def save_pruned(
     Everything is written beside `save_directory` and swapped in by renames: an error, a full disk or an interruption
     leaves what was there. Weights are safetensors only. From an older checkpoint in `save_directory`, tokenizer files
     (if `tokenizer` is `None`), licence files and the hand-written parts of README.md are taken over. The pictures are
-    `widths.png` and, where the masks were learned, `learning_curve.png`.
+    `widths.png`, where the model was just pruned `scores.png`, and where the masks were learned `learning_curve.png`.
 
     Args:
         model: pruned model, its config carrying `pruning_config`.
@@ -162,9 +165,10 @@ def write_card(
     from hf_prune.report.card import model_card
     from hf_prune.report.html import html_page
 
-    plan, path = plan_of(model), directory / CARD_NAME
+    plan, path, origin = plan_of(model), directory / CARD_NAME, getattr(model, "_origin", None)
+    origin = origin if origin is not None and origin.plan == plan else None
     picture = plan is not None and _draw_widths(plan, directory / PICTURE_NAME)
-    curve = _draw_learning_curve(model, plan, directory / CURVE_NAME)
+    drawn = {name: _draw_origin(model, plan, origin, directory / name) for name in (SCORES_NAME, CURVE_NAME)}
     if existing is None and path.exists():
         existing = path.read_text(encoding="utf-8")
     card = model_card(
@@ -175,8 +179,10 @@ def write_card(
         report=report,
         base_card=base_card,
         existing=existing,
+        origin=origin,
         picture=PICTURE_NAME if picture else None,
-        curve=CURVE_NAME if curve else None,
+        scores=SCORES_NAME if drawn[SCORES_NAME] else None,
+        curve=CURVE_NAME if drawn[CURVE_NAME] else None,
     )
     path.write_text(str(card), encoding="utf-8")
     (directory / REPORT_NAME).write_text(html_page(str(card), model_id, directory), encoding="utf-8")
@@ -310,23 +316,26 @@ def _draw_widths(plan: PruningPlan, path: Path) -> bool:
     return True
 
 
-def _draw_learning_curve(model: PreTrainedModel, plan: PruningPlan | None, path: Path) -> bool:
-    """Draw how `plan` was learned, or copy the picture from where the model was loaded; whether there is one.
+def _draw_origin(model: PreTrainedModel, plan: PruningPlan | None, origin: Origin | None, path: Path) -> bool:
+    """Draw scores or the learning curve, or copy the picture from where the model was loaded; whether there is one.
 
-    Histories and pictures count only together with the plan they led to.
+    Pictures count only together with the plan they led to.
     """
-    learned, history = getattr(model, "_learning_history", (None, ()))
     if plan is None:
         return False
-    if learned == plan:
-        if len(history) < 2 or not _can_draw(path):
+    if origin is not None and (origin.scores or origin.history):
+        if not _can_draw(path):
             return False
-        from hf_prune.report.pictures import learning_curve_picture
+        from hf_prune.report import pictures
 
-        learning_curve_picture(history, path)
-        return True
+        with suppress(ConfigError):  # nothing to draw: a step or two, no axis of a layer
+            if path.name == CURVE_NAME:
+                pictures.learning_curve_picture(origin.history, path)
+            else:
+                pictures.scores_picture(origin.scores, plan.widths, path)
+        return path.exists()
     for source in source_plans(model.config):
-        picture = source.with_name(CURVE_NAME)
+        picture = source.with_name(path.name)
         with suppress(CheckpointError):  # ignore damaged plans
             if source.is_file() and picture.is_file() and read_plan(source) == plan:
                 shutil.copyfile(picture, path)

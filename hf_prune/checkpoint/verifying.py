@@ -228,8 +228,8 @@ def _check_together(values: Mapping[str, Any], config_path: Path, companions: li
             _check_plan(path, read_plan(path), values)
         if expected is not None and found != expected:
             raise CheckpointError(
-                f"{path}: found SHA-256 {found[:12]}…, expected {expected[:12]}… as {config_path.name} records it: it "
-                f"was changed after the model was saved. {_AGAIN}"
+                f"{path}: its SHA-256 is not the one that {config_path.name} records: it was changed after the model "
+                f"was saved. {_AGAIN}"
             )
 
 

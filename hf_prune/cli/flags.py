@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from hf_prune.config import CONFIGS, PruningConfig
+from hf_prune.config import CONFIGS, LLMPrunerConfig, PruningConfig
 from hf_prune.config.checks import alternatives, did_you_mean
 from hf_prune.errors import ConfigError
 
@@ -34,8 +34,8 @@ _SHOWN = {
     "min_units": (UNITS, "Units that every axis keeps at least.", "N"),
     "targets": (UNITS, "For gguf, vllm, plain, int4 or tp=N.", "TARGET"),
     "method": (METHOD, "What scores units: see hf-prune methods.", "NAME"),
-    "allocation": (METHOD, "uniform, global, spectral, search, JSON.", "NAME"),
-    "repair": (METHOD, "none, least_squares, end_to_end, train or data_free.", "NAME"),
+    "allocation": (METHOD, "uniform, global, curves, search, ...; JSON.", "NAME"),
+    "repair": (METHOD, "least_squares, end_to_end, train, ...", "NAME"),
     "num_steps": (METHOD, "Prune in so many steps, scored anew each.", "N"),
     "seed": (METHOD, "Seed of everything random.", "N"),
     "num_samples": (TEXT, "Windows of text.", "N"),
@@ -81,6 +81,47 @@ def read_config(path: Path | None, flags: Mapping[str, Any], preset: PruningConf
         methods = tuple(name for name in CONFIGS if name != "custom")
         raise ConfigError(f"no method was given: pass --method, one of {methods}, or a --config that names one.")
     return PruningConfig.from_dict(values)
+
+
+def read_asked(
+    model: str,
+    flags: Mapping[str, Any],
+    *,
+    config: Path | None,
+    preset: str | None,
+    fit: str | None,
+    vocabulary: list[str] | None,
+    where: dict[str, Any],
+) -> PruningConfig:
+    """The configuration that flags, file, preset or size ask for; of the model only its config is read.
+
+    Raises:
+        ConfigError: two of them say how much goes, or a value is refused.
+    """
+    fields = dict(flags)
+    if fit is not None:
+        if fields["pruning_ratio"] is not None or fields["budget"] is not None:
+            raise ConfigError("--fit says how much goes: leave out --pruning-ratio and --budget.")
+        fields |= {"pruning_ratio": 0.5, "budget": "memory"}
+    elif vocabulary and not any((config, preset, fields["method"], fields["pruning_ratio"])):
+        fields |= {"pruning_ratio": 0.0, "method": "custom"}  # nothing else goes
+    named = None
+    if preset is not None:
+        if fields.get("pruning_ratio") is None:
+            raise ConfigError("--preset needs --pruning-ratio: the fraction to remove, above 0 and below 1.")
+        from hf_prune.loading import load_config
+
+        num_hidden_layers = load_config(model, **where).get_text_config().num_hidden_layers
+        named = LLMPrunerConfig.preset(preset, fields["pruning_ratio"], num_hidden_layers)
+    chosen = read_config(config, fields, named)
+    if fit is None:
+        return chosen
+    from hf_prune.loading import load_config
+    from hf_prune.memory import fit_ratio
+    from hf_prune.structure.inference import infer_structure
+
+    structure = infer_structure(load_config(model, **where), cache=True)
+    return dataclasses.replace(chosen, pruning_ratio=fit_ratio(structure, fit, chosen))
 
 
 def read_flags(flags: Mapping[str, Any]) -> dict[str, Any]:

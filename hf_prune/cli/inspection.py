@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -10,7 +11,7 @@ import torch
 
 from hf_prune.allocation import allocate
 from hf_prune.config import AxisKind, PruningConfig, RandomConfig, axes_of_kind, selected_axes
-from hf_prune.errors import BudgetError, ConfigError, StructureError
+from hf_prune.errors import BudgetError, CheckpointError, ConfigError, StructureError
 from hf_prune.format.building import decoder_config
 from hf_prune.gate import check_model, quantised, unwrapped
 from hf_prune.layers.masking import masked
@@ -82,12 +83,14 @@ class Verification:
     """Masked against sliced, for a random plan over the axes of one kind."""
 
     kind: AxisKind
-    difference: float
+    difference: float = math.nan
     """Largest difference between the logits of the masked and of the sliced model."""
-    effect: float
+    effect: float = math.nan
     """Largest difference between the logits of the dense and of the sliced model: what pruning itself changes."""
-    tolerance: float
+    tolerance: float = math.nan
     """What counts as rounding."""
+    refused: str = ""
+    """Why no checkpoint can hold what that plan leaves; nothing was compared then."""
 
     @property
     def equal(self) -> bool:
@@ -197,7 +200,7 @@ def verify(model: PreTrainedModel, *, pruning_ratio: float = 0.3, seed: int = 0)
 
     Raises:
         ConfigError: the model is in half precision, where rounding hides errors.
-        StructureError: nothing can be verified.
+        StructureError: nothing can be verified; with the causes.
     """
     model = unwrapped(model)
     if model.dtype not in (torch.float32, torch.float64):
@@ -220,7 +223,11 @@ def verify(model: PreTrainedModel, *, pruning_ratio: float = 0.3, seed: int = 0)
             plan = allocate(score(model, structure, config), structure, config)
         except BudgetError:  # too few units to remove any of them
             continue
-        pruned = apply_plan(model, structure, plan)
+        try:
+            pruned = apply_plan(model, structure, plan)
+        except (StructureError, CheckpointError) as error:
+            found.append(Verification(kind, refused=str(error)))
+            continue
         with inference(model), inference(pruned):
             dense, sliced = _logits(model, ids), _logits(pruned, ids)
             with masked(model, structure, plan):
@@ -228,8 +235,9 @@ def verify(model: PreTrainedModel, *, pruning_ratio: float = 0.3, seed: int = 0)
         tolerance = _ROUNDING * torch.finfo(model.dtype).eps * max(1.0, expected.abs().max().item())
         difference, effect = (sliced - expected).abs().max().item(), (sliced - dense).abs().max().item()
         found.append(Verification(kind, difference, effect, tolerance))
-    if not found:
-        raise StructureError(f"this {structure.model_type} model has no exact axis to verify.")
+    if all(check.refused for check in found):
+        causes = [f"{check.kind}: {check.refused}" for check in found]
+        raise StructureError(" ".join([f"this {structure.model_type} model has no exact axis to verify.", *causes]))
     return found
 
 

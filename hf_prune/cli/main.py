@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import errno
 import inspect as inspect_module
+import math
 import os
 import signal
+import sys
 import threading
 import time
-from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,19 +18,49 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from hf_prune.cli.flags import METHOD, RUN, TEXT, UNITS, config_flags, read_config, read_sweep
+from hf_prune.cli.flags import METHOD, RUN, TEXT, UNITS, config_flags, read_asked, read_sweep
 from hf_prune.errors import ConfigError, HFPruneError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hf_prune.config import PruningConfig
-    from hf_prune.pipeline import PruningResult
     from hf_prune.recovery.recover import RecoveryResult
 
 
-_GOES_ON = {"prune": "--work-dir", "sweep": "", "recover": "--resume"}
+_GOES_ON = {"auto": "", "prune": "--work-dir", "sweep": "", "recover": "--resume"}
 """Commands that take up what was done when they are given again, with this option."""
+
+
+class LogFile:
+    """A file in place of a terminal: progress bars are lines of it, one in `EVERY_S` seconds and the last."""
+
+    EVERY_S = 30.0
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._bar, self._in_bars, self._shown = file, "", False, -math.inf
+
+    def write(self, text: str) -> int:
+        """Write text as it is; of bars, which begin with a carriage return or move up again, a line now and then."""
+        moves = "\r" in text or "\x1b[A" in text
+        if not moves and not (self._in_bars and not text.strip()):  # between bars there are line ends
+            self.end()
+            self._file.write(text)
+            return len(text)
+        if line := text.replace("\r", "").replace("\x1b[A", "").strip():
+            self._bar, self._in_bars = line, True
+            if time.monotonic() - self._shown >= self.EVERY_S:
+                self.end()
+                self._in_bars, self._shown = True, time.monotonic()
+        return len(text)
+
+    def end(self) -> None:
+        """Write the last bar, if it was not shown."""
+        if self._bar:
+            self._file.write(self._bar + "\n")
+        self._bar, self._in_bars = "", False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 class _Commands(TyperGroup):
@@ -40,6 +71,9 @@ class _Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         words, before = list(ctx.args), signal.getsignal(signal.SIGTERM)
+        stderr = sys.stderr
+        if not stderr.isatty():
+            sys.stderr = LogFile(stderr)  # type: ignore[assignment]  # what it does not do itself is the file's
         if threading.current_thread() is threading.main_thread() and before == signal.SIG_DFL:
             signal.signal(signal.SIGTERM, _terminate)
         try:
@@ -58,6 +92,9 @@ class _Commands(TyperGroup):
                 typer.echo(f"interrupted{_how_to_go_on(str(ctx.invoked_subcommand), words)}.", err=True)
             raise typer.Exit(128 + number) from None
         finally:
+            if isinstance(sys.stderr, LogFile):
+                sys.stderr.end()
+            sys.stderr = stderr
             if signal.getsignal(signal.SIGTERM) is _terminate:
                 signal.signal(signal.SIGTERM, before)
 
@@ -166,13 +203,13 @@ def inspect(
     if verify:
         checks = inspection.verify(load_model(model, device=device, dtype=dtype, config=config))
     if as_json:
-        verified = [{"kind": c.kind, "difference": c.difference, "effect": c.effect, "equal": c.equal} for c in checks]
+        verified = [dataclasses.asdict(check) | {"equal": check.equal} for check in checks]
         _print_json(report.to_dict() | ({"verification": verified} if verify else {}))
     else:
         printing.print_inspection(report)
         if checks:
             printing.print_verification(checks)
-    if not all(check.equal for check in checks):
+    if not all(check.equal or check.refused for check in checks):
         raise typer.Exit(1)
 
 
@@ -246,95 +283,31 @@ def prune(
 
     `hf-prune prune my-model smaller --method obs --pruning-ratio 0.3`
     """
-    if fit is not None:
-        if fields["pruning_ratio"] is not None or fields["budget"] is not None:
-            raise ConfigError("--fit says how much goes: leave out --pruning-ratio and --budget.")
-        fields |= {"pruning_ratio": 0.5, "budget": "memory"}
-    elif vocabulary and not any((config, preset, fields["method"], fields["pruning_ratio"])):
-        fields |= {"pruning_ratio": 0.0, "method": "custom"}  # nothing else goes
     where: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dequantise": dequantise}
-    chosen = read_config(config, fields, _preset(preset, model, fields, where))
-    if fit is not None:
-        chosen = _fitted(chosen, model, fit, where)
+    chosen = read_asked(model, fields, config=config, preset=preset, fit=fit, vocabulary=vocabulary, where=where)
     if output is None and not dry_run:
         raise ConfigError("no output directory was given: name one after the model, or pass --dry-run.")
 
-    from hf_prune import pipeline
-    from hf_prune.calibration import parts_of
-    from hf_prune.checkpoint.files import load_plan
-    from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
-    from hf_prune.cli import printing
-    from hf_prune.format.building import needs_plugin
-    from hf_prune.latency import LatencyTable
-    from hf_prune.layers.processes import reserved_for_all
-    from hf_prune.loading import load_processor, load_tokenizer
+    from hf_prune.cli import pruning
 
     target = None if dry_run else output
+    then = None
     if recover is not None:
-        then = _recovery(model, target, calibration, recover, device, overwrite, as_json)
+        then = pruning.recovery(model, target, calibration, recover, device, overwrite, trust_remote_code)
         assert target is not None
         target = target.with_name(f"{target.name}-pruned")
-        plan = load_plan(target) if target.is_dir() else None
-        if plan is not None and (plan.config, plan.base_model_name_or_path) == (chosen, model):
-            then(target)  # a run that was interrupted while it trained
-            return
-    if target is not None:
-        fields = {name: getattr(chosen, name, None) for name in ("policy", "save_policy", "state_dir")}
-        read = {name: Path(value) for name, value in fields.items() if value} | {"work_dir": work_dir}
-        found = enumerate(parts_of(calibration)) if calibration else ()
-        texts = {f"calibration {number}" if number else "calibration": part.source for number, part in found}
-        texts |= {f"vocabulary {number}": source for number, source in enumerate(vocabulary or ())}
-        check_apart(target, model=model, **texts, config=config, latency_table=latency_table, **read)
-        check_directory(target.absolute(), overwrite=overwrite)
-    table = LatencyTable.load(latency_table) if latency_table is not None else None
-    needed = calibration is not None or vocabulary is not None
-    tokenizer = load_tokenizer(model, required=needed, trust_remote_code=trust_remote_code)
-    printing.show_price()
-    start = time.perf_counter()
-    with reserved_for_all(target) if target is not None else nullcontext():
-        result = pipeline.prune(
-            model,
-            chosen,
-            tokenizer=tokenizer,
-            calibration=calibration,
-            batch_size=batch_size,
-            latency=table,
-            vocabulary=_vocabulary(vocabulary),
-            coverage=coverage,
-            layers_on=layers_on,  # type: ignore[arg-type]  # checked there
-            work_dir=work_dir,
-            device=device,
-            dtype=dtype,
-            output=target,
-            **where,
-        )
-        prune_s = time.perf_counter() - start
-        first = not int(os.environ.get("RANK", "0"))  # of several processes: it saves and prints
-        if target is not None and first:
-            processor = load_processor(model, result.model.config, trust_remote_code=trust_remote_code)
-            reads = processor or result.tokenizer
-            save_pruned(result.model, target, plan=result.plan, tokenizer=reads, report=_quality(result))
-    save_s = time.perf_counter() - start - prune_s
-    if as_json and first and recover is None:
-        quality = {"perplexity_before": result.perplexity_before, "perplexity_after": result.perplexity_after}
-        sizes = {
-            "num_parameters_before": result.structure.num_parameters(),
-            "num_parameters_after": result.plan.num_parameters(result.structure),
-        }
-        widths = {"num_units": result.plan.num_units, "widths": result.plan.widths}
-        asked = {"model": model, "output": None if target is None else str(target), "config": chosen.to_dict()}
-        _print_json({**asked, "achieved": result.plan.achieved, **sizes, **widths, **quality})
-    elif first and not as_json:
-        printing.print_plan(result.plan, result.structure)
-        printing.print_outcome(
-            output=target,
-            plugin=needs_plugin(result.model.config),
-            perplexity=(result.perplexity_before, result.perplexity_after),
-            prune_s=prune_s,
-            save_s=save_s,
-        )
-    if recover is not None and target is not None:
-        then(target)
+    if then is None or not pruning.is_pruned(target, model, chosen):  # else a run was interrupted while it trained
+        read = {"config": config, "latency_table": latency_table, "work_dir": work_dir}
+        pruning.check_output(target, model, chosen, read, calibration, vocabulary, overwrite)
+        run = {"batch_size": batch_size, "coverage": coverage, "layers_on": layers_on, "work_dir": work_dir}
+        run |= {"device": device, "dtype": dtype, **where}
+        made = pruning.prune_and_save(model, chosen, target, calibration, vocabulary, latency_table, run)
+        if as_json and then is None:
+            _print_once(pruning.values_of(made, model, target))
+        elif not as_json:
+            _print_once(partial(pruning.print_made, made, target))
+    if then is not None and output is not None:
+        _print_recovered(then(), output, as_json)
 
 
 @app.command()
@@ -411,9 +384,45 @@ def sweep(
         batch_size=batch_size,
         latency=table,
     )
-    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints
-        return
-    _print_json({"rows": rows}) if as_json else printing.print_rows(rows, output)
+    _print_once({"rows": rows} if as_json else partial(printing.print_sweep, rows, output))
+
+
+@app.command()
+def auto(
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Argument(help="Directory for the report. Default: MODEL's name and -auto.", metavar="OUTPUT")
+    ] = None,
+    *,
+    pruning_ratio: Annotated[
+        float | None, typer.Option(help="Fraction of the decoder to remove.", metavar="FRACTION")
+    ] = None,
+    fit: Annotated[str | None, typer.Option(help="Or what must fit, with the cache.", metavar="8GB")] = None,
+    minutes: Annotated[float, typer.Option(help="Time that measuring may take.")] = 10.0,
+    text: Annotated[
+        str | None, typer.Option(help="Text to measure perplexity on. Default: a novel.", metavar="FILE|DATASET")
+    ] = None,
+    calibration: Calibration = None,
+    as_json: AsJson = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure a few methods for some minutes, and print the one command to run, with what it will cost.
+
+    `hf-prune auto my-model --pruning-ratio 0.3 --calibration my-text.txt`
+    """
+    from hf_prune.cli import printing
+    from hf_prune.cli.auto import advise
+
+    folder = output or Path(f"{Path(model).name}-auto")
+    printing.show_price()
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    asked: dict[str, Any] = {"pruning_ratio": pruning_ratio, "fit": fit, "minutes": minutes, "text": text}
+    advice = advise(model, folder, **asked, calibration=calibration, **where)
+    values = {name: value for name, value in vars(advice).items() if name not in ("plan", "structure")}
+    values |= {"num_units": advice.plan.num_units, "widths": advice.plan.widths}
+    _print_once(values if as_json else partial(printing.print_advice, advice, folder))
 
 
 @app.command("eval")
@@ -487,28 +496,14 @@ def evaluate(
         "device": speed.device,
         "num_threads": speed.num_threads,
     }
-    for task in evaluation.zero_shot(loaded, tokenizer, tasks, limit=limit, batch_size=batch_size) if tasks else ():
-        values.setdefault("tasks", []).append(evaluation.flat(task))
-    for number, task in enumerate(
-        evaluation.zero_shot(other, tokenizer, tasks, limit=limit, batch_size=batch_size) if tasks and other else ()
-    ):
-        values["tasks"][number]["dense_accuracy"] = task.accuracy.value
+    if tasks:
+        values["tasks"] = _tasks(loaded, other, tokenizer, tasks, limit, batch_size)
     if questions:
         written = evaluation.check_generation(loaded, tokenizer, questions, dense=other, batch_size=batch_size)
         values["generation"] = evaluation.flat(written)
     if assists is not None:
-        from hf_prune.evaluation.assisting import measure_assisted
-
-        lengths = evaluation.usual_request(loaded)
-        found = measure_assisted(
-            load_model(assists, device=device, dtype=dtype),
-            loaded,
-            tokenizer,
-            text_of(text[0], tokenizer),
-            prompt_len=max(2, min(64, lengths["prompt_len"])),
-            new_tokens=min(64, 2 * lengths["new_tokens"]),
-        )
-        values |= {f"draft {name}": value for name, value in dataclasses.asdict(found).items()}
+        draft_of = load_model(assists, device=device, dtype=dtype, config=load_config(assists, **trust))
+        values |= _assisted(draft_of, loaded, tokenizer, text_of(text[0], tokenizer))
     _print_json(values) if as_json else printing.print_evaluation(values)
 
 
@@ -526,12 +521,14 @@ def quantise(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
     device: Device = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Quantise a pruned checkpoint: weights of 8 or 4 bits that `from_pretrained` loads."""
     from hf_prune.cli import printing
     from hf_prune.exporting.quantising import quantise as run
 
     options: dict[str, Any] = {"window": window, "batch_size": batch_size, "device": device, "overwrite": overwrite}
+    options["trust_remote_code"] = trust_remote_code
     rows = run(checkpoint, output, scheme, text=text, **options)
     _print_json({"rows": rows}) if as_json else printing.print_rows(rows, output)
 
@@ -549,7 +546,9 @@ def recover(
     ],
     eval_text: Annotated[
         list[str] | None,
-        typer.Option("--eval", help="Text to choose the best checkpoint by.", metavar="FILE|DATASET[:WEIGHT]"),
+        typer.Option(
+            "--eval", "--text", help="Text to choose the best checkpoint by.", metavar="FILE|DATASET[:WEIGHT]"
+        ),
     ] = None,
     other: Annotated[
         str,
@@ -578,8 +577,12 @@ def recover(
         str | None, typer.Option(help="Tokens to train on, in place of --steps: 500k, 2M, ...", metavar="N")
     ] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens of each window.")] = 256,
+    assistant_only_loss: Annotated[
+        bool, typer.Option("--assistant-only-loss", help="Of chats only what the assistant says is learnt.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last whole checkpoint.")] = False,
     overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train a pruned model and save it: adapters (the default), norms or all weights, with or without a teacher.
 
@@ -608,8 +611,10 @@ def recover(
         steps=steps,
         tokens=None if tokens is None else read_tokens(tokens),
         seq_len=seq_len,
+        assistant_only_loss=assistant_only_loss,
         resume=resume,
         overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
         **options,
     )
     _print_recovered(result, output)
@@ -634,12 +639,14 @@ def export(
     ] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a pruned or dense checkpoint in a format that other engines read."""
     from hf_prune.cli import printing
     from hf_prune.exporting import export as run
 
-    written = run(checkpoint, output, format=format, dtype=dtype, round_to=round_to, overwrite=overwrite)
+    options: dict[str, Any] = {"dtype": dtype, "round_to": round_to, "trust_remote_code": trust_remote_code}
+    written = run(checkpoint, output, format=format, overwrite=overwrite, **options)
     values = {name: value for name, value in vars(written).items() if name != "notes"} | {"path": str(written.path)}
     if as_json:
         _print_json({**values, "notes": written.notes})
@@ -660,95 +667,46 @@ def demo(
     run_demo(output)
 
 
-def _quality(result: PruningResult) -> dict[str, Any] | None:
-    """What the card says of it."""
-    if result.perplexity_before is None:
-        return None
-    values = {"dense": result.perplexity_before, "pruned": result.perplexity_after}
-    return {"perplexity on windows that it was not calibrated with": values}
+def _tasks(
+    model: Any, dense: Any, tokenizer: Any, tasks: list[str], limit: int | None, batch_size: int
+) -> list[dict[str, Any]]:
+    """A row for each task, with the dense model's accuracy if there is one."""
+    from hf_prune import evaluation
+
+    found = evaluation.zero_shot(model, tokenizer, tasks, limit=limit, batch_size=batch_size)
+    rows = [evaluation.flat(task) for task in found]
+    if dense is not None:
+        known = evaluation.zero_shot(dense, tokenizer, tasks, limit=limit, batch_size=batch_size)
+        for row, task in zip(rows, known, strict=True):
+            row["dense_accuracy"] = task.accuracy.value
+    return rows
 
 
-def _vocabulary(sources: list[str] | None) -> Any:
-    """Texts as they are named; the tokens that a single .json file lists."""
-    if not sources or len(sources) > 1 or not sources[0].endswith(".json"):
-        return sources
-    from hf_prune.reading import load_text_file, parse_json
+def _assisted(dense: Any, draft: Any, tokenizer: Any, text: str) -> dict[str, Any]:
+    """Decoding of a dense model with this one as its draft."""
+    from hf_prune.evaluation import usual_request
+    from hf_prune.evaluation.assisting import measure_assisted
 
-    with suppress(ValueError):  # records of text, one a line
-        found = parse_json(load_text_file(sources[0], "vocabulary", ConfigError))
-        if isinstance(found, list) and all(type(token) is int for token in found):
-            return found
-    return sources
+    request = usual_request(draft)
+    lengths = {"prompt_len": max(2, min(64, request["prompt_len"])), "new_tokens": min(64, 2 * request["new_tokens"])}
+    found = measure_assisted(dense, draft, tokenizer, text, **lengths)
+    return {f"draft {name}": value for name, value in dataclasses.asdict(found).items()}
+
+
+def _print_once(content: dict[str, Any] | Callable[[], None]) -> None:
+    """Of several processes the first one prints."""
+    if int(os.environ.get("RANK", "0")):
+        return
+    content() if callable(content) else _print_json(content)
 
 
 def _print_recovered(result: RecoveryResult, output: Path, as_json: bool = False) -> None:
     from hf_prune.cli import printing
 
-    if int(os.environ.get("RANK", "0")):  # one of several processes: the first one prints
-        return
     names = ("perplexity_before", "perplexity_after", "other_before", "other_after")
     measured = {name: value for name in names if (value := getattr(result, name)) is not None}
     values = {"num_parameters": result.model.num_parameters(), **measured, "output": str(output)}
-    _print_json(values) if as_json else printing.print_values(values)
-
-
-def _recovery(
-    dense: str,
-    output: Path | None,
-    calibration: list[str] | None,
-    tokens: str,
-    device: str | None,
-    overwrite: bool,
-    as_json: bool,
-) -> Callable[[Path], None]:
-    """What `prune --recover` does once the pruned model is there; bad input is found now."""
-    from hf_prune.calibration import GENERAL, asks_model, parts_of
-    from hf_prune.checkpoint.saving import check_apart, check_directory
-    from hf_prune.recovery.arguments import read_tokens
-    from hf_prune.recovery.recover import recover
-    from hf_prune.recovery.resuming import checkpoints
-
-    train, number = calibration or [GENERAL], read_tokens(tokens)
-    if output is None:
-        raise ConfigError("--recover trains what was saved: leave out --dry-run.")
-    if asks_model(train):
-        raise ConfigError("--recover trains on the calibration text, found 'self', which is written anew each time.")
-    check_apart(output, model=dense, **{f"calibration {i}": part.source for i, part in enumerate(parts_of(train))})
-    check_directory(output.absolute(), overwrite=overwrite)
-
-    def then(pruned: Path) -> None:
-        from accelerate import PartialState
-
-        PartialState().wait_for_everyone()
-        begun = bool(checkpoints(output.with_name(f"{output.name}-training")))
-        options: dict[str, Any] = {"preset": "distill", "teacher": dense, "tokens": number, "resume": begun}
-        options |= {"use_cpu": True} if device == "cpu" else {}
-        _print_recovered(recover(pruned, output, train=train, overwrite=overwrite, **options), output, as_json)
-
-    return then
-
-
-def _preset(name: str | None, model: str, fields: dict[str, Any], where: dict[str, Any]) -> PruningConfig | None:
-    """The named setting for this model, at the ratio that `fields` give."""
-    if name is None:
-        return None
-    from hf_prune.config import LLMPrunerConfig
-    from hf_prune.loading import load_config
-
-    if fields.get("pruning_ratio") is None:
-        raise ConfigError("--preset needs --pruning-ratio: the fraction to remove, above 0 and below 1.")
-    num_hidden_layers = load_config(model, **where).get_text_config().num_hidden_layers
-    return LLMPrunerConfig.preset(name, fields["pruning_ratio"], num_hidden_layers)
-
-
-def _fitted(config: PruningConfig, model: str, fit: str, where: dict[str, Any]) -> PruningConfig:
-    """`config` with the ratio at which the model fits, from config.json alone."""
-    from hf_prune.loading import load_config
-    from hf_prune.memory import fit_ratio
-    from hf_prune.structure.inference import infer_structure
-
-    structure = infer_structure(load_config(model, **where), cache=True)
-    return dataclasses.replace(config, pruning_ratio=fit_ratio(structure, fit, config))
+    _print_once(values if as_json else partial(printing.print_values, values))
 
 
 def _print_json(values: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from hf_prune.cli.auto import Advice
     from hf_prune.cli.inspection import FamilyReport, InspectionReport, Verification
     from hf_prune.plan import PruningPlan
     from hf_prune.report.tables import Row
@@ -34,11 +36,12 @@ class _ToStderr(logging.Handler):
 
 
 def show_price() -> None:
-    """Show on stderr what a run on disk will read, write and compute, before it starts."""
-    price = logging.getLogger("hf_prune.layers.price")
-    if not price.handlers:
-        price.addHandler(_ToStderr())
-        price.setLevel(logging.INFO)
+    """Show on stderr what a run on disk will read, write and compute, or how long it takes, before it starts."""
+    for name in ("hf_prune.layers.price", "hf_prune.cli.auto"):
+        price = logging.getLogger(name)
+        if not price.handlers:
+            price.addHandler(_ToStderr())
+            price.setLevel(logging.INFO)
 
 
 def print_error(message: str) -> None:
@@ -122,9 +125,13 @@ def print_verification(checks: Sequence[Verification]) -> None:
     table = _table("kind", "masked−sliced", "rounding up to", "dense−sliced", "equal", numbers=(1, 2, 3))
     for check in checks:
         differences = (f"{value:.2e}" for value in (check.difference, check.tolerance, check.effect))
-        table.add_row(check.kind, *differences, "yes" if check.equal else Text("NO", style="red"))
+        if not check.refused:
+            table.add_row(check.kind, *differences, "yes" if check.equal else Text("NO", style="red"))
     table.title = "Largest difference of logits, random plans"
     _print(table)
+    for check in checks:
+        if check.refused:
+            _print(f"{check.kind} cannot be removed: {check.refused}")
 
 
 def print_plan(plan: PruningPlan, structure: Structure) -> None:
@@ -177,6 +184,23 @@ def print_rows(rows: Sequence[Row], output: Path | None = None) -> None:
         names = [str(row[name]) for name in ("method", "allocation", "axes") if name in row]
         _print(f"{', '.join(names)}: {row['note']}" if row.get("note") else "")
     _print(f"written to {output}" if output is not None else "")
+
+
+def print_sweep(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """Rows of a sweep in the columns that people compare by, readable at 80 columns."""
+    from hf_prune.cli.sweep import in_short
+
+    print_rows([{**short, "note": row.get("note")} for short, row in zip(in_short(rows), rows, strict=True)], output)
+
+
+def print_advice(advice: Advice, output: Path) -> None:
+    """What was measured, what is advised, its widths, and the command, ready for a shell."""
+    from hf_prune.cli.auto import summary
+
+    print_sweep(advice.rows, output / "report.html")
+    print_plan(advice.plan, advice.structure)
+    _print(_grid(summary(advice)))
+    _print(shlex.join(advice.command))
 
 
 def print_texts(rows: Sequence[Mapping[str, str]]) -> None:

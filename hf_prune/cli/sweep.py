@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,12 @@ from hf_prune.atomic import held_by, replaced_file
 from hf_prune.calibration import is_text
 from hf_prune.checkpoint.files import REPORT_NAME
 from hf_prune.config import CONFIGS, PruningConfig, selected_axes
-from hf_prune.data import load_text
+from hf_prune.data import evaluation_windows, load_text
 from hf_prune.errors import BudgetError, CheckpointError, ConfigError, ScoreError
+from hf_prune.evaluation.estimates import mean_of
+from hf_prune.evaluation.generation import samples
 from hf_prune.evaluation.latency import measure_latency
-from hf_prune.evaluation.perplexity import perplexity
+from hf_prune.evaluation.perplexity import exp, window_losses
 from hf_prune.evaluation.speed import measure_speed, num_parameters, usual_request
 from hf_prune.gate import check_model, check_windows, unwrapped
 from hf_prune.latency import LatencyTable
@@ -33,6 +36,7 @@ from hf_prune.layers.processes import main_writes, of_main_process, reserved_for
 from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.pipeline import base_model_of, calibration_data, prune
 from hf_prune.reading import save_text_file
+from hf_prune.report.card import calibration_names, calibration_words, command_block, samples_table, setting_words
 from hf_prune.report.html import html_page
 from hf_prune.report.pictures import tradeoff_picture
 from hf_prune.report.tables import markdown_table
@@ -47,15 +51,18 @@ if TYPE_CHECKING:
 
     from hf_prune.layers.walk import Batch
     from hf_prune.pipeline import Calibration, PruningResult
+    from hf_prune.plan import PruningPlan
     from hf_prune.structure.axes import Structure
 
 logger = logging.getLogger(__name__)
 
-Values = dict[str, str | int | float | None]
+Values = dict[str, Any]
 Key = tuple[str, str, str, float]
 """Method, allocation, repair (empty: the method's own), asked ratio: which row it is."""
 _DENSE: Key = ("dense", "", "", 0.0)
 _COLUMNS = ("method", "allocation", "repair", "pruning_ratio")
+_APART = ("plan", "samples")
+"""What a row has that is no cell of a table."""
 
 
 def sweep(
@@ -71,16 +78,19 @@ def sweep(
     repairs: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     window: int = 256,
+    max_windows: int | None = None,
     batch_size: int = 8,
     latency: LatencyTable | None = None,
+    seconds: float = math.inf,
 ) -> list[Values]:
     """Prune `model` in all combinations, and measure perplexity, size and speed of each. Writes into `output_dir`.
 
     Of several processes the main one writes, and its measurements count.
 
     `results.json` holds the rows and what they were measured with, `results.md` the table, `tradeoff.png` the picture
-    (with matplotlib), `scores/` the scores, `latency.json` the latency table where the budget is `latency`. A second
-    call goes on where an interrupted one stopped. The model is not changed.
+    (with matplotlib), `report.html` all for people, `scores/` the scores, `plans/` the plan of each row, `latency.json`
+    the latency table where the budget is `latency`. A second call goes on where an interrupted one stopped. The model
+    is not changed.
 
     Args:
         model: the dense causal LM.
@@ -94,20 +104,28 @@ def sweep(
         repairs: values of `repair`; default: that of each method.
         settings: other fields of the configurations; methods that do not have a field do without.
         window: tokens of each window of `text`.
+        max_windows: so many of them, evenly spaced; default: all.
         batch_size: windows per forward pass.
         latency: table for the budget `latency`; default: measured once.
+        seconds: no row is begun after so many; another call measures those that are missing.
 
     Returns:
-        The rows, the dense model's first. A ratio out of reach has a `note` in place of a perplexity.
+        The rows, the dense model's first: `times_dense` is the perplexity over that of the dense model, with its 95 %
+        interval over windows, `plan` the plan's file, `samples` what the model writes after some prompts. A ratio out
+        of reach has a `note` in place of a perplexity.
 
     Raises:
         ConfigError: an unknown method or field, a wrong value, or a directory of another sweep.
         HFPruneError: other bad input, before anything is measured where that can be known.
     """
+    start = time.perf_counter()
     cells = _cells(methods, ratios, allocations, repairs, dict(settings or {}))
     content, model = load_text(text), unwrapped(model)
+    windows = evaluation_windows(tokenizer, content, window, max_windows, source=text)
+    check_windows(model, [{"input_ids": windows}])
     study = _Study(model, tokenizer, infer_structure(model), calibration, batch_size, Path(output_dir), latency)
-    results = _Results(study.folder, _circumstances(model, content, window, calibration, dict(settings or {})))
+    asked = _circumstances(model, content, window, calibration, dict(settings or {})) | {"max_windows": max_windows}
+    results = _Results(study.folder, asked)
     missing = {key: config for key, config in cells.items() if key not in results.rows}
     for config in missing.values():  # missing text and unknown axes are found now, not after hours
         batches = study.batches(config)
@@ -115,18 +133,35 @@ def sweep(
         selected_axes(study.structure, config)
         check_model(model, study.structure, config, batches)
 
+    losses_of = partial(window_losses, windows=windows, batch_size=batch_size, progress=False)
+    dense = losses_of(model) if missing or _DENSE not in results.rows else None
+
     def measured(subject: PreTrainedModel) -> Values:
-        found = perplexity(subject, tokenizer, content, window=window, batch_size=batch_size, progress=False)
-        value = found.perplexity if math.isfinite(found.perplexity) else None
-        return {"perplexity": value, "num_parameters": num_parameters(subject), **_speed(subject)}
+        losses = losses_of(subject) if subject is not model else dense
+        assert losses is not None
+        assert dense is not None
+        value = exp(float(losses.sum()) / (len(losses) * (window - 1)))
+        found: Values = {"perplexity": value if math.isfinite(value) else None}
+        if subject is not model and math.isfinite(value):
+            ratio = mean_of([(losses - dense) / (window - 1)]).mapped(exp)
+            found |= {"times_dense": ratio.value, "times_dense_low": ratio.low, "times_dense_high": ratio.high}
+        return {
+            **found,
+            "num_parameters": num_parameters(subject),
+            **_speed(subject),
+            "samples": samples(subject, tokenizer),
+        }
 
     with tqdm(total=len(missing) + (_DENSE not in results.rows), desc="sweep", unit="row") as bar:
         if _DENSE not in results.rows:
             results.add(_DENSE, {"achieved_ratio": 0.0, "decoder_ratio": 0.0, **measured(model)})
             bar.update()
         for key, config in missing.items():
-            bar.set_postfix_str(_label(key))
-            start = time.perf_counter()
+            bar.set_postfix_str(", ".join(part for part in key[:3] if part))
+            began = time.perf_counter()
+            if of_main_process(began - start > seconds):
+                logger.warning("%d rows were not begun: the time is over", sum(k not in results.rows for k in missing))
+                break
             try:
                 result = study.prune(config)
             except BudgetError as error:
@@ -134,12 +169,21 @@ def sweep(
                 results.add(key, {"perplexity": None, "note": str(error)})
                 bar.update()
                 continue
-            prune_s = time.perf_counter() - start
+            prune_s = time.perf_counter() - began
             achieved = result.plan.achieved
             removed: Values = {"achieved_ratio": achieved[config.budget], "decoder_ratio": achieved["decoder"]}
-            results.add(key, {**removed, **measured(result.model), "prune_s": prune_s})
+            plan = f"plans/{len(results.rows)}.json"
+            row = {**removed, **measured(result.model), "prune_s": prune_s, "plan": plan}
+            results.add(key, row, result.plan)
             bar.update()
-    return results.report([_DENSE, *cells])
+    words = ["sweep", base_model_of(model) or "MODEL", str(output_dir)]
+    words += ["--methods", ",".join(methods), "--ratios", ",".join(map(str, ratios)), "--text", str(text)]
+    words += calibration_words(calibration_names(calibration))
+    words += ["--repairs", ",".join(repairs)] if repairs else []
+    for allocation in allocations:
+        words += ["--allocations", allocation if isinstance(allocation, str) else json.dumps(allocation)]
+    words += [*setting_words(settings or {}), "--window", str(window)]
+    return results.report([_DENSE, *cells], command_block(words))
 
 
 def _cells(
@@ -272,45 +316,84 @@ class _Results:
         before = found["circumstances"]
         changed = [name for name in self._circumstances if before.get(name) != self._circumstances[name]]
         if changed:
+            names = [name.removesuffix("_sha256") for name in changed]  # of a text its name differs, or what is in it
+            values = {name: (before.get(name), self._circumstances[name]) for name in changed if name in names}
+            was, now = ([pair[i] for pair in values.values()] for i in (0, 1))
+            said = f" (found {was}, now {now})" if values else ""
             raise ConfigError(
-                f"{self._path} is of another sweep: {', '.join(changed)} differ (found "
-                f"{[before.get(name) for name in changed]}, now {[self._circumstances[name] for name in changed]}). "
-                "Name a new directory, or delete this one."
+                f"{self._path} is of another sweep: {', '.join(dict.fromkeys(names))} differ{said}. Name a new "
+                "directory, or delete this one."
             )
         for row in found["rows"]:
             method, allocation, repair, ratio = (row[name] for name in _COLUMNS)
             self.rows[method, allocation, repair, float(ratio)] = row
 
-    def add(self, key: Key, row: Values) -> None:
+    def add(self, key: Key, row: Values, plan: PruningPlan | None = None) -> None:
         """Keep a row, and write all of them; an interrupted write leaves the older file."""
         self.rows[key] = of_main_process({**dict(zip(_COLUMNS, key, strict=True)), **row})
         text = json.dumps({"circumstances": self._circumstances, "rows": list(self.rows.values())}, indent=1)
         with main_writes(str(self._path)) as mine:
+            if mine and plan is not None:
+                plan.save(self._path.parent / row["plan"])
             if mine:
                 save_text_file(self._path, text + "\n")
 
-    def report(self, keys: Sequence[Key]) -> list[Values]:
-        """Write the table of all rows there are, and a picture if one has a point; return those of `keys`."""
-        folder = self._path.parent
-        drawable = any(row.get("decoder_ratio") and row["perplexity"] for row in self.rows.values())
+    def report(self, keys: Sequence[Key], command: str) -> list[Values]:
+        """Write tables and pages of all rows there are, and a picture if one has a point; return those of `keys`."""
+        folder, rows = self._path.parent, list(self.rows.values())
+        drawable = any(row.get("decoder_ratio") and row["perplexity"] for row in rows)
         with main_writes(str(folder)) as mine:
             if mine:
-                save_text_file(folder / "results.md", markdown_table(list(self.rows.values())))
+                whole = [{name: value for name, value in row.items() if name not in _APART} for row in rows]
+                save_text_file(folder / "results.md", markdown_table(whole))
             if mine and drawable and find_spec("matplotlib") is not None:
-                rows = [{**row, "method": _label(key)} for key, row in self.rows.items()]
                 with replaced_file(folder / "tradeoff.png") as new:
-                    tradeoff_picture(rows, new)
+                    tradeoff_picture([{**row, "method": label(row)} for row in rows], new)
             if mine:
-                page = (folder / "results.md").read_text(encoding="utf-8")
-                if (folder / "tradeoff.png").exists():
-                    page += "\n![What pruning costs and gains](tradeoff.png)\n"
-                save_text_file(folder / REPORT_NAME, html_page(page, f"Sweep: {folder.name}", folder))
-        return [self.rows[key] for key in keys]
+                write_page(folder, f"# Sweep: {folder.name}", command)
+        return [self.rows[key] for key in keys if key in self.rows]
 
 
-def _label(key: Key) -> str:
-    """What the picture calls the rows of one method, allocation and repair."""
-    return ", ".join(part for part in key[:3] if part)
+def write_page(folder: Path, head: str, command: str) -> None:
+    """Write `report.html` of the sweep in `folder`: Markdown on top, then trade-off, samples, settings and command."""
+    found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    samples: dict[str, dict[str, str]] = {}
+    for row in found["rows"]:
+        for prompt, text in row.get("samples", {}).items():
+            removed = row["achieved_ratio"]
+            samples.setdefault(prompt, {})[label(row) + (f", {removed:.0%}" if removed else "")] = text
+    parts = [head, "## What pruning costs and gains", markdown_table(in_short(found["rows"], intervals=True))]
+    parts += [f"{label(row)}: {row['note']}" for row in found["rows"] if row.get("note")]
+    if (folder / "tradeoff.png").exists():
+        parts.append("![What pruning costs and gains](tradeoff.png)")
+    parts += ["## What it writes", samples_table(samples)] if samples else []
+    parts += ["## How", command, f"```json\n{json.dumps(found['circumstances'], indent=1)}\n```"]
+    page = html_page("\n\n".join(parts), head.partition("\n")[0].lstrip("# "), folder)
+    save_text_file(folder / REPORT_NAME, page)
+
+
+def in_short(rows: Sequence[Values], *, intervals: bool = False) -> list[Values]:
+    """The columns that people compare by, few enough for a terminal; `results.json` and `results.md` have all."""
+
+    def times(row: Values) -> Any:
+        value, low, high = (row.get(f"times_dense{end}") for end in ("", "_low", "_high"))
+        return f"{value:.3f} ({low:.3f} to {high:.3f})" if intervals and low is not None else value
+
+    return [
+        {
+            "method": label(row),
+            "achieved_ratio": row.get("achieved_ratio", row["pruning_ratio"]),
+            **{name: row.get(name) for name in ("num_parameters", "perplexity")},
+            "times_dense": times(row),
+            "latency_ms": row.get("latency_ms"),
+        }
+        for row in rows
+    ]
+
+
+def label(row: Values) -> str:
+    """What the rows of one method, allocation and repair are called."""
+    return ", ".join(row[name] for name in _COLUMNS[:3] if row[name])
 
 
 def _speed(model: PreTrainedModel) -> Values:

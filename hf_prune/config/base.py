@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Self  # of Python 3.11
 
 Budget = Literal["decoder", "model", "active", "units", "latency", "memory"]
-AllocationName = Literal["uniform", "global", "spectral", "search"]
+AllocationName = Literal["uniform", "global", "spectral", "curves", "search"]
 Allocation = AllocationName | Mapping[str, float] | tuple[tuple[str, float], ...]
 Standardise = Literal["none", "sum", "mean", "zscore"]
 Repair = Literal["none", "least_squares", "end_to_end", "train", "data_free"]
@@ -67,9 +67,10 @@ class PruningConfig:
     or only their attention or MLP (`layer_attention`, `layer_mlp`)."""
     allocation: Allocation = "uniform"
     """`uniform`: the same fraction from every axis; `global`: scores per parameter removed compete across axes;
-    `spectral`: layers with heavier eigenvalue tails keep more; `search`: widths that change the output least; or a
-    JSON object of weights, `{"mlp": 2, "layers.*.attention": 1}`: the fraction of a kind as a whole, or of each axis
-    that a pattern matches, relative to each other."""
+    `spectral`: layers with heavier eigenvalue tails keep more; `curves`: what the output loses by each axis alone, per
+    parameter, competes across axes; `search`: widths that change the output least; or a JSON object of weights,
+    `{"mlp": 2, "layers.*.attention": 1}`: the fraction of a kind as a whole, or of each axis that a pattern matches,
+    relative to each other."""
     standardise: Standardise = "none"
     """How scores of different axes are made comparable where they compete: not at all, score per parameter (`none`);
     share of the axis's total score, per parameter (`sum`); score over the mean (`mean`), or deviations from the mean
@@ -79,7 +80,7 @@ class PruningConfig:
     search_evaluations: Annotated[int, Range(1)] = 200
     """Plans that `search` tries, 1 or more: forward passes over its calibration windows."""
     search_samples: Annotated[int, Range(1)] = 16
-    """Calibration windows on which `search` compares plans, 1 or more."""
+    """Calibration windows on which `search` and `curves` compare plans, 1 or more."""
     round_to: Annotated[int, Range(1)] | Literal["auto"] | None = None
     """Pruned MLP and hidden widths become multiples of this; `auto` picks the largest of 128, 64, 32, 16, 8 that is
     at most 1/32 of the axis. Attention groups and layers go one by one whatever this says."""
@@ -184,6 +185,11 @@ class PruningConfig:
         found = together(self.targets)
         assert found is not None  # checked
         return found
+
+    @property
+    def compares_outputs(self) -> bool:
+        """Whether allocation runs the model on calibration text."""
+        return self.allocation in ("curves", "search")
 
     @property
     def repairs_with_data(self) -> bool:

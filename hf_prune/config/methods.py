@@ -104,6 +104,8 @@ class LLMPrunerConfig(PruningConfig):
     normalisation: Literal["mean", "sum"] = "mean"
     """F is the `mean` (the released code) or the `sum` (the paper, eq. 5) of squared sample gradients; matters to
     `mixed` only, whose two terms it weighs."""
+    assistant_only_loss: bool = False
+    """Of chats only what the assistant says counts in the loss."""
 
     @classmethod
     def preset(cls, name: str, pruning_ratio: float, num_hidden_layers: int) -> LLMPrunerConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,16 +10,22 @@ import torch
 
 from hf_prune.calibration import SELF, answers, prompts_of
 from hf_prune.checkpoint.save_hook import tokens_in_dense
+from hf_prune.data import token_stream
 from hf_prune.errors import CalibrationError, ConfigError
 from hf_prune.evaluation.estimates import Estimate, mean_of, share_of
+from hf_prune.gate import check_windows
 from hf_prune.layers.weights import inference, input_device
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 FEWEST_PROMPTS = 32
 """Of fewer, half of which loop, the interval of the rate would be wider than 0.34."""
+SAMPLES, SAMPLE_TOKENS = 3, 32
+"""Prompts of a report, and new tokens of each."""
 _REPEATS, _LOOP_TOKENS = 3, 12
 """A text loops if it ends in a piece said three times or more, over at least twelve tokens."""
 
@@ -94,6 +101,24 @@ def check_generation(
     return GenerationReport(
         found.num_prompts, max_new_tokens, found.loops, found.ends, found.length, agreement, reference
     )
+
+
+def samples(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """What a model in memory writes after the first `SAMPLES` bundled prompts, greedily: for people to read.
+
+    Empty, with a warning, where the model cannot: a report is not worth a failed run.
+    """
+    prompts = prompts_of(SELF)[:SAMPLES]
+    try:
+        ids = [token_stream(tokenizer, prompt)[None] for prompt in prompts]
+        check_windows(model, [{"input_ids": torch.cat([row, row.new_zeros(1, 2 * SAMPLE_TOKENS)], 1)} for row in ids])
+        with inference(model):
+            written = list(answers(model, tokenizer, prompts, SAMPLE_TOKENS, greedy=True))
+    except Exception as error:  # of `generate`, which fails in as many ways as there are models
+        logger.warning("no samples of text: %s", str(error).splitlines()[0] if str(error) else type(error).__name__)
+        return {}
+    texts = (tokenizer.decode(answer, skip_special_tokens=True) for _, answer, _ in written)
+    return {prompt: " ".join(str(text).split()) for prompt, text in zip(prompts, texts, strict=True)}
 
 
 def loops(tokens: list[int]) -> bool:

@@ -43,6 +43,7 @@ def export(
     dtype: str | None = None,
     round_to: int | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Exported:
     """Write a checkpoint, pruned or dense, in a format that another engine reads. Logits stay equal within rounding.
 
@@ -62,6 +63,7 @@ def export(
         round_to: GGUF only: MLP widths become a multiple of this by channels of zeros. Default: what `dtype` needs, 32
             for `q8_0` and `q4_0`; 256 if the file is to be quantised to K-quants later.
         overwrite: `output` may be an earlier export of this format, which is replaced at the end.
+        trust_remote_code: whether code that comes with the checkpoint may run.
 
     Raises:
         HFPruneError: the format cannot hold the model, a package is missing, `output` is read or exists, or its disk is
@@ -85,14 +87,14 @@ def export(
             if format == "gguf":
                 from hf_prune.exporting.gguf import write_gguf
 
-                return write_gguf(str(checkpoint), output, dtype, round_to)
+                return write_gguf(str(checkpoint), output, dtype, round_to, trust_remote_code)
             if format == "onnx":
                 from hf_prune.exporting.onnx import write_onnx
 
-                return write_onnx(str(checkpoint), output, dtype)
+                return write_onnx(str(checkpoint), output, dtype, trust_remote_code)
             from hf_prune.exporting.plain import write_plain
 
-            return write_plain(str(checkpoint), output, dtype)
+            return write_plain(str(checkpoint), output, dtype, trust_remote_code)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{output} could not be written ({error}); nothing is left of it.") from error
 

@@ -117,13 +117,15 @@ class _Sizes:
         }[dimension]
 
 
-def write_gguf(checkpoint: str, output: Path, dtype: str | None, round_to: int | None) -> Exported:
+def write_gguf(
+    checkpoint: str, output: Path, dtype: str | None, round_to: int | None, trust_remote_code: bool = False
+) -> Exported:
     """See `hf_prune.export`."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError("GGUF files need the package gguf: pip install 'hf_prune[gguf]'.") from error
-    config = load_config(checkpoint)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     base, found = ordinary(config), shapes(config, None)
     dtype = dtype or _own_dtype(config)
     if dtype not in DTYPES:
@@ -133,7 +135,7 @@ def write_gguf(checkpoint: str, output: Path, dtype: str | None, round_to: int |
         raise StructureError(f"{config.model_type}: the model cannot be built from its config.")
     sizes = _sizes(base, found, dtype, round_to or (_BLOCK if dtype.startswith("q") else 1))
     rope, factors = _rope(base, sizes.architecture)
-    tokenizer = load_tokenizer(checkpoint, required=True)
+    tokenizer = load_tokenizer(checkpoint, required=True, trust_remote_code=trust_remote_code)
     assert tokenizer is not None
     values = {**_values(base, sizes, dtype), **rope, **tokenizer_values(tokenizer, base, sizes.vocabulary)}
     entries = list(_entries(found, base, sizes, factors))

@@ -15,8 +15,9 @@ from hf_prune.checkpoint.saving import DISK_SHARD
 from hf_prune.config.checks import ranges
 from hf_prune.errors import HFPruneError, StructureError
 from hf_prune.exporting import Exported
-from hf_prune.format.building import build_empty
+from hf_prune.format.building import build_empty, has_own_code
 from hf_prune.format.per_layer import DIGESTS
+from hf_prune.format.remote_code import own_class
 from hf_prune.format.stock_guard import FLAG
 from hf_prune.layers.weights import read_weight
 from hf_prune.loading import load_config, load_tokenizer, open_model
@@ -42,19 +43,23 @@ if TYPE_CHECKING:
 _SAME_WEIGHTS: dict[str, tuple[str, dict[str, Any]]] = {"llama": ("mistral", {"sliding_window": None})}
 
 
-def write_plain(checkpoint: str, output: Path, dtype: str | None) -> Exported:
+def write_plain(checkpoint: str, output: Path, dtype: str | None, trust_remote_code: bool = False) -> Exported:
     """See `hf_prune.export`."""
-    config = load_config(checkpoint)
+    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
     target, structure, plan = plain_config(config)
     source = open_model(checkpoint, layers_on="disk", dtype=dtype, config=config)
-    model: Any = build_empty(target).to(source.dtype)
+    model: Any = build_empty(target)
+    if (own := own_class(type(model))) is not None:  # not ours beside it, which has the same name
+        own.register_for_auto_class(type(model)._auto_class)  # type: ignore[attr-defined]
+        model = build_empty(target, own)
+    model = model.to(source.dtype)
     check_free(output, sum(p.numel() * p.element_size() for p in model.parameters()))
     model.generation_config = source.generation_config
     # What transformers takes for weights left on disk it reads one file's worth at a time.
     model.hf_device_map = {"": "disk"}
     weights: Any = _Padded(source, structure, plan)
     add_hook_to_module(model, AlignDevicesHook("cpu", offload=True, weights_map=weights, place_submodules=False))
-    tokenizer = load_tokenizer(checkpoint, required=False)
+    tokenizer = load_tokenizer(checkpoint, required=False, trust_remote_code=trust_remote_code)
     with replaced_directory(output) as new:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
@@ -202,11 +207,14 @@ def ordinary(config: Any, model_type: str | None = None, values: Mapping[str, An
 
     if getattr(config, "quantization_config", None):
         raise StructureError("found a quantised checkpoint, expected one that is not. Export first, quantise then.")
-    ours = ("per_layer_config", "pruning_config", "auto_map", FLAG, DIGESTS)
+    ours = ["per_layer_config", "pruning_config", FLAG, DIGESTS]
+    ours += [] if has_own_code(type(config)) else ["auto_map"]
     own = {key: value for key, value in config.to_dict().items() if key not in (*ours, "model_type")}
     kind = type(config) if model_type is None else CONFIG_MAPPING[model_type]
     try:
-        return kind.from_dict({**own, **(values or {})})
+        plain = kind.from_dict({**own, **(values or {})})
+        plain._name_or_path = config._name_or_path
+        return plain
     except Exception as error:  # config classes refuse in any way they like
         raise StructureError(f"{kind.__name__} refuses these sizes: {error}") from error
 

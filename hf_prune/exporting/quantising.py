@@ -17,7 +17,7 @@ from hf_prune.data import load_text
 from hf_prune.errors import CheckpointError, ConfigError, HFPruneError, StructureError
 from hf_prune.evaluation.perplexity import perplexity
 from hf_prune.evaluation.speed import num_bytes, num_parameters
-from hf_prune.format.building import build_empty
+from hf_prune.format.building import build_empty, has_own_code
 from hf_prune.gate import quantised
 from hf_prune.loading import load_config, load_model, load_tokenizer
 
@@ -58,6 +58,7 @@ def quantise(
     batch_size: int = 8,
     device: str | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[Row]:
     """Quantise the weights of a pruned checkpoint and save it as one that `from_pretrained` loads.
 
@@ -71,6 +72,7 @@ def quantise(
         batch_size: windows per forward pass.
         device: where the models run; default: the CPU.
         overwrite: `output` may hold a checkpoint, which is replaced at the end.
+        trust_remote_code: whether code that comes with the checkpoints of both models may run.
 
     Returns:
         One row per model with its parameters, bytes and, with `text`, perplexity: the quantised one only without it.
@@ -82,7 +84,8 @@ def quantise(
     """
     if scheme not in SCHEMES:
         raise ConfigError(f"scheme: found {scheme!r}, expected one of {list(SCHEMES)}.")
-    directory, config = Path(output).absolute(), load_config(str(checkpoint))
+    trust = {"trust_remote_code": trust_remote_code}
+    directory, config = Path(output).absolute(), load_config(str(checkpoint), **trust)
     if getattr(config, "pruning_config", None) is None or quantised(config):
         raise CheckpointError(f"{checkpoint} is not a pruned checkpoint, or quantised already: quantise a pruned one.")
     dense = config.pruning_config.get("base_model_name_or_path")
@@ -92,7 +95,7 @@ def quantise(
         raise ConfigError(f"scheme {scheme!r} needs {SCHEMES[scheme].library}: pip install {SCHEMES[scheme].library}.")
     _check_blocks(config, scheme)
     content = None if text is None else load_text(text)
-    tokenizer = load_tokenizer(str(checkpoint), required=content is not None)
+    tokenizer = load_tokenizer(str(checkpoint), required=content is not None, **trust)
     rows: list[Row] = []
 
     def measure(name: str, model: PreTrainedModel) -> None:
@@ -104,13 +107,14 @@ def quantise(
 
     if content is not None:
         try:
-            measure("dense", load_model(str(dense), device=device))
-            _check_blocks(load_config(dense), scheme)
-            measure(f"dense, {scheme}", _load_quantised(dense, scheme, device))
+            other = load_config(str(dense), **trust)
+            measure("dense", load_model(str(dense), device=device, config=other))
+            _check_blocks(other, scheme)
+            measure(f"dense, {scheme}", _load_quantised(dense, scheme, device, other))
         except HFPruneError as error:
             logger.warning("the dense model is not measured: %s", error)
-        measure("pruned", load_model(str(checkpoint), device=device))
-    model = _load_quantised(str(checkpoint), scheme, device)
+        measure("pruned", load_model(str(checkpoint), device=device, config=config))
+    model = _load_quantised(str(checkpoint), scheme, device, config)
     # before a forward pass: bitsandbytes then packs its weights anew for the CPU, and would save them like that
     save_pruned(model, output, tokenizer=tokenizer)
     measure(f"pruned, {scheme}", model)
@@ -137,9 +141,14 @@ def _check_blocks(config: PreTrainedConfig, scheme: str) -> None:
         logger.warning("only %.0f %% of the weights are in linear layers and become smaller", 100 * found / matrices)
 
 
-def _load_quantised(source: str, scheme: str, device: str | None) -> PreTrainedModel:
+def _load_quantised(source: str, scheme: str, device: str | None, config: PreTrainedConfig) -> PreTrainedModel:
     model = load_verified(
-        source, dtype="auto", device_map=device or "cpu", quantization_config=_quantization_config(scheme)
+        source,
+        config=config,
+        dtype="auto",
+        device_map=device or "cpu",
+        quantization_config=_quantization_config(scheme),
+        trust_remote_code=has_own_code(type(config)),
     )
     assert not isinstance(model, tuple)
     return model.eval()  # type: ignore[no-any-return]

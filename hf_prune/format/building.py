@@ -96,7 +96,8 @@ def build_empty(config: Any, cls: type | None = None) -> PreTrainedModel:
             else:  # whether its code may run is never asked of the one who sits there
                 model = auto_class(config).from_config(config, trust_remote_code=has_own_code(type(config)))
     except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise StructureError(
-            f"{config.model_type}: the model cannot be built from its config: {type(error).__name__}: {error}"
+            f"{config.model_type}: the model cannot be built from its config: {type(error).__name__}: {reason}"
         ) from error
     return model.eval()  # type: ignore[no-any-return]

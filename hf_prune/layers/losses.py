@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from hf_prune.data import NO_LABEL
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -20,9 +22,10 @@ def precision(values: Tensor) -> torch.dtype:
 
 
 def next_token(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target, in nats: `[..., T, V]` and `[..., T]` → `[..., T]`."""
+    """Negative log-likelihood of each target, in nats, 0 of `NO_LABEL`: `[..., T, V]` and `[..., T]` → `[..., T]`."""
     rows = logits.to(precision(logits)).flatten(0, -2)
-    return F.cross_entropy(rows, targets.to(rows.device).flatten(), reduction="none").view(targets.shape)
+    losses = F.cross_entropy(rows, targets.to(rows.device).flatten(), reduction="none", ignore_index=NO_LABEL)
+    return losses.view(targets.shape)
 
 
 def divergence(dense: Tensor, logits: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 GENERATION = 4
 """Plans that a search measures together."""
+LEVELS = 8
+"""Widths at which `curves` measures each axis, the least one included, evenly spaced."""
 ROLES = ("producer", "consumer")
 
 
@@ -229,15 +231,22 @@ class _Counts:
         return {name for name in names if len(self.structure.layouts[name]) >= 2}
 
     def allocating(self) -> int:
-        """Weights that spectra and a search read."""
+        """Weights that spectra, curves and a search read."""
         config, found = self.config, 0
         if config.allocation in ("spectral", "search"):
             decoder = self.structure.counted("decoder")
             found += self.sum({name for name in decoder if len(self.structure.layouts[name]) >= 2})
-        if config.allocation == "search":
+        if config.compares_outputs:
             first = 2 + config.repairs_with_data  # the dense model, the starts, sums for a preview of repair
-            found += self.layers * config.num_steps * (first + math.ceil(config.search_evaluations / GENERATION))
+            found += self.layers * config.num_steps * (first + math.ceil(self.compared() / GENERATION))
         return found
+
+    def compared(self) -> int:
+        """Plans whose outputs are compared with the dense model's, at most."""
+        curves = self.config.allocation == "curves"
+        return (
+            1 + LEVELS * len(selected_axes(self.structure, self.config)) if curves else self.config.search_evaluations
+        )
 
     def computing(self, config: PruningConfig) -> tuple[int, int, int]:
         """Operations of passes, of sums of products, and of factorisations, but for repair."""
@@ -260,8 +269,8 @@ class _Counts:
             gram, solving = times * round(self.tokens * self.gram(1.0, 0)), times * self.cubes()
             operations += per_token * self.tokens * (config.selection == "obs")
         operations *= config.num_steps if config.selection == "scores" else 1
-        if config.allocation == "search":
-            searched = sum(self.lengths[: config.search_samples]) * (config.search_evaluations + 1)
+        if config.compares_outputs:
+            searched = sum(self.lengths[: config.search_samples]) * (self.compared() + 1)
             operations += (per_token + 2 * self.head) * searched * config.num_steps
         return operations, gram, solving
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from tqdm.auto import tqdm
 
+from hf_prune.data import NO_LABEL
 from hf_prune.errors import CalibrationError, ScoreError, StructureError
 from hf_prune.layers.boundaries import Boundaries, is_large, on_disk
 from hf_prune.layers.losses import CHUNK_ELEMENTS, divergence, next_token
@@ -128,6 +129,7 @@ class Walk:
         layer_paths: module path of each decoder layer.
         batches: `input_ids` int64 `[B, T]` without padding; of several processes each walks its share. May be empty
             where no layer will be run. A sample with images is a batch of its own, with all that the model takes.
+            Where there are `labels` `[B, T]`, tokens with the label -100 do not count in the loss.
         layered: run layer by layer also in memory; default: only on disk, or with a `work` directory.
         work: keeps what was found, so that an interrupted walk can be resumed.
         every: keep the hidden states before every so many layers only; those between are computed again.
@@ -154,6 +156,11 @@ class Walk:
         self.ids = shard_batches(self.all_ids)
         self._images = {
             id(ids): images for ids, x in zip(self.all_ids, batches, strict=True) if (images := images_of(x))
+        }
+        self._labels = {
+            id(ids): x["labels"]
+            for ids, x in zip(self.all_ids, batches, strict=True)
+            if isinstance(x, Mapping) and "labels" in x
         }
         self.hidden: list[Tensor] = []
         """Per batch the hidden states `[B, T, D]` before the next layer, on the CPU."""
@@ -203,13 +210,18 @@ class Walk:
 
     def per_sample(self) -> Walk:
         """The same walk with one window in each batch."""
-        rows = [ids if len(ids) == 1 else row[None] for ids in self.all_ids for row in ids]
+        rows = [
+            ids if len(ids) == 1 else {"input_ids": row[None], "labels": labels[None]}
+            for ids in self.all_ids
+            for row, labels in zip(ids, self._labels.get(id(ids), ids), strict=True)
+        ]
         return self._derived(rows, self.work)
 
     def _derived(self, batches: Sequence[Batch | Tensor], work: WorkDir | None) -> Walk:
         walk = Walk(self.model, self.layer_paths, batches, layered=self._layered, work=work)
         walk._known = self._known
         walk._images |= self._images
+        walk._labels |= self._labels
         return walk
 
     @property
@@ -399,7 +411,8 @@ class Walk:
     ) -> Found:
         """Backward passes of the loss of all batches; `visit` as for `forward`, from the last part to the first.
 
-        The loss is the sum over the samples of their mean next-token losses, so that gradients of batches add up.
+        The loss is the sum over the samples of their mean next-token losses, so that gradients of batches add up; a
+        mean is over the tokens that have a label.
 
         Args:
             visit: called with each part, from the last layer to the first, then perhaps with what is outside of them;
@@ -504,8 +517,8 @@ class Walk:
                         del hidden  # and its graph, whose hooks hold inputs
                     else:
                         logits = self.call(ids).logits
-                        losses = next_token(logits[:, :-1], ids[:, 1:])
-                        self._loss_of(losses, ids).backward()  # type: ignore[no-untyped-call]
+                        labels = self._labels.get(id(ids), ids)[:, 1:]
+                        self._loss_of(next_token(logits[:, :-1], labels), labels).backward()  # type: ignore[no-untyped-call]
                     self._hand_over(outside)
 
     def _head_backward(self, ids: Tensor, hidden: Tensor, outside: Mapping[str, nn.Parameter]) -> Tensor:
@@ -515,6 +528,7 @@ class Walk:
             parameter.requires_grad_(False)
         try:
             gradient = torch.zeros_like(hidden, device="cpu")
+            labels = self._labels.get(id(ids), ids)[:, 1:]
             for row, start, stop in self.chunks(ids):
                 end = min(stop, ids.shape[1] - 1)
                 if start >= end:
@@ -523,12 +537,12 @@ class Walk:
                 self.row = row
                 logits = self.head(ids[row : row + 1, start:end], leaf)
                 if (teacher := self.teachers.get(id(ids))) is None:
-                    losses = next_token(logits, ids[row : row + 1, start + 1 : end + 1])
+                    losses = next_token(logits, labels[row : row + 1, start:end])
                 else:
                     with torch.no_grad():
                         wanted = teacher.logits(row, start, end)
-                    losses = divergence(wanted, logits[0])
-                self._loss_of(losses, ids).backward()  # type: ignore[no-untyped-call]
+                    losses = divergence(wanted, logits)
+                self._loss_of(losses, labels[row : row + 1]).backward()  # type: ignore[no-untyped-call]
                 self.row = None
                 assert leaf.grad is not None
                 gradient[row : row + 1, start:end] = leaf.grad.cpu()
@@ -537,9 +551,10 @@ class Walk:
             for parameter in muted:
                 parameter.requires_grad_()
 
-    def _loss_of(self, losses: Tensor, ids: Tensor) -> Tensor:
-        """Losses of tokens as their part of the sum over the samples of mean losses, scaled."""
-        loss = losses.sum() * (self.scale / (ids.shape[1] - 1))
+    def _loss_of(self, losses: Tensor, labels: Tensor) -> Tensor:
+        """Losses of tokens as their part of the sum over the samples `labels` `[B, T - 1]` of mean losses, scaled."""
+        counts = (labels != NO_LABEL).sum(1).to(losses)
+        loss = (losses.sum(1) * (self.scale / counts)).sum()
         if not bool(loss.isfinite()):
             raise ScoreError(
                 f"the calibration loss is {loss.item()}, expected a finite number. "
@@ -640,7 +655,7 @@ class Walk:
 
 
 def checked_ids(batch: Batch) -> Tensor:
-    """The `input_ids` `[B, T]` of a batch; `CalibrationError` if it has none, or padding."""
+    """The `input_ids` `[B, T]` of a batch; `CalibrationError` if it has none, or padding, or labels of no use."""
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.numel() == 0:
         found = tuple(ids.shape) if isinstance(ids, Tensor) else type(batch).__name__
@@ -652,6 +667,12 @@ def checked_ids(batch: Batch) -> Tensor:
     mask = batch.get("attention_mask")
     if mask is not None and not bool(mask.all()):
         raise CalibrationError("a calibration batch holds padding; give windows of equal length without padding.")
+    labels = batch.get("labels")
+    if labels is not None and (labels.shape != ids.shape or bool((labels[:, 1:] == NO_LABEL).all(1).any())):
+        raise CalibrationError(
+            f"a calibration batch holds labels {tuple(labels.shape)} for input_ids {tuple(ids.shape)}, or a sample "
+            f"whose labels are all {NO_LABEL}; give each sample a token to predict, or no labels."
+        )
     if len(ids) > 1 and images_of(batch):
         raise CalibrationError(
             f"a calibration batch holds {len(ids)} samples with {', '.join(images_of(batch))}, expected one: give each "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import Tensor
+
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+"""Tells people nothing."""
 
 
 class WorkDir:
@@ -127,10 +132,11 @@ def check_same_run(path: Path, found: Mapping[str, Any], asked: Mapping[str, Any
     """Raise `CheckpointError` unless what lies at `path`, which `setting` names, is of the run that is asked for."""
     changed = [name for name in {**found, **asked} if found.get(name) != asked.get(name)]
     if changed:
+        shown = [name for name in changed if not _DIGEST.fullmatch(str(found.get(name)))]
+        said = f": {shown[0]} was {found.get(shown[0])!r}, is {asked.get(shown[0])!r}" if shown else ""
         raise CheckpointError(
-            f"{path} holds the work of another run: {', '.join(changed)} differ, as in {changed[0]}: found "
-            f"{found.get(changed[0])!r}, asked {asked.get(changed[0])!r}. Take the same model, settings and text, "
-            f"another {setting}, or delete this one."
+            f"{path} holds the work of another run: {', '.join(changed)} differ{said}. Take the same model, settings "
+            f"and text, another {setting}, or delete this one."
         )
 
 

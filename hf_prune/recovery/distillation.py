@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_prune.checkpoint.save_hook import plan_of, tokens_in_dense
 from hf_prune.errors import ConfigError
-from hf_prune.loading import load_model
+from hf_prune.loading import load_config, load_model
 from hf_prune.recovery.teacher import LOG_PROBS, REST, TOKENS, top_k_divergence
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         alpha: weight of KL against LM, 0 to 1; 1, as Minitron has it, leaves the text to the teacher.
         hidden_weight: weight of hidden-state matching, 0 or more; 0 leaves it out.
         layer_map: teacher layer for every layer of the student, counted from 0. Default: from the plan.
+        trust_remote_code: whether code that comes with the teacher's checkpoint may run, if it is given by name.
         **kwargs: as for `Trainer`.
 
     Raises:
@@ -52,6 +53,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         alpha: float = 1.0,
         hidden_weight: float = 0.0,
         layer_map: Sequence[int] | None = None,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
         for name, value, valid, expected in (
@@ -65,7 +67,8 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.temperature, self.alpha, self.hidden_weight = temperature, alpha, hidden_weight
         self.teacher: Any = teacher
         if isinstance(teacher, (str, Path)):
-            self.teacher = load_model(str(teacher))
+            config = load_config(str(teacher), trust_remote_code=trust_remote_code)
+            self.teacher = load_model(str(teacher), config=config)
         self.layer_map: list[int] = []
         self.kept_channels: Tensor | None = None
         self.kept_tokens: Tensor | None = None

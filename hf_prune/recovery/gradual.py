@@ -51,10 +51,10 @@ def check_maskable(structure: Structure, config: PruningConfig) -> None:
         raise ConfigError(
             "axes: found 'expert', which no weight of zero keeps a router from choosing; use mode 'start' for it."
         )
-    if config.allocation == "search":
+    if config.compares_outputs:
         raise ConfigError(
-            "allocation: found 'search', which compares plans with the dense model, and that changes while training; "
-            "use another allocation, or mode 'start'."
+            f"allocation: found {config.allocation!r}, which compares plans with the dense model, and that changes "
+            "while training; use another allocation, or mode 'start'."
         )
     if config.num_steps > 1:
         raise ConfigError(f"num_steps: found {config.num_steps}, expected 1: the schedule of the callback takes steps.")

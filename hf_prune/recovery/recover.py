@@ -8,7 +8,7 @@ import os
 import shutil
 import traceback
 from collections.abc import Sequence, Sized
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,12 @@ from safetensors import SafetensorError
 from transformers import Trainer, default_data_collator
 
 from hf_prune.atomic import replaced_directory
-from hf_prune.calibration import GENERAL, Sources, is_text, parts_of, training_windows
+from hf_prune.calibration import GENERAL, Sources, check_chats, is_text, parts_of, training_windows
 from hf_prune.checkpoint.save_hook import plan_of
 from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
+from hf_prune.data import labelled
 from hf_prune.errors import CheckpointError, ConfigError
+from hf_prune.evaluation.generation import samples
 from hf_prune.evaluation.perplexity import exp
 from hf_prune.format.building import build_empty
 from hf_prune.gate import check_windows
@@ -36,6 +38,7 @@ from hf_prune.recovery.lora import add_adapters, lora_config, merge_adapters
 from hf_prune.recovery.processes import distributed_kind
 from hf_prune.recovery.resuming import checkpoints, is_whole
 from hf_prune.recovery.teacher import TaughtRows, write_predictions
+from hf_prune.report.card import Origin, calibration_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,14 +95,17 @@ def recover(
     steps: int | None = None,
     tokens: int | None = None,
     seq_len: int = 256,
+    assistant_only_loss: bool = False,
     resume: bool = False,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> RecoveryResult:
     """Train a pruned model on text and save it: adapters, norms or all weights, with or without the dense model.
 
-    The Trainer's checkpoints go to `<output_dir>-training`, which stays; the result goes to `output_dir`, whole or not
-    at all, with plan, tokenizer and model card. Started by `accelerate launch`, it runs on all processes.
+    The Trainer's checkpoints go to `<output_dir>-training`, and are removed when the result is there; that goes to
+    `output_dir`, whole or not at all, with plan, tokenizer, model card and report. Started by `accelerate launch`, it
+    runs on all processes.
 
     Args:
         model: a pruned model (or any causal LM): in memory (it is modified in place), or its directory or Hub id.
@@ -125,8 +131,11 @@ def recover(
         steps: optimizer steps, 1 or more; default: 300.
         tokens: of all steps together, in place of `steps`.
         seq_len: tokens of each window, 2 or more.
+        assistant_only_loss: of chats in `train` and `eval` only what the assistant says has labels, also for the
+            teacher's loss.
         resume: resume from the last whole checkpoint in `<output_dir>-training` (from the start if there is none).
         overwrite: `output_dir` may hold a checkpoint, which is replaced at the end.
+        trust_remote_code: whether code that comes with the checkpoints of model and teacher may run.
         **options: fields of `TrainingArguments`, in place of the defaults of `training_arguments`.
 
     Returns:
@@ -141,7 +150,8 @@ def recover(
     directory = Path(output_dir).absolute()
     training_dir = directory.with_name(f"{directory.name}-training")
     source = None if isinstance(model, torch.nn.Module) else str(model)
-    config = load_config(source) if source is not None else model.config  # type: ignore[union-attr]
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    config = load_config(source, **trust) if source is not None else model.config  # type: ignore[union-attr]
     other = _other(other, train, tokenizer or source)
     if preset not in PRESETS:
         raise ConfigError(f"preset: found {preset!r}, expected one of {tuple(PRESETS)}.")
@@ -179,15 +189,18 @@ def recover(
     check_directory(directory, overwrite=overwrite)
     with reserved_for_all(directory), _full_disk(training_dir):
         checkpoint = of_main_process(_checkpoint(training_dir, resume) if args.process_index == 0 else None)
-        tokenizer = tokenizer or load_tokenizer(source or config._name_or_path, required=is_text(train))
+        tokenizer = tokenizer or load_tokenizer(source or config._name_or_path, required=is_text(train), **trust)
         number = args.max_steps * windows_per_step(vars(args))
         shell: Any = model if source is None else build_empty(config)
         rows = partial(_rows, shell, tokenizer, seq_len)
-        data = rows(train, number)
-        evaluated = {name: rows(text) for name, text in ((TEXT, eval), (OTHER, other)) if text is not None}
+        data = rows(train, number, assistant_only_loss)
+        if assistant_only_loss and is_text(train):
+            check_chats(row["labels"] for row in data)
+        evaluated = {} if eval is None else {TEXT: rows(eval, assistant_only_loss=assistant_only_loss)}
+        evaluated |= {} if other is None else {OTHER: rows(other)}
         if OTHER in evaluated:
             evaluated[OTHER] = evaluated[OTHER][:: max(1, len(evaluated[OTHER]) // OTHER_WINDOWS)][:OTHER_WINDOWS]
-        own: Any = load_model(source) if source is not None else model
+        own: Any = load_model(source, config=config) if source is not None else model
         check_directory(directory, own, overwrite=overwrite)
         if recipe.learning_rate is None and "learning_rate" not in options:
             args.learning_rate = distillation_rate(own.num_parameters(), _removed(own))
@@ -197,11 +210,13 @@ def recover(
                 "under FSDP or DeepSpeed pass the model's directory: its weights are gathered through files."
             )
 
+        writes = args.should_save and tokenizer is not None and not sharded
+        wrote = {"before recovery": samples(own, tokenizer)} if writes and tokenizer is not None else {}
         if written is not None:
-            data = _taught(teacher, own, data, written, temperature, str(args.device))
+            data = _taught(teacher, own, data, written, temperature, str(args.device), **trust)
             teacher, args.remove_unused_columns = None, False
         own = own.float() if dtype != torch.float32 else own
-        use_cache = own.config.use_cache
+        use_cache = getattr(own.config, "use_cache", True)  # configs that come with a model need not have it
         trained: Any = own
         frozen: list[torch.nn.Parameter] = []
         if recipe.trains == "adapters":
@@ -217,6 +232,7 @@ def recover(
                 "alpha": alpha,
                 "hidden_weight": hidden_weight,
                 "teacher": teacher,
+                **trust,
             }
         trainer_class = DistillationTrainer if distillation else Trainer
         trainer = trainer_class(
@@ -237,7 +253,7 @@ def recover(
         losses = trainer.evaluate() if evaluated else {}
         after = {name: exp(losses[f"eval_{name}_loss"]) for name in evaluated}
 
-        result = _gathered(trainer, source, training_dir) if sharded else trainer.model
+        result = _gathered(trainer, source, training_dir, config) if sharded else trainer.model
         if recipe.trains == "adapters" and result is not None:
             result = merge_adapters(result)
         for parameter in frozen:
@@ -246,7 +262,19 @@ def recover(
             result.config.use_cache = use_cache
             result = result if dtype == torch.float32 else result.to(dtype)
         if args.should_save and result is not None:
+            if writes and tokenizer is not None:
+                dense = getattr(trainer, "teacher", None)
+                wrote = ({} if dense is None else {"dense": samples(dense, tokenizer)}) | wrote
+                wrote["after recovery"] = samples(result, tokenizer)
+            named = {"teacher": str(teacher)} if isinstance(teacher, (str, Path)) else {}
+            asked = {"preset": preset, **named, "steps": args.max_steps, "seq_len": seq_len, **options}
+            words = ["recover", source or "MODEL", str(output_dir)]
+            for name, text in (("train", train), ("eval", eval), ("other", other)):
+                words += [word for part in calibration_names(text) for word in (f"--{name}", part)]
+            words += [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+            _note_origin(result, wrote, words)
             _save(result, directory, tokenizer, _report(eval, before.get(TEXT), after.get(TEXT)))
+            remove_checkpoints(training_dir)
         trainer.accelerator.wait_for_everyone()
         found = (before.get(TEXT), after.get(TEXT), before.get(OTHER), after.get(OTHER))
         if OTHER in after and not after[OTHER] <= WORSE * before[OTHER]:
@@ -298,6 +326,7 @@ def _rows(
     seq_len: int,
     text: Text,
     number: int | None = None,
+    assistant_only_loss: bool = False,
 ) -> Any:
     """Rows for a Trainer: windows of texts, of a mixture so many, or what the caller brought."""
     if not is_text(text):
@@ -306,18 +335,33 @@ def _rows(
         return text
     if tokenizer is None:
         raise ConfigError("text for training needs a tokenizer; pass the model's own.")
-    windows = training_windows(tokenizer, text, seq_len, number=number)  # type: ignore[arg-type]
-    check_windows(model, [{"input_ids": ids[None]} for ids in windows])
-    return [{"input_ids": ids, "labels": ids} for ids in windows]
+    how: dict[str, Any] = {"number": number, "assistant_only_loss": assistant_only_loss}
+    rows = [labelled(window) for window in training_windows(tokenizer, text, seq_len, **how)]  # type: ignore[arg-type]
+    check_windows(model, [{"input_ids": row["input_ids"][None]} for row in rows])
+    return rows
 
 
 def _taught(
-    teacher: Any, student: Any, rows: list[dict[str, Tensor]], directory: Path, temperature: float, device: str
+    teacher: Any,
+    student: Any,
+    rows: list[dict[str, Tensor]],
+    directory: Path,
+    temperature: float,
+    device: str,
+    trust_remote_code: bool,
 ) -> Any:
     """The same rows with what the teacher predicts; windows that come several times are predicted once."""
     windows, order = torch.unique(torch.stack([row["input_ids"] for row in rows]), dim=0, return_inverse=True)
-    write_predictions(teacher, windows, directory, temperature=temperature, student=student, device=device)
-    return TaughtRows(windows, order.tolist(), directory)
+    write_predictions(
+        teacher,
+        windows,
+        directory,
+        temperature=temperature,
+        student=student,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    return TaughtRows(rows, order.tolist(), directory)
 
 
 def _dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -354,7 +398,7 @@ def _callbacks(model: Any) -> list[Any]:
     return [DivergenceGuard(), *([PruningCallback(mode="report")] if pruned else [])]
 
 
-def _gathered(trainer: Trainer, source: str | None, training_dir: Path) -> Any:
+def _gathered(trainer: Trainer, source: str | None, training_dir: Path, config: PreTrainedConfig) -> Any:
     """The whole model on the first process, `None` on the others: shards are written out and read again."""
     final = training_dir / "final"
     trainer.save_model(str(final))
@@ -365,8 +409,24 @@ def _gathered(trainer: Trainer, source: str | None, training_dir: Path) -> Any:
     if (final / "adapter_config.json").exists():
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(load_model(source), final)
-    return load_model(str(final))
+        return PeftModel.from_pretrained(load_model(source, config=config), final)
+    return load_model(str(final), config=config)
+
+
+def remove_checkpoints(training_dir: Path) -> None:
+    """Remove what a finished run needs no longer: weights and optimizer states, several times the model."""
+    for path in [*checkpoints(training_dir), training_dir / "final"]:
+        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # logs are in it
+        training_dir.rmdir()
+
+
+def _note_origin(model: Any, wrote: dict[str, dict[str, str]], words: list[str]) -> None:
+    """What the report says of a model that was pruned; `wrote` has texts by model and prompt."""
+    if (plan := plan_of(model)) is not None:
+        prompts = [prompt for prompt in next(iter(wrote.values()), {}) if all(prompt in own for own in wrote.values())]
+        found = {prompt: {name: own[prompt] for name, own in wrote.items()} for prompt in prompts}
+        model._origin = Origin(plan, {}, samples=found, then=words)
 
 
 def _save(model: Any, directory: Path, tokenizer: PreTrainedTokenizerBase | None, report: dict[str, Any]) -> None:

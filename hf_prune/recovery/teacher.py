@@ -17,7 +17,7 @@ from hf_prune.layers.processes import of_main_process
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import fingerprint, inference, is_on_disk
 from hf_prune.layers.work import WorkDir, write_tensors
-from hf_prune.loading import open_model
+from hf_prune.loading import load_config, open_model
 from hf_prune.structure.inference import infer_structure
 
 if TYPE_CHECKING:
@@ -39,26 +39,25 @@ LEAST = -30.0
 
 
 class TaughtRows(Dataset):  # type: ignore[type-arg]
-    """Rows for `DistillationTrainer`: windows, and what the teacher predicts at each position.
+    """Rows for `DistillationTrainer` with what the teacher predicts at each position.
 
     Args:
-        windows: int64 `[N, T]`.
+        rows: `input_ids` and `labels` `[T]` of each.
         order: which window each row is.
         directory: what `write_predictions` has written for these windows.
     """
 
-    def __init__(self, windows: Tensor, order: Sequence[int], directory: Path) -> None:
-        self.windows, self.order, self.directory = windows, order, directory
+    def __init__(self, rows: Sequence[dict[str, Tensor]], order: Sequence[int], directory: Path) -> None:
+        self.rows, self.order, self.directory = rows, order, directory
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         window = self.order[index]
-        ids = self.windows[window]
         with safe_open(_path(self.directory, window // WINDOWS), "pt") as file:
             taught = {name: file.get_slice(name)[window % WINDOWS] for name in (TOKENS, LOG_PROBS, REST)}
-        return {"input_ids": ids, "labels": ids, **taught}
+        return {**self.rows[index], **taught}
 
 
 def write_predictions(
@@ -70,6 +69,7 @@ def write_predictions(
     top_k: int = TOP_K,
     student: PreTrainedModel | None = None,
     device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write what a teacher predicts after every token of every window; what is there already is kept.
 
@@ -85,6 +85,7 @@ def write_predictions(
         top_k: the most likely tokens to keep, 1 or more; all, if the vocabulary is smaller.
         student: tells the teacher's id of each token, where tokens of the vocabulary went; windows have the student's.
         device: where the teacher runs, if it is given by name; default: the CPU.
+        trust_remote_code: whether code that comes with the teacher's checkpoint may run, likewise.
 
     Raises:
         CheckpointError: `directory` is of other windows or another teacher, in use, or on a full disk.
@@ -100,7 +101,10 @@ def write_predictions(
     missing = of_main_process([number for number in files if not _path(directory, number).exists()])
     if not missing:
         return
-    model = own if in_memory else open_model(str(own), device=device)
+    model = own
+    if not in_memory:
+        described = load_config(str(own), trust_remote_code=trust_remote_code)
+        model = open_model(str(own), device=device, config=described)
     kept = None if student is None else tokens_in_dense(student, model)
     windows = windows if kept is None else kept[windows]
     check_windows(model, [{"input_ids": windows}])

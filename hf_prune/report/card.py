@@ -7,19 +7,41 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_prune.calibration import is_text, parts_of
 from hf_prune.format.building import auto_class, needs_plugin
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
+    from torch import Tensor
     from transformers import PreTrainedConfig
 
     from hf_prune.plan import PruningPlan
 
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run knows of how its model came about: it travels with the model (`_origin`) to the report."""
+
+    plan: PruningPlan
+    """The model's; of another plan nothing is shown."""
+    scores: Mapping[str, Tensor]
+    """Of every unit of the dense model; may be empty."""
+    history: Sequence[Mapping[str, float | int | str]] = ()
+    """How scores were learned."""
+    samples: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """What models wrote, `{prompt: {model: text}}`."""
+    then: Sequence[str] = ()
+    """Words of the command that came after pruning."""
+
+
 TAGS = ("hf_prune", "pruned")
+INSTALL = "pip install hf_prune-0.1.0-py3-none-any.whl (`make wheel`; it is on no package index yet)"
+"""How a reader of a card gets hf_prune. With a public address: pip install 'hf_prune @ git+ADDRESS'."""
 
 _METHODS = {
     "llm_pruner": "LLM-Pruner ([arXiv 2305.11627](https://arxiv.org/abs/2305.11627))",
@@ -51,7 +73,9 @@ def model_card(
     report: Mapping[str, Any] | None = None,
     base_card: str | None = None,
     existing: str | None = None,
+    origin: Origin | None = None,
     picture: str | None = None,
+    scores: str | None = None,
     curve: str | None = None,
 ) -> ModelCard:
     """Build the model card of a pruned model.
@@ -64,7 +88,9 @@ def model_card(
         report: measurements, `{what: value}` or `{what: {column: value}}`.
         base_card: text of the base model's card: licence and language are taken from it.
         existing: text of a card to merge into: its metadata and hand-written text are kept.
+        origin: adds samples of text, and what was done after pruning.
         picture: file name of the widths picture.
+        scores: file name of the picture of scores.
         curve: file name of the picture of the learning curve.
 
     Returns:
@@ -83,8 +109,10 @@ def model_card(
         parameters=_parameters(pruning, num_parameters),
         widths=_widths(pruning.get("widths", {}), plan),
         picture=picture,
+        scores=scores,
         curve=curve,
-        settings=_settings(pruning, plan),
+        settings=_settings(pruning, plan, origin),
+        samples=samples_table(origin.samples) if origin is not None and origin.samples else "",
         evaluation=_evaluation(report or {}),
         loading=_loading(config, model_id),
         plugin=needs_plugin(config),
@@ -166,6 +194,8 @@ def _ratios(pruning: Mapping[str, Any]) -> str:
         if budget == "memory" and settings.get("budget") != "memory":
             continue
         asked = settings.get("pruning_ratio") if settings.get("budget") == budget else None
+        if asked is None and budget not in achieved:
+            continue
         rows.append([meaning, _percent(asked), _percent(achieved.get(budget))])
     return _table(["removed part of", "asked", "achieved"], rows)
 
@@ -201,36 +231,75 @@ def _widths(widths: Mapping[str, int], plan: PruningPlan | None) -> str:
     return _table(["axis", "dense", "layer: width"], rows)
 
 
-def _settings(pruning: Mapping[str, Any], plan: PruningPlan | None) -> str:
+def _settings(pruning: Mapping[str, Any], plan: PruningPlan | None, origin: Origin | None) -> str:
     method = pruning.get("method", "")
     lines = [f"Method: {_METHODS.get(method, f'`{method}`')}."]
     if pruning.get("calibration"):
-        lines.append(f"Calibration: {pruning['calibration']}.")
+        lines.append(f"Calibration: {', '.join(f'`{word}`' for word in pruning['calibration'])}.")
     if plan is not None and plan.config.targets:
         lines.append(f"Pruned for {plan.config.target.text}.")
     lines.append(f"Written by hf_prune {pruning.get('hf_prune_version', '')}.".replace(" .", "."))
     if plan is not None:
         lines.append("The indices of all kept units are in `pruning_plan.json`.")
         if plan.config.method != "custom":
-            lines.append(f"To do it again:\n\n```bash\n{_command(plan)}\n```\n\nAll settings:")
+            commands = [_command(plan, pruning.get("calibration"))]
+            commands += [command_block(origin.then)] if origin is not None and origin.then else []
+            lines.append("\n\n".join(["To do it again:", *commands, "All settings:"]))
     settings = json.dumps(pruning.get("settings", {}), indent=2)
     return " ".join(lines) + f"\n\n```json\n{settings}\n```"
 
 
-def _command(plan: PruningPlan) -> str:
+def _command(plan: PruningPlan, calibration: Any) -> str:
     """The command that makes this plan of the base model, on the same text."""
-    words = ["hf-prune", "prune", plan.base_model_name_or_path or "MODEL", "OUTPUT"]
-    words += ["--method", plan.config.method, "--pruning-ratio", str(plan.config.pruning_ratio)]
-    for field in dataclasses.fields(plan.config):
-        value = getattr(plan.config, field.name)
-        if field.name in ("method", "pruning_ratio") or value == field.default:
-            continue
-        if isinstance(value, tuple):
-            text = json.dumps(dict(value)) if field.name == "allocation" else ",".join(map(str, value))
-        else:
-            text = "none" if value is None else str(value)
-        words += ["--set", f"{field.name}={text}"]
-    return shlex.join(words)
+    config = plan.config
+    asked = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    asked = {name: value for name, value in asked.items() if value != config.__dataclass_fields__[name].default}
+    words = ["prune", plan.base_model_name_or_path or "MODEL", "OUTPUT", "--method", config.method]
+    words += ["--pruning-ratio", str(asked.pop("pruning_ratio"))]
+    return command_block([*words, *calibration_words(calibration), *setting_words(asked)])
+
+
+def calibration_names(calibration: Any) -> list[str]:
+    """Texts as `--calibration` takes them; batches have no name."""
+    if calibration is None or not is_text(calibration):
+        return []
+    parts = parts_of(calibration)
+    weighted = len({part.weight for part in parts}) > 1
+    return [f"{part.source}:{part.weight:g}" if weighted else str(part.source) for part in parts]
+
+
+def calibration_words(names: Sequence[str] | None) -> list[str]:
+    """Words of a command for these texts."""
+    return [word for name in names or () for word in ("--calibration", name)]
+
+
+def setting_words(settings: Mapping[str, Any]) -> list[str]:
+    """Words of a command that give fields of a configuration these values."""
+    words = []
+    for name, value in settings.items():
+        weights = name == "allocation" and not isinstance(value, str)
+        text = json.dumps(dict(value)) if weights else ",".join(map(str, value)) if isinstance(value, tuple) else value
+        words += ["--set", f"{name}={'none' if value is None else text}"]
+    return words
+
+
+def command_block(words: Sequence[str]) -> str:
+    """An `hf-prune` command as a block of Markdown, ready for a shell."""
+    return f"```bash\n{shlex.join(['hf-prune', *words])}\n```"
+
+
+def samples_table(samples: Mapping[str, Mapping[str, str]]) -> str:
+    """What each model writes after each prompt, `{prompt: {model: text}}`: a table for each."""
+    found = []
+    for prompt, texts in samples.items():
+        rows = [[model, _plain(text)] for model, text in texts.items()]
+        found += [f"After **{_plain(prompt)}**", _table(["model", "writes"], rows)]
+    return "\n\n".join(found)
+
+
+def _plain(text: str) -> str:
+    """On one line, without the signs that Markdown reads."""
+    return re.sub(r"([\\`*_{}\[\]<>#~$])", r"\\\1", " ".join(text.split()))
 
 
 def _evaluation(report: Mapping[str, Any]) -> str:
@@ -250,7 +319,7 @@ def _loading(config: PreTrainedConfig, model_id: str) -> str:
         if plugin
         else "An ordinary checkpoint: no plugin and no remote code needed."
     )
-    first = "import hf_prune  # pip install hf_prune\n" if plugin else ""
+    first = f"import hf_prune  # {INSTALL}\n" if plugin else ""
     model = auto_class(config).__name__
     reader, name = ("AutoProcessor", "processor") if _reads_images(config) else ("AutoTokenizer", "tokenizer")
     return (

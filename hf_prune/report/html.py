@@ -13,12 +13,21 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.55 system-ui, sans-serif; color: #22252a; }}
-h1, h2 {{ line-height: 1.25; }} h2 {{ margin-top: 2.2rem; }} a {{ color: #3b6fb6; }} img {{ max-width: 100%; }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; }}
-th, td {{ border-bottom: 1px solid #e5e7eb; padding: .3rem .8rem; text-align: left; }}
-code, pre {{ background: #f5f6f8; border-radius: 4px; font: 13px/1.5 ui-monospace, monospace; }}
-code {{ padding: .1rem .3rem; }} pre {{ padding: .8rem; overflow-x: auto; }} pre code {{ padding: 0; }}
+:root {{ color-scheme: light dark; --ink: #22252a; --paper: #fff; --line: #e5e7eb; --soft: #f5f6f8; --link: #3b6fb6; }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #dfe2e7; --paper: #16181c; --line: #343840; --soft: #22252b; --link: #8ab4f0; }}
+}}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.55 system-ui, sans-serif; color: var(--ink);
+  background: var(--paper); overflow-wrap: anywhere; }}
+h1, h2 {{ line-height: 1.25; }} h2 {{ margin-top: 2.2rem; }} a {{ color: var(--link); }}
+img {{ display: block; max-width: 100%; margin: 1.2rem 0; background: #fff; border-radius: 4px; }}
+table {{ border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; overflow-wrap: normal; }}
+th, td {{ border-bottom: 1px solid var(--line); padding: .3rem .8rem; text-align: left; vertical-align: top; }}
+th, [style*="right"] {{ white-space: nowrap; }} [style*="right"] {{ text-align: right; }}
+code, pre {{ background: var(--soft); border-radius: 4px; font: 13px/1.5 ui-monospace, monospace; }}
+code {{ padding: .1rem .3rem; }} pre code {{ padding: 0; }}
+pre {{ padding: .8rem; max-height: 24rem; overflow: auto; overflow-wrap: normal; }}
+pre code.language-bash {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
 </style></head><body>
 {body}</body></html>
 """

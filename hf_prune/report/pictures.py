@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from hf_prune.report.tables import Row
 
@@ -31,6 +32,8 @@ _WHOLE_MODEL = {
     "layers.attention": "attention blocks",
     "layers.mlp": "MLP blocks",
 }
+_COLUMNS, _LOWEST = 200, 1e-4
+"""Of the picture of scores: columns, and the least score that has a colour of its own, over the highest."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 
 
@@ -73,6 +76,50 @@ def widths_picture(
     save_figure(figure, path)
 
 
+def scores_picture(
+    scores: Mapping[str, Tensor], widths: Mapping[str, int], path: str | Path, *, title: str = "Scores, and what stays"
+) -> None:
+    """Draw the scores of every layer's units, the best on the left, and how many of them stay.
+
+    One panel per family of axes, as in `widths_picture`; colours are powers of ten of the highest score of the family.
+
+    Args:
+        scores: of all units of each axis.
+        widths: units kept per axis; an axis not named keeps all.
+        path: where to write, `.png`, `.svg` or `.pdf`; folders are made.
+        title: above the picture.
+
+    Raises:
+        ConfigError: no per-layer axis, or an unknown file type.
+        HFPruneError: matplotlib is not installed.
+    """
+    from matplotlib.ticker import PercentFormatter
+
+    num_units = {name: len(own) for name, own in scores.items()}
+    panels = _panels({name: widths.get(name, number) for name, number in num_units.items()}, num_units)
+    figure = _new_figure(path, width=8.0, height=1.1 + 2.1 * len(panels))
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for ax, (family, panel) in zip(axes, panels.items(), strict=True):
+        layers = sorted(panel)
+        own = [scores[f"layers.{layer}.{family}"].double().sort(descending=True).values for layer in layers]
+        highest = max(float(row[0]) for row in own)
+        places = [[round(i * (len(row) - 1) / (_COLUMNS - 1)) for i in range(_COLUMNS)] for row in own]
+        shown = [(row / highest).clamp(_LOWEST).log10()[at].tolist() for row, at in zip(own, places, strict=True)]
+        extent = (0, 1, len(layers) - 0.5, -0.5)
+        image = ax.imshow(shown, aspect="auto", cmap="viridis", vmin=math.log10(_LOWEST), vmax=0, extent=extent)
+        kept = [panel[layer][0] / panel[layer][1] for layer in layers for _ in range(2)]
+        ax.plot(kept, [i + side for i in range(len(layers)) for side in (-0.5, 0.5)], color="white", linewidth=2)
+        ax.set_title(_family_label(family), color=INK, fontsize=10, loc="left")
+        ax.set_ylabel("decoder layer", color=MUTED, fontsize=9)
+        ax.set_yticks(range(0, len(layers), step := _tick_step(len(layers))), map(str, layers[::step]))
+        ax.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+        _without_frame(ax)
+        figure.colorbar(image, ax=ax, pad=0.01).set_label("log10 of highest", color=MUTED, fontsize=8)
+    axes[-1].set_xlabel("units, the best on the left; the white line is where what stays ends", color=MUTED, fontsize=9)
+    figure.suptitle(title, color=INK, fontsize=12, weight="bold")
+    save_figure(figure, path)
+
+
 def perplexity_picture(
     rows: Sequence[Row],
     path: str | Path,
@@ -96,7 +143,7 @@ def perplexity_picture(
         ConfigError: no row with all three columns, or an unknown file type.
         HFPruneError: matplotlib is not installed.
     """
-    lines, dense = _lines(rows, x, y)
+    lines, dense = _lines(rows, x, y, along=x)
     figure = _new_figure(path, width=7.2, height=4.4)
     ax = figure.subplots()
     _draw_lines(ax, lines, dense, y)
@@ -113,6 +160,8 @@ def tradeoff_picture(
 ) -> None:
     """Draw perplexity against decoder parameters removed and against latency, one line per method, side by side.
 
+    All lines start at the dense model, a star.
+
     Args:
         rows: results with the columns `method`, `decoder_ratio`, `latency_ms` and `y`; those with ratio 0 are dense.
         path: where to write, `.png`, `.svg` or `.pdf`; folders are made.
@@ -124,16 +173,13 @@ def tradeoff_picture(
         HFPruneError: matplotlib is not installed.
     """
     lines, dense = _lines(rows, "decoder_ratio", y)
-    figure = _new_figure(path, width=12.0, height=4.6)
+    figure = _new_figure(path, width=10.4, height=4.2)
     left, right = figure.subplots(1, 2, sharey=True)
-    _draw_lines(left, lines, dense, y)
-    _draw_lines(right, _lines([row for row in rows if row.get("decoder_ratio")], "latency_ms", y)[0], dense, y)
-    for row in rows:
-        if row.get("decoder_ratio") == 0 and isinstance(row.get("latency_ms"), int | float):
-            right.plot([row["latency_ms"]], [row[y]], color=MUTED, marker="*", markersize=11, linestyle="none")
+    starts = [row["latency_ms"] for row in rows if row.get("decoder_ratio") == 0 and row.get("latency_ms")]
+    _draw_lines(left, lines, dense, y, start=0.0)
+    _draw_lines(right, _lines(rows, "latency_ms", y)[0], dense, y, start=starts[0] if starts else None)
     for ax, label in ((left, "decoder parameters removed"), (right, "milliseconds of a request, as measured")):
         ax.set_xlabel(label, color=MUTED, fontsize=9)
-        ax.set_xlim(left=0)
         _format_axes(ax, log_y=True)
     right.xaxis.set_major_formatter(_plain_number)
     right.set_ylabel("")
@@ -230,48 +276,62 @@ def _draw_panel(ax: Axes, family: str, panel: Mapping[int, tuple[int, int]], col
     ax.plot(gone, [0.06] * len(gone), linestyle="none", marker="x", markersize=5, color=MUTED)
     kept, total = (sum(values) for values in zip(*panel.values(), strict=True))
     ax.axhline(kept / total, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-    name, _, member = family.partition(".")
-    label = _LABELS[name] + (f" ({member})" if member else "")
-    ax.set_title(label, color=INK, fontsize=10, loc="left")
+    ax.set_title(_family_label(family), color=INK, fontsize=10, loc="left")
     ax.set_title(f"{kept:,} of {total:,} kept ({kept / total:.0%})", color=MUTED, fontsize=9, loc="right")
     ax.set_ylim(0, 1.0)
     ax.set_yticks([0, 0.5, 1])
     _format_axes(ax)
 
 
+def _family_label(family: str) -> str:
+    name, _, member = family.partition(".")
+    return _LABELS[name] + (f" ({member})" if member else "")
+
+
 def _tick_step(num_layers: int) -> int:
     return next(step for step in (1, 2, 4, 5, 10, 20, 50, num_layers) if num_layers / step <= 24)
 
 
-def _lines(rows: Sequence[Row], x: str, y: str) -> tuple[dict[str, list[tuple[float, float]]], float | None]:
-    """Points of each method, and the dense perplexity if a row removed nothing."""
-    lines: dict[str, list[tuple[float, float]]] = {}
+def _lines(
+    rows: Sequence[Row], x: str, y: str, along: str = "decoder_ratio"
+) -> tuple[dict[str, list[tuple[float, float]]], float | None]:
+    """Points of each method in the order of their column `along`, and the dense perplexity if a row removed nothing."""
+    lines: dict[str, list[tuple[float, float, float]]] = {}
     dense: float | None = None
     for row in rows:
-        method, removed, value = row.get("method"), row.get(x), row.get(y)
-        if not isinstance(removed, int | float) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        method, place, value, order = (row.get(name) for name in ("method", x, y, along))
+        if not isinstance(place, int | float) or not isinstance(value, int | float) or not 0 < value < float("inf"):
             continue
-        if removed == 0:
+        if order == 0:
             dense = float(value)
-        elif method is not None:
-            lines.setdefault(str(method), []).append((float(removed), float(value)))
+        elif method is not None and isinstance(order, int | float):
+            lines.setdefault(str(method), []).append((float(order), float(place), float(value)))
     if not lines and dense is None:
         raise ConfigError(f"no row has 'method', a number '{x}' and a finite '{y}' above 0: nothing to draw")
-    return lines, dense
+    return {method: [point[1:] for point in sorted(points)] for method, points in lines.items()}, dense
 
 
-def _draw_lines(ax: Axes, lines: Mapping[str, list[tuple[float, float]]], dense: float | None, y: str) -> None:
-    """One line per method on a logarithmic scale, the dense model dashed."""
+def _draw_lines(
+    ax: Axes, lines: Mapping[str, list[tuple[float, float]]], dense: float | None, y: str, start: Any = None
+) -> None:
+    """One line per method in the order of its points, on a logarithmic scale; the dense model dashed.
+
+    With a `start`, where the dense model lies, lines begin there.
+    """
     ax.set_yscale("log")
+    first = [] if start is None or dense is None else [(float(start), dense)]
     for i, (method, points) in enumerate(lines.items()):
         ax.plot(
-            *zip(*sorted(points), strict=True),
+            *zip(*first, *points, strict=True),
             color=COLORS[i % len(COLORS)],
             marker=_MARKERS[i % len(_MARKERS)],
             markersize=5.5,
+            markevery=slice(len(first), None),
             linewidth=1.8,
             label=method,
         )
+    for point in first:
+        ax.plot(*point, color=MUTED, marker="*", markersize=11, linestyle="none", zorder=3)
     if dense is not None:
         ax.axhline(dense, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label=f"dense ({dense:.2f})")
     ax.set_ylabel(f"{y.replace('_', ' ')} (log scale)", color=MUTED, fontsize=9)

@@ -12,7 +12,7 @@ from hf_prune.errors import ConfigError
 Row = Mapping[str, str | int | float | None]
 """One result, by column. `*_ratio` columns are shown in percent, `speedup` as a factor, other floats to 0.01."""
 
-_HEADINGS = {"achieved_ratio": "removed", "pruning_ratio": "asked"}
+_HEADINGS = {"achieved_ratio": "removed", "pruning_ratio": "asked", "times_dense": "× dense", "latency_ms": "ms"}
 
 
 def comparison_table(rows: Sequence[Row], *, title: str | None = None) -> Table:

@@ -223,17 +223,26 @@ class _Naming:
         return any(atom.heads for name, dim in entry.places for atom in leaves(self.terms[name][dim]))
 
     def _shared_attention(self, axes: dict[str, Axis]) -> dict[str, Axis]:
-        """Attention axes that cannot be pruned because other layers share their heads (a table of position biases)."""
+        """Attention axes that cannot be pruned: their heads are shared (a table of position biases), or elsewhere.
+
+        XLM has its attention modules in another list than those that count as its layers.
+        """
         result = {}
+        apart = (n for n in self.consumed if self.layer_of[n] is None and any(a.heads for a in _all(self.terms[n])))
+        elsewhere = "" if any(axis.kind == "attention" for axis in axes.values()) else next(apart, "")
         for layer in range(len(self.layers)):
             if any(axis.layer == layer and axis.kind == "attention" for axis in axes.values()):
                 continue
             consumed = [term for name in self.consumed if self.layer_of[name] == layer for term in self.terms[name]]
             heads = next((atom for term in consumed for atom in leaves(term) if atom.heads), None)
+            name = f"layers.{layer}.attention"
+            if heads is None and elsewhere:
+                blocker = f"it is outside of the list of decoder layers, as {elsewhere} is"
+                result[name] = Axis(name, "attention", layer, 1, blocker=blocker)
             if heads is not None and id(heads) not in self.local:
                 outside = [name for name in self.terms if self.layer_of[name] != layer]
                 other = next((name for name in outside if heads in _all(self.terms[name])), "another layer")
-                name, blocker = f"layers.{layer}.attention", f"its heads are shared with {other}"
+                blocker = f"its heads are shared with {other}"
                 result[name] = Axis(name, "attention", layer, heads.size, blocker=blocker)
         return result
 

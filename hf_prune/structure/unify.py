@@ -21,9 +21,9 @@ class Conflict(Exception):  # noqa: N818  (a signal between rules, never seen by
 class Atom:
     """An unknown run of entries. `bound` points to what it turned out to be."""
 
-    __slots__ = ("attended", "bound", "chosen", "fixed", "heads", "least", "mixed", "origins", "size")
+    __slots__ = ("attended", "bound", "chosen", "fixed", "heads", "least", "mixed", "origins", "same", "size")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, same: bool = False) -> None:
         self.size: int = size
         self.bound: Term | None = None
         self.fixed = ""
@@ -38,6 +38,8 @@ class Atom:
         """So many of its entries are chosen by their values (experts, by a router's top-k); 0: none are."""
         self.attended = False
         """Values that attention takes a weighted mean of."""
+        self.same = same
+        """All its entries are one that was stretched."""
         self.origins: list[Atom] = []
         """Atoms of constants whose values differ along this one (ALiBi slopes), see `instantiate`."""
 
@@ -135,6 +137,7 @@ def bind(atom: Atom, term: Term) -> None:
         leaf.chosen = max(leaf.chosen, atom.chosen)
         leaf.least = max(leaf.least, atom.least)
         leaf.attended = leaf.attended or atom.attended
+        leaf.same = leaf.same and atom.same
         leaf.origins.extend(atom.origins)
 
 
@@ -280,6 +283,6 @@ def instantiate(term: Term, varying: bool, fresh: dict[tuple[int, ...], Atom]) -
             copy.fixed = next((atom.fixed for atom in found if atom.fixed), "")
             copy.mixed = next((atom.mixed for atom in found if atom.mixed), "")
             if varying:
-                copy.origins.extend(found)
+                copy.origins.extend(atom for atom in found if not atom.same)
         copies.append(fresh[key])
     return resolve(Prod(copies)) if len(copies) != 1 else copies[0]

@@ -68,8 +68,8 @@ class Judge:
 
     def difference(self, config: Any) -> str:
         """Where the model of `config`, its tensors named as in the pruned model, computes something else; else ""."""
-        dense = self._dense
         try:
+            dense = self._dense
             found = self._run(config, dict(dense.numbers))
         except (StructureError, TraceError) as error:
             return str(error)

@@ -81,6 +81,8 @@ def pruned_config(config: Any, structure: Structure, plan: PruningPlan, cls: typ
             if wrong == 0:
                 break
     if best is None:
+        if not why:
+            build_empty(type(config).from_dict(tried[0]), cls)  # says why it cannot be built, if that is in the way
         raise StructureError(
             f"{config.model_type}: no config describes a model with the planned layers and widths{why and ': '}{why}."
         )
@@ -301,7 +303,8 @@ def _with_fewer_layers(
     from the start or to the end. Where that does not do, each layer is built with its dense index, as it was.
     """
     usual = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    for place in (None, *(key for key, value in values.items() if isinstance(value, dict))):
+    inner = [key for key, value in values.items() if isinstance(value, dict) and all(isinstance(k, str) for k in value)]
+    for place in (None, *inner):  # a table of labels has numbers for keys
         own = values if place is None else values[place]
         listed: dict[str, Any] = {}
         mapped: dict[str, Any] = {}
@@ -455,7 +458,7 @@ def _surgery(
         path, _, tensor = name.rpartition(".")
         modules.setdefault(path, {}).setdefault("shapes", {})[tensor] = list(wanted[name])
     attributes: dict[str, dict[str, int]] = {}
-    wider: dict[str, nn.Module | None] = {}
+    wider: dict[str, list[nn.Module | None]] = {}
     for name, kept in plan.kept_indices.items():
         axis = structure.axes[name].tied or name
         layer = structure.axes[axis].layer
@@ -474,9 +477,11 @@ def _surgery(
         pairs, name = _resized(structure, axis, plan.widths), family(structure.axes[axis])
         for path, matched in _attributes(model, sorted(p for p in places if p), pairs).items():
             if len(set(matched.values())) < len(matched) or structure.axes[axis].block:  # sizes that coincide
-                if name not in wider:
-                    wider[name] = _wider(dense, structure, axis, cls)
-                if (probe := wider[name]) is not None:
+                known = wider.setdefault(name, [])  # layers of another kind may take their sizes from other attributes
+                if not any(probe is None or _has_twice(probe, structure, axis) for probe in known):
+                    known.append(_wider(dense, structure, axis, cls))
+                probe = next(probe for probe in known if probe is None or _has_twice(probe, structure, axis))
+                if probe is not None:
                     here = probe.get_submodule(_old_path(path, layer, structure, plan))
                     sizes = _resized(structure, axis, {axis: 2 * structure.axes[axis].num_units})
                     matched = {k: size for k, size in matched.items() if getattr(here, k) == sizes[size]}
@@ -545,8 +550,7 @@ def _wider(config: Any, structure: Structure, axis: str, cls: type | None) -> nn
     num_units, decoder = structure.axes[axis].num_units, decoder_config(config)
     values, sizes = decoder.to_dict(), _resized(structure, axis, {})
     hidden = decoder.attribute_map.get("hidden_size", "hidden_size")
-    places = [(m.parameter, m.dim, structure.layouts[m.parameter][m.dim]) for m in structure.members[axis]]
-    dense, wanted = ([lay.size(layout, {axis: n}) for *_, layout in places] for n in (num_units, 2 * num_units))
+    dense = _sizes_planned(structure, axis, num_units)
     alone = [(k,) for k, v in values.items() if type(v) is int and v in sizes and k != hidden and "token" not in k]
     useful: set[str] = set()  # those that change the sizes of the axis
     for names in itertools.chain(alone, _pairs(useful)):  # pairs are asked for when `useful` is complete
@@ -556,13 +560,28 @@ def _wider(config: Any, structure: Structure, axis: str, cls: type | None) -> nn
                 continue
             with contextlib.suppress(StructureError, KeyError, IndexError):
                 model: nn.Module = build_empty(trial, cls)
-                state = model.state_dict(keep_vars=True)
-                found = [state[parameter].shape[dim] for parameter, dim, _ in places]
-                if found == wanted and infer_structure(model).axes[axis].num_units == 2 * num_units:
+                if _has_twice(model, structure, axis) and infer_structure(model).axes[axis].num_units == 2 * num_units:
                     return model  # not one whose units are twice as large
+                found = _sizes_along(model, structure, axis)
                 if found != dense:
                     useful.update(names)
     return None
+
+
+def _has_twice(model: nn.Module, structure: Structure, axis: str) -> bool:
+    return _sizes_along(model, structure, axis) == _sizes_planned(structure, axis, 2 * structure.axes[axis].num_units)
+
+
+def _sizes_planned(structure: Structure, axis: str, num_units: int) -> list[int]:
+    """Of every parameter dimension that carries an axis, with so many units."""
+    layouts = [structure.layouts[member.parameter][member.dim] for member in structure.members[axis]]
+    return [lay.size(layout, {axis: num_units}) for layout in layouts]
+
+
+def _sizes_along(model: nn.Module, structure: Structure, axis: str) -> list[int]:
+    """The same in a model."""
+    state = model.state_dict(keep_vars=True)
+    return [state[member.parameter].shape[member.dim] for member in structure.members[axis]]
 
 
 def _pairs(names: set[str]) -> Iterator[tuple[str, str]]:

@@ -131,7 +131,7 @@ def _candidates(config: Any, axis: Axis) -> Iterator[WidthAttributes]:
     values = {k: v for k, v in everything.items() if isinstance(v, int) and not isinstance(v, bool) and v > 0}
     whole = {name: v // n for name, v in values.items() if v % n == 0}
     if axis.branch == "attention":
-        heads = [name for name in whole if "head" in name and "dim" not in name]
+        heads = [name for name in whole if ("head" in name or "group" in name) and "dim" not in name]
         usual = {config.attribute_map.get(name, name) for name in ("num_attention_heads", "num_key_value_heads")}
         heads.sort(key=lambda name: (name not in usual, whole[name]))
         pins = _head_dim(config, values)

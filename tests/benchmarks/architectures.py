@@ -3,6 +3,7 @@
 python tests/benchmarks/architectures.py                  # all types, about 20 minutes on one core
 python tests/benchmarks/architectures.py --only llama opt # some, printed; the documents stay as they are
 python tests/benchmarks/architectures.py --only llama opt --write # some, anew in the documents
+python tests/benchmarks/architectures.py --verify         # axes and `inspect --verify` only, the laws as they are known
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from small_configs import coincide, small_config
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
+from typer.testing import CliRunner
 
 from hf_prune.checkpoint.save_hook import install_save_hook
+from hf_prune.cli.main import app
 from hf_prune.config import RandomConfig
 from hf_prune.errors import HFPruneError
 from hf_prune.format import per_layer
@@ -61,6 +65,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="check these model types, print, write nothing")
     parser.add_argument("--write", action="store_true", help="write those of --only into the documents")
     parser.add_argument("--coinciding", action="store_true", help="sizes that coincide: joined with what is known")
+    parser.add_argument("--verify", action="store_true", help="axes and inspect --verify only; the laws as known")
     parser.add_argument("--part", default="0/1", help="every n-th type from the k-th: k/n; joined with what is known")
     arguments = parser.parse_args()
     only, (part, parts) = arguments.only, map(int, arguments.part.split("/"))
@@ -71,7 +76,7 @@ def main() -> None:
     coincide(arguments.coinciding)
     results = []
     for name in tqdm(names, disable=only is not None):
-        results.append(check(name))
+        results.append(check(name, laws=not arguments.verify))
         if only:
             print(json.dumps(results[-1], indent=None, ensure_ascii=False), flush=True)
     if not only or arguments.write:
@@ -93,9 +98,9 @@ def quiet() -> None:
     install_save_hook()
 
 
-def check(model_type: str) -> dict[str, Any]:
-    """All that the page says of one model type."""
-    result: dict[str, Any] = {"model_type": model_type, "laws": {}}
+def check(model_type: str, *, laws: bool = True) -> dict[str, Any]:
+    """All that the page says of one model type; without the laws, what has to be written over what is known."""
+    result: dict[str, Any] = {"model_type": model_type, **({"laws": {}} if laws else {})}
     start = time.perf_counter()
     try:
         with time_cap(TIME_CAP_S):
@@ -105,12 +110,15 @@ def check(model_type: str) -> dict[str, Any]:
             axes = {n: replace(a, blocker=a.blocker or refused.get(family(a), "")) for n, a in structure.axes.items()}
             structure = replace(structure, axes=axes)
             describe(result, model, structure)
-            check_laws(result, model, structure)
+            result["verify"] = inspected(model)
+            if laws:
+                check_laws(result, model, structure)
     except HFPruneError as error:
         result["error"] = str(error)
     except Exception as error:
         result["error"] = f"{type(error).__name__}: {error}"
-    result["seconds"] = round(time.perf_counter() - start, 1)
+    if laws:
+        result["seconds"] = round(time.perf_counter() - start, 1)
     return result
 
 
@@ -151,8 +159,9 @@ def describe(result: dict[str, Any], model: Any, structure: Structure) -> None:
     result["class"] = type(model).__name__
     result["layers"] = len(structure.layer_paths)
     result["unsupported_ops"] = structure.unsupported_ops
+    inner = {axis.block: axis for axis in structure.axes_of("query_heads") if axis.prunable}
     for kind in ("attention", "mlp", "expert"):
-        axes = structure.axes_of(kind)
+        axes = [inner.get(axis.name, axis) if axis.blocker else axis for axis in structure.axes_of(kind)]
         result[kind] = {
             "axes": len(axes),
             "prunable": sum(axis.prunable for axis in axes),
@@ -160,10 +169,46 @@ def describe(result: dict[str, Any], model: Any, structure: Structure) -> None:
             "families": sorted({family(axis) for axis in axes}),
             "blockers": sorted({axis.blocker for axis in axes if axis.blocker})[:3],
         }
+    result["attends"] = bool(result["attention"]["axes"]) or attends(model)
     hidden = structure.axes.get("hidden")
     result["hidden"] = "none" if hidden is None else hidden.blocker or "yes"
     knobs = find_width_attributes(model.config, structure, type(model))
     result["knobs"] = {name: str(knob) for name, knob in knobs.items()}
+
+
+def attends(model: Any) -> bool:
+    """Whether a forward pass weighs by a softmax: models without it have no attention to prune."""
+    with Operations() as seen:
+        logits(model, torch.arange(2, 11)[None])
+    return any("softmax" in name or "logsumexp" in name for name in seen.names)
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations that ran."""
+
+    names: frozenset[str] = frozenset()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note the name, and run it."""
+        self.names |= {str(func)}
+        return func(*args, **(kwargs or {}))
+
+
+def inspected(model: Any) -> dict[str, Any]:
+    """What `hf-prune inspect --verify` says of the model in files: kinds that it proves, and its refusals by kind.
+
+    Neither of these is a failure: a difference, or a traceback.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        done = CliRunner().invoke(app, ["inspect", directory, "--verify", "--json"])
+    if done.exit_code == 0:
+        rows = json.loads(done.stdout)["verification"]
+        refused = {row["kind"]: row["refused"] for row in rows if row["refused"]}
+        return {"proved": [row["kind"] for row in rows if row["equal"]], "refused": refused}
+    if done.exit_code == 2:
+        return {"proved": [], "refused": {"all": " ".join(done.output.split()).replace(directory, "MODEL")}}
+    return {"failed": f"exit code {done.exit_code}: {done.exception!r} {done.output[-300:]}"}
 
 
 # --- laws -----------------------------------------------------------------------------------------------------------

@@ -29,8 +29,11 @@ transformers {transformers}, torch {torch}, Python {python}, {minutes:.0f} minut
 | of these, every law holds | {passed} |
 | of these, no axis is inexact, so that masked = sliced was checked on all | {exact} |
 | only one kind of axis, or only one that the code lets go, and every law holds | {one_kind} |
+| of these, there is no attention to prune: no softmax in a forward pass | {no_attention} |
 | cannot be pruned, or a law is broken: the last column says what is in the way | {others} |
 | of {alike} that were run with sizes that coincide too (64 and 8): every law holds | {coinciding} |
+| of {inspected} with `inspect --verify` on saved weights: it ended cleanly, no difference, no traceback | {clean} |
+| of these, at least one kind of axes was proved, the others refused with their cause | {proved} |
 
 Laws, on two random plans over all attention, MLP and expert axes (weights and biases random, none zero):
 
@@ -46,12 +49,18 @@ Laws, on two random plans over all attention, MLP and expert axes (weights and b
 is built, then resized by the loader). Axes that the code does not let go are found by taking one unit of each family
 away: they count as not prunable, with the cause. *Removal* tells whether a whole layer (L), only its attention (A) or
 only its MLP (M) was removed from the small model, with masked = sliced; it is not needed for passing. *Alike*: the laws
-on sizes that coincide ("–": not run, or no such model can be built).
+on sizes that coincide ("–": not run, or no such model can be built). *Verify*: how many kinds of axes `hf-prune inspect
+MODEL --verify` proved on the model in files ("–": none; refusals are among the remarks).
 """
+
+_ONE_KIND = """Types with one kind of axes only:
+
+| model type | what it lacks, and why |
+|---|---|"""
 
 _COLUMNS = (
     "| model type | attention | MLP | experts | widths | identity | masked | count | reload | tokens | removal "
-    "| alike | remarks |"
+    "| alike | verify | remarks |"
 )
 
 
@@ -64,8 +73,11 @@ def write_page(found: list[dict[str, Any]], docs: Path, *, coinciding: bool) -> 
     known = {r["model_type"]: r for r in json.loads(path.read_text(encoding="utf-8"))["model_types"]}
     for result in found:
         name = result["model_type"]
-        alike = result if coinciding else known.get(name, {}).get("alike")
-        known[name] = {**(known[name] if coinciding else result), "alike": alike}
+        before = {key: value for key, value in known.get(name, {}).items() if key != "error"}
+        if coinciding:
+            known[name] = {**before, "alike": {**(before.get("alike") or {}), **result}}
+        else:
+            known[name] = {**({} if "laws" in result else before), **result, "alike": before.get("alike")}
     results = [known[name] for name in sorted(known)]
     both = [r for r in results if _prunable(r, "attention") and _prunable(r, "mlp")]
     one = [r for r in results if r not in both and (_prunable(r, "attention") or _prunable(r, "mlp"))]
@@ -75,19 +87,32 @@ def write_page(found: list[dict[str, Any]], docs: Path, *, coinciding: bool) -> 
         "passed": sum(passes(r) for r in both),
         "exact": sum(passes(r) and not r["attention"]["inexact"] + r["mlp"]["inexact"] for r in both),
         "one_kind": sum(passes(r) for r in one),
+        "no_attention": sum(passes(r) and not r.get("attends", True) for r in one),
         "transformers": transformers.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "minutes": sum(r["seconds"] for r in results) / 60,
         "alike": sum(bool(r.get("alike")) for r in results),
         "coinciding": sum(bool(r.get("alike")) and passes(r["alike"]) for r in results),
+        "inspected": sum("verify" in r for r in results),
+        "clean": sum("proved" in r.get("verify", ()) for r in results),
+        "proved": sum(bool(r.get("verify", {}).get("proved")) for r in results),
     }
     summary["others"] = summary["total"] - summary["passed"] - summary["one_kind"]
-    lines = [_HEAD.format(**summary), _COLUMNS, "|" + "---|" * (_COLUMNS.count("|") - 1)]
+    causes = [f"| {r['model_type']} | {_missing(r)} |" for r in one]
+    lines = [_HEAD.format(**summary), _ONE_KIND, *causes, "", _COLUMNS, "|" + "---|" * (_COLUMNS.count("|") - 1)]
     lines += [_row(result) for result in sorted(results, key=lambda r: str(r["model_type"]))]
     (docs / "architectures.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     data = json.dumps({"summary": summary, "model_types": results}, indent=1, ensure_ascii=False)
     (docs / "architectures.json").write_text(data + "\n", encoding="utf-8")
+
+
+def _missing(result: dict[str, Any]) -> str:
+    """Why a type has only one kind of axis."""
+    kind = "MLP" if _prunable(result, "attention") else "attention"
+    if kind == "attention" and not result.get("attends", True):
+        return "has no attention to prune"
+    return _cell(f"{kind}: {'; '.join(result[kind.lower()]['blockers'][:1]) or 'none found'}")
 
 
 def passes(result: dict[str, Any]) -> bool:
@@ -106,12 +131,17 @@ def _row(result: dict[str, Any]) -> str:
     laws = [_law(result, name) for name in LAWS]
     axes = [_axes(result, kind) for kind in ("attention", "mlp", "expert")]
     cells = [str(result["model_type"]), *axes, _widths(result), *laws]
-    return "| " + " | ".join([*cells, _removal(result), _alike(result), _remarks(result)]) + " |"
+    return "| " + " | ".join([*cells, _removal(result), _alike(result), _verify(result), _remarks(result)]) + " |"
 
 
 def _alike(result: dict[str, Any]) -> str:
     alike = result.get("alike")
     return "–" if not alike or "error" in alike else "✓" if passes(alike) else "✗"
+
+
+def _verify(result: dict[str, Any]) -> str:
+    found = result.get("verify", {})
+    return "✗" if "failed" in found else str(len(found.get("proved", ())) or "–")
 
 
 def _axes(result: dict[str, Any], kind: str) -> str:
@@ -152,8 +182,15 @@ def _remarks(result: dict[str, Any]) -> str:
         for name, outcome in alike["laws"].items()
         if outcome != "ok" and not outcome.startswith("none")
     ]
+    verify = result.get("verify", {})
+    remarks += [f"verify: {kind}: {why}" for kind, why in verify.get("refused", {}).items()]
+    remarks += [f"verify: {verify['failed']}"] if "failed" in verify else []
     for kind in ("attention", "mlp", "expert"):
         remarks += [f"{kind}: {why}" for why in result.get(kind, {}).get("blockers", [])]
     if unsupported_ops := result.get("unsupported_ops"):
         remarks.append("without rule: " + ", ".join(f"`{name}`" for name in unsupported_ops))
-    return "; ".join(" ".join(remark.split())[:240].replace("|", "\\|") for remark in remarks)
+    return "; ".join(map(_cell, remarks))
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split())[:240].replace("|", "\\|")

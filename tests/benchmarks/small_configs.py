@@ -99,7 +99,7 @@ _HYBRID = ["mamba", "hybrid", "mamba", "hybrid"]
 _BRIDGES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "big_bird": {"attention_type": "original_full"},  # block-sparse attention makes its modules anew in short texts
-    "codegen": {"n_head": 4, "rotary_dim": 6},  # the query, key and value projection has four blocks of heads
+    "codegen": {"n_head": 8, "rotary_dim": 4},  # the query, key and value projection has four blocks of heads
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},

@@ -20,8 +20,10 @@ class OwnForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self):
         return self.embed
 
-    def forward(self, input_ids, attention_mask=None, **kwargs):
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
         hidden_states = self.embed(input_ids)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
-        return CausalLMOutput(logits=self.head(self.norm(hidden_states)))
+        logits = self.head(self.norm(hidden_states))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return CausalLMOutput(loss=loss, logits=logits)

@@ -130,7 +130,6 @@ def convolution(call: Call) -> None:
     "any",
     "all",
     "_is_all_true",
-    "logsumexp",
     "argmax",
     "argmin",
     "count_nonzero",
@@ -183,19 +182,32 @@ def softmax(call: Call) -> None:
     traced = call[source]
     dim = call.args[1] % source.dim()
     call.mix(traced.terms[dim])
-    if source.dim() >= 3 and not traced.origin.constant:
-        for d, term in enumerate(traced.terms):
-            if d != dim:
-                _mark_heads(term)
-                if isinstance(whole := resolve(term), Cat) and all(part.size == 1 for part in whole.parts):
-                    call.tracer.apart[call.tracer.where] = whole.size
+    if _mark_heads(call, dim):
         call.origin.weighs = traced.terms[dim]
     call.give(list(traced.terms))
 
 
-def _mark_heads(term: Term) -> None:
-    for atom in leaves(term):
-        atom.heads = True
+@rule("logsumexp")
+def denominator(call: Call) -> None:
+    """Of a softmax that is written out: reduces one dimension; the others are computed independently."""
+    dims = call.arg(1, call.kwargs.get("dim"))
+    _reduce(call, dims)
+    if isinstance(dims, (list, tuple)) and len(dims) == 1:
+        _mark_heads(call, dims[0] % call.inputs[0].dim())
+
+
+def _mark_heads(call: Call, dim: int) -> bool:
+    """Mark the dimensions but `dim` of what a softmax reads as attention heads, if it may be attention."""
+    traced = call[call.inputs[0]]
+    if len(traced.terms) < 3 or traced.origin.constant:
+        return False
+    for d, term in enumerate(traced.terms):
+        if d != dim:
+            for atom in leaves(term):
+                atom.heads = True
+            if isinstance(whole := resolve(term), Cat) and all(part.size == 1 for part in whole.parts):
+                call.tracer.apart[call.tracer.where] = whole.size
+    return True
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "native_group_norm", "native_batch_norm")

@@ -111,7 +111,7 @@ def expand(call: Call) -> None:
     traced = call[source]
     offset = len(shape) - source.dim()
     terms: list[Term] = [
-        traced.terms[d - offset] if d >= offset and source.shape[d - offset] == size else Atom(size)
+        traced.terms[d - offset] if d >= offset and source.shape[d - offset] == size else Atom(size, same=True)
         for d, size in enumerate(shape)
     ]
     call.give(terms, like=traced)
@@ -123,7 +123,7 @@ def repeat(call: Call) -> None:
     source, shape = call.inputs[0], call.outputs[0].shape
     traced = call[source]
     padded = [ONE] * (len(shape) - source.dim()) + list(traced.terms)
-    call.give([Prod((Atom(size // term.size), term)) for size, term in zip(shape, padded, strict=True)])
+    call.give([Prod((Atom(size // term.size, same=True), term)) for size, term in zip(shape, padded, strict=True)])
 
 
 @rule("select")
