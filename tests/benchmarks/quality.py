@@ -151,9 +151,7 @@ class Bench:
         """The configuration of a row without repair: one plan serves both."""
         num_layers = len(self.structure.layer_paths)
         if "preset" in row.config:
-            preset = row.config["preset"]
-            units = ratio * num_layers / (num_layers - 6) if preset.startswith("paper") else ratio
-            return LLMPrunerConfig.preset(preset, units, num_layers)
+            return LLMPrunerConfig.preset(row.config["preset"], ratio * num_layers / (num_layers - 6), num_layers)
         settings = {"num_samples": row.num_samples, "seq_len": WINDOW, "repair": "none"}
         if row.config["method"] == "policy_gradient":
             settings["seq_len"] = 128
