@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from hf_prune.errors import ConfigError, check_whole_numbers
 
 if TYPE_CHECKING:
@@ -115,6 +117,7 @@ def training_arguments(
         "report_to": "none",
         "seed": 0,
         "prediction_loss_only": True,
+        "dataloader_pin_memory": torch.cuda.is_available() and not options.get("use_cpu"),  # else torch warns
     }
     if evaluates:
         defaults |= {"eval_strategy": "steps", "eval_steps": options.get("save_steps", tenth)}

@@ -81,7 +81,7 @@ def scores_picture(
 ) -> None:
     """Draw the scores of every layer's units, the best on the left, and how many of them stay.
 
-    One panel per family of axes, as in `widths_picture`; colours are powers of ten of the highest score of the family.
+    One panel per family of axes, as in `widths_picture`; colours are logarithms, over the highest score of the family.
 
     Args:
         scores: of all units of each axis.
@@ -106,7 +106,7 @@ def scores_picture(
         places = [[round(i * (len(row) - 1) / (_COLUMNS - 1)) for i in range(_COLUMNS)] for row in own]
         shown = [(row / highest).clamp(_LOWEST).log10()[at].tolist() for row, at in zip(own, places, strict=True)]
         extent = (0, 1, len(layers) - 0.5, -0.5)
-        image = ax.imshow(shown, aspect="auto", cmap="viridis", vmin=math.log10(_LOWEST), vmax=0, extent=extent)
+        ax.imshow(shown, aspect="auto", cmap="viridis", vmin=math.log10(_LOWEST), vmax=0, extent=extent)
         kept = [panel[layer][0] / panel[layer][1] for layer in layers for _ in range(2)]
         ax.plot(kept, [i + side for i in range(len(layers)) for side in (-0.5, 0.5)], color="white", linewidth=2)
         ax.set_title(_family_label(family), color=INK, fontsize=10, loc="left")
@@ -114,8 +114,8 @@ def scores_picture(
         ax.set_yticks(range(0, len(layers), step := _tick_step(len(layers))), map(str, layers[::step]))
         ax.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
         _without_frame(ax)
-        figure.colorbar(image, ax=ax, pad=0.01).set_label("log10 of highest", color=MUTED, fontsize=8)
-    axes[-1].set_xlabel("units, the best on the left; the white line is where what stays ends", color=MUTED, fontsize=9)
+    axes[-1].set_xlabel("units, the best on the left; what stays ends at the white line", color=MUTED, fontsize=9)
+    figure.supxlabel(f"yellow: the highest score · dark: {_LOWEST:g} of it, or less", color=MUTED, fontsize=9)
     figure.suptitle(title, color=INK, fontsize=12, weight="bold")
     save_figure(figure, path)
 
