@@ -224,6 +224,8 @@ def prune(
             "budget 'latency' found a model on disk, whose time cannot be measured; pass a latency table that was "
             "measured where the model fits."
         )
+    if config.repair == "end_to_end" and is_on_disk(model):
+        raise ConfigError("repair 'end_to_end' found a model on disk; take 'least_squares', or a device that holds it.")
     if work is not None:
         work.claim(identity(model, config, batches))
     num_tokens = sum(batch["input_ids"].numel() for batch in held_out)
@@ -428,6 +430,7 @@ def apply_and_repair(
             target=target,
             ridge=ridge,
             train=config.repair == "train",
+            end_to_end=config.repair == "end_to_end",
             seed=config.seed,
             layers=layers,
             work=own,

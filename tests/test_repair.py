@@ -33,8 +33,10 @@ from hf_prune.layers.masking import masked
 from hf_prune.layers.statistics import NO_REFIT, Statistics, best_ridge, solve_
 from hf_prune.layers.walk import LayerCall, Walk, replaced_forward
 from hf_prune.repair import repair_, select_repairable
+from hf_prune.repair.end_to_end import RIDGE
 from hf_prune.repair.preview import RepairPreview
 from hf_prune.scores.elimination import removal_costs
+from hf_prune.structure.consumers import only_consumer
 from hf_prune.structure.inference import infer_structure
 from hf_prune.surgery.slicing import renumber
 
@@ -555,6 +557,7 @@ def test_the_config_says_how_and_is_checked():
         {"repair_ridge": float("nan")},
         {"repair": "least_squares", "repair_target": "own", "axes": ("mlp", "hidden")},
         {"repair": "data_free", "axes": ("mlp", "hidden")},
+        {"repair": "end_to_end", "repair_target": "own"},
     ):
         with pytest.raises(ConfigError, match="repair"):
             MagnitudeConfig(0.3, **wrong)
@@ -599,6 +602,63 @@ def test_training_keeps_dtypes_and_needs_two_batches():
     assert found["model.layers.1"].error_after < found["model.layers.1"].error_before
     with pytest.raises(CalibrationError, match="found 1 calibration batch, expected 2"):
         repair_(pruned, dense, structure, plan, calibration(1), train=True)
+
+
+# --- end to end -------------------------------------------------------------------------------------------------------
+
+
+def divergences(dense, pruned, ids):
+    known, logits = dense(input_ids=ids).logits.log_softmax(-1), pruned(input_ids=ids).logits.log_softmax(-1)
+    return (known.exp() * (known - logits)).sum(-1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_the_step_end_to_end_is_the_natural_gradient_of_the_divergence(family):
+    dense, structure, batches = tiny_model(family), shared_structure(family), calibration(3)
+    batches.append(batches[0])  # of random tokens the held-out ones say nothing of others
+    plan = make_plan(structure, {"layers.0.mlp": tuple(range(0, 30, 2)), "layers.1.attention": (1,)})
+    fitted, stepped = (apply_plan(dense, structure, plan) for _ in range(2))
+    repair_(fitted, dense, structure, plan, batches)
+    repair_(stepped, dense, structure, plan, batches, end_to_end=True)
+    moved = {n: p - stepped.get_parameter(n) for n, p in fitted.named_parameters()}
+    moved = {name: move for name, move in moved.items() if move.count_nonzero()}
+    linear = [axis.name for axis in structure.axes.values() if axis.layer is not None and axis.kind == "attention"]
+    if family != "mixtral":  # experts have routers between them and the prediction, and stay as they are
+        linear += [axis.name for axis in structure.axes.values() if axis.layer is not None and axis.kind == "mlp"]
+    assert set(moved) == {only_consumer(dense, structure, name).parameter for name in linear}
+    seen = {name: [] for name in moved}
+    with contextlib.ExitStack() as stack:
+        for name, own in seen.items():
+            module = fitted.get_submodule(name.rpartition(".")[0])
+            keep = lambda _, args, output, own=own: own.append((args[0], output, output.retain_grad()))  # noqa: E731
+            stack.callback(module.register_forward_hook(keep).remove)
+        total = sum(divergences(dense, fitted, batch["input_ids"])[:, :-1].sum() for batch in batches[:-1])
+    total.backward()
+    sizes = []
+    for name, move in moved.items():
+        x = torch.cat([inputs.flatten(0, -2) for inputs, _, _ in seen[name]]).detach()
+        g = torch.cat([output.grad.flatten(0, -2) for _, output, _ in seen[name]])
+        ridge = RIDGE * x.square().mean() * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+        step = torch.linalg.solve(x.T @ x + ridge, x.T @ g) / g.square().mean()
+        move = move if step.shape == move.shape and family == "gpt2" else move.T
+        torch.testing.assert_close(move / move.norm(), step / step.norm(), rtol=1e-4, atol=1e-6)
+        sizes.append(float(move.norm() / step.norm()))
+    assert max(sizes) == pytest.approx(min(sizes), rel=1e-4)
+    with torch.no_grad():
+        before, after = (divergences(dense, model, batches[-1]["input_ids"]).mean() for model in (fitted, stepped))
+    assert after < before
+
+
+def test_a_step_end_to_end_that_held_out_text_does_not_gain_by_is_not_taken(monkeypatch):
+    dense, structure, batches = shared_model("llama"), shared_structure("llama"), calibration(3)
+    plan = make_plan(structure, {"layers.1.mlp": tuple(range(20))})
+    fitted, stepped = (apply_plan(dense, structure, plan) for _ in range(2))
+    repair_(fitted, dense, structure, plan, batches)
+    monkeypatch.setattr("hf_prune.repair.end_to_end.FIRST_STEP", 1e3)
+    repair_(stepped, dense, structure, plan, batches, end_to_end=True)
+    assert all(torch.equal(p, fitted.get_parameter(name)) for name, p in stepped.named_parameters())
+    with pytest.raises(CalibrationError, match="found 1 calibration batch, expected 2"):
+        repair_(stepped, dense, structure, plan, batches[:1], end_to_end=True)
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------

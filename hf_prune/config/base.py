@@ -19,7 +19,7 @@ Budget = Literal["decoder", "model", "active", "units", "latency", "memory"]
 AllocationName = Literal["uniform", "global", "spectral", "curves", "search"]
 Allocation = AllocationName | Mapping[str, float] | tuple[tuple[str, float], ...]
 Standardise = Literal["none", "sum", "mean", "zscore"]
-Repair = Literal["none", "least_squares", "train", "data_free"]
+Repair = Literal["none", "least_squares", "end_to_end", "train", "data_free"]
 Selection = Literal["scores", "obs"]
 RepairTarget = Literal["own", "asymmetric", "residual"]
 AxisKind = Literal[
@@ -114,8 +114,9 @@ class PruningConfig:
     (`obs`, by calibration data; the scores then decide only the widths)."""
     repair: Repair = "none"
     """`least_squares`: refit the weights that read pruned units (`o_proj`, `down_proj`, experts) to the dense model on
-    the calibration data, in closed form; `train`: then train all weights of each layer towards the dense residual
-    stream, as long as held-out batches gain; `data_free`: on noise in place of hidden states, which is worth less."""
+    the calibration data, in closed form; `end_to_end`: then one step of all of them at once towards the dense model's
+    predictions, as far as held-out batches gain; `train`: in its place train all weights of each layer towards the
+    dense residual stream, as long as they gain; `data_free`: on noise in place of hidden states, worth less."""
     repair_target: RepairTarget = "residual"
     """What repaired weights are fitted to: the dense layer on the pruned model's hidden states (`own`), on the dense
     model's (`asymmetric`), or that and what the residual stream lacks so far (`residual`)."""
@@ -162,6 +163,8 @@ class PruningConfig:
         self._check(type(self.bits) is int and self.bits in (4, 8, 16, 32), "bits", "4, 8, 16 or 32")
         if self.repair == "data_free":
             self._check("hidden" not in self.axes, "repair", "'least_squares' with hidden channels")
+        if self.repair == "end_to_end":
+            self._check(self.repair_target != "own", "repair_target", "'asymmetric' or 'residual' with end_to_end")
         if self.repairs_with_data and "hidden" in self.axes:
             self._check(self.repair_target != "own", "repair_target", "'asymmetric' or 'residual' with hidden channels")
         if self.layers is not None:
@@ -191,7 +194,7 @@ class PruningConfig:
     @property
     def repairs_with_data(self) -> bool:
         """Whether repair needs calibration text."""
-        return self.repair in ("least_squares", "train")
+        return self.repair in ("least_squares", "end_to_end", "train")
 
     @property
     def allocation_name(self) -> str:

@@ -115,7 +115,7 @@ class LLMPrunerConfig(PruningConfig):
             name: `paper_block`: Element¹ on KV groups and MLP channels, the same ratio of units in every layer but the
                 first 4 and last 2; `paper_channel`: Element¹ on the hidden axis; `paper_vector`, `paper_second_order`:
                 `paper_block` with those criteria. 10 samples of 64 tokens, seed 42, as in the released runs.
-                `recommended`: Fisher information of the unit masks, global, 512 samples of 64 tokens, in 4 steps.
+                `recommended`: Fisher information of the unit masks, global, and repair end to end.
             pruning_ratio: of units for the paper's presets (0.25 gives its "20 %"), of decoder parameters for ours.
             num_hidden_layers: decoder layers of the model; the paper's presets need more than 6.
 
@@ -123,7 +123,7 @@ class LLMPrunerConfig(PruningConfig):
             ConfigError: an unknown name, or too few layers.
         """
         if name == "recommended":
-            return cls(pruning_ratio, num_samples=512, seq_len=64, num_steps=4)
+            return cls(pruning_ratio, repair="end_to_end")
         criteria = {
             "paper_block": "first_order",
             "paper_channel": "first_order",

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from hf_prune.data import NO_LABEL
 from hf_prune.errors import CalibrationError, ScoreError, StructureError
 from hf_prune.layers.boundaries import Boundaries, is_large, on_disk
-from hf_prune.layers.losses import CHUNK_ELEMENTS, next_token
+from hf_prune.layers.losses import CHUNK_ELEMENTS, divergence, next_token
 from hf_prune.layers.processes import of_main_process, shard_batches
 from hf_prune.layers.weights import evaluating, input_device, is_on_disk, resident
 from hf_prune.layers.work import Results
@@ -108,12 +108,14 @@ class Outputs:
     def chunks(self) -> Iterator[tuple[int, int, Tensor]]:
         """`(row, first token, logits [tokens, V])`, in order."""
         for row, start, stop in self._walk.chunks(self.ids):
-            if self._logits is not None:
-                yield row, start, self._logits[row, start:stop]
-            else:
-                assert self._hidden is not None
-                hidden = self._hidden[row : row + 1, start:stop]
-                yield row, start, self._walk.head(self.ids[row : row + 1, start:stop], hidden)[0]
+            yield row, start, self.logits(row, start, stop)
+
+    def logits(self, row: int, start: int, stop: int) -> Tensor:
+        """Logits `[tokens, V]` of some tokens of one sample."""
+        if self._logits is not None:
+            return self._logits[row, start:stop]
+        assert self._hidden is not None
+        return self._walk.head(self.ids[row : row + 1, start:stop], self._hidden[row : row + 1, start:stop])[0]
 
 
 class Walk:
@@ -166,6 +168,9 @@ class Walk:
         """Per batch one call per layer."""
         self.scale = 1.0
         """Factor on the loss in a backward pass: 1 unless the model is float16."""
+        self.teachers: dict[int, Outputs] = {}
+        """By the `id` of the tokens of a batch: another model's outputs, from which a backward pass takes the
+        divergence as its loss, in place of that of the next tokens."""
         self.row: int | None = None
         """The sample of a batch whose logits are being computed."""
         self.look: Callable[[str], None] | None = None
@@ -531,7 +536,12 @@ class Walk:
                 leaf = hidden[row : row + 1, start:end].detach().clone().requires_grad_()
                 self.row = row
                 logits = self.head(ids[row : row + 1, start:end], leaf)
-                losses = next_token(logits, labels[row : row + 1, start:end])
+                if (teacher := self.teachers.get(id(ids))) is None:
+                    losses = next_token(logits, labels[row : row + 1, start:end])
+                else:
+                    with torch.no_grad():
+                        wanted = teacher.logits(row, start, end)
+                    losses = divergence(wanted, logits)
                 self._loss_of(losses, labels[row : row + 1]).backward()  # type: ignore[no-untyped-call]
                 self.row = None
                 assert leaf.grad is not None

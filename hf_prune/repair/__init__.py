@@ -27,6 +27,7 @@ from hf_prune.layers.processes import shard_batches
 from hf_prune.layers.walk import LayerProtocol, Walk
 from hf_prune.layers.weights import eager_experts, evaluating
 from hf_prune.repair.consumers import find_branches, first_change
+from hf_prune.repair.end_to_end import step_end_to_end_
 from hf_prune.repair.fit import LayerRepair, Repaired
 from hf_prune.repair.reselect import select_repairable
 from hf_prune.surgery.slicing import renumber
@@ -64,6 +65,7 @@ def repair_(
     target: Target = "residual",
     ridge: float = 1e-2,
     train: bool = False,
+    end_to_end: bool = False,
     seed: int = 0,
     layers: PrunedLayers | None = None,
     work: WorkDir | None = None,
@@ -88,6 +90,8 @@ def repair_(
         ridge: λ as a fraction of the mean squared norm of the inputs, 0 or more.
         train: then train all weights of each layer, from the first with a pruned unit on, towards the dense residual
             stream (`train_layer_`).
+        end_to_end: afterwards take one step of all linear consumers at once towards what the dense model predicts
+            (`step_end_to_end_`); both models are in memory, and the target is not `own`.
         seed: of the noise.
         layers: makes `pruned` layer by layer, of a model on disk; `None`: both models are in memory.
         work: keeps the hidden states after each layer, so that an interrupted repair is resumed.
@@ -107,11 +111,11 @@ def repair_(
         raise PlanError("repair target 'own' found pruned hidden channels; use 'asymmetric' or 'residual' with them.")
     data = _any_ids(dense) if batches is None else list(batches)
     walk = Walk(dense, structure.layer_paths, data, layered=True, protocol=protocol)
-    least = 2 * PartialState().num_processes if train else 1
+    least = 2 * PartialState().num_processes if train or end_to_end else 1
     if len(walk.all_ids) < least:
         raise CalibrationError(
             f"repair found {len(walk.all_ids) or 'no'} calibration batch, expected {least} or more"
-            f"{', one of them to be held out' if train else ''}: give more calibration text, or smaller batches."
+            f"{', one of them to be held out' if least > 1 else ''}: give more calibration text, or smaller batches."
         )
     branches = {found.layer: found for found in find_branches(dense, pruned, structure, plan)}
     result: dict[str, Repaired] = {}
@@ -142,6 +146,9 @@ def repair_(
                     fit.skip(layer)
             if work is not None:
                 _keep(work, layer + 1, walk, other, generator, result)
+        if end_to_end:
+            divergences = step_end_to_end_(walk, other, branches.values())
+            logger.info("one step end to end: divergence on held-out text %.4g, then %.4g", *divergences)
     return result
 
 

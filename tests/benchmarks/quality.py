@@ -151,9 +151,7 @@ class Bench:
         """The configuration of a row without repair: one plan serves both."""
         num_layers = len(self.structure.layer_paths)
         if "preset" in row.config:
-            preset = row.config["preset"]
-            units = ratio * num_layers / (num_layers - 6) if preset.startswith("paper") else ratio
-            return LLMPrunerConfig.preset(preset, units, num_layers)
+            return LLMPrunerConfig.preset(row.config["preset"], ratio * num_layers / (num_layers - 6), num_layers)
         settings = {"num_samples": row.num_samples, "seq_len": WINDOW, "repair": "none"}
         if row.config["method"] == "policy_gradient":
             settings["seq_len"] = 128
@@ -228,16 +226,19 @@ def main() -> None:
     rows = [name for name in given.rows.split(";") if name]
     ratios = [float(ratio) for ratio in given.ratios.split(",") if ratio]
     bench = Bench(given.model, given.data, given.device, given.windows, given.scores, given.least)
-    results: Result = json.loads(given.output.read_text("utf-8")) if given.output.exists() else {"rows": []}
-    results |= {
+    device = torch.cuda.get_device_name() if given.device.startswith("cuda") else f"{platform.machine()} CPU"
+    results: Result = {
         "model": given.model.name,
         "window": WINDOW,
         "windows": {name: sum(map(len, own)) for name, own in bench.windows.items()},
         "dtype": "float32",
-        "device": torch.cuda.get_device_name() if given.device.startswith("cuda") else platform.machine(),
+        "device": device,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "rows": [],
     }
+    if given.output.exists():  # a file keeps what its first rows were measured on
+        results |= json.loads(given.output.read_text("utf-8"))
     if "dense" not in results:
         results["dense"] = bench.measure(bench.dense)
         save(results, given.output)
@@ -256,7 +257,7 @@ def main() -> None:
         except Exception as error:  # the other rows are still to be measured
             print("failed", key, repr(error), flush=True)
             continue
-        found |= {**key, "seconds": round(time.monotonic() - start, 1)}
+        found |= {**key, "device": device, "seconds": round(time.monotonic() - start, 1)}
         results["rows"].append(found)
         save(results, given.output)
         print(json.dumps(found), flush=True)

@@ -26,6 +26,7 @@ class Row:
 
 OBS = {"method": "obs", "allocation": "global"}
 FISHER = {"method": "llm_pruner", "criterion": "fisher", "allocation": "global"}
+SHORT = {"num_samples": 512, "seq_len": 64, "num_steps": 4}
 REPAIRED = (True,)
 
 ROWS = (
@@ -33,9 +34,10 @@ ROWS = (
     Row("OBS, global, 1,024 × 256 tokens", OBS, "long", num_samples=1024, repairs=REPAIRED),
     Row("OBS, global, 512 × 256 tokens", OBS, "long", num_samples=512, repairs=REPAIRED),
     Row("OBS, global, layers trained", OBS, "train", repairs=REPAIRED, repair={"repair": "train"}),
-    Row("LLM-Pruner (Fisher), global", FISHER, "fisher"),
+    Row("LLM-Pruner (Fisher), global", FISHER, "fisher", repairs=(True, False)),
+    Row("LLM-Pruner (Fisher), global, end to end", FISHER, "end", repairs=REPAIRED, repair={"repair": "end_to_end"}),
     Row("LLM-Pruner, paper's block preset", {"preset": "paper_block"}, "fisher"),
-    Row("LLM-Pruner, recommended preset", {"preset": "recommended"}, "fisher"),
+    Row("LLM-Pruner (Fisher), global, 512 × 64 tokens, 4 steps", {**FISHER, **SHORT}, "fisher"),
     Row("Wanda-type, global", {"method": "wanda", "allocation": "global"}, "simple"),
     Row("magnitude, global", {"method": "magnitude", "allocation": "global"}, "simple"),
     Row("random, uniform", {"method": "random", "allocation": "uniform"}, "simple"),

@@ -82,13 +82,19 @@ def real_model(found: Results) -> list[str]:
         each = {title: f"{ratio:,.4g}" for title, ratio in zip(QUALITY_TEXTS.values(), ratios(row), strict=True)}
         texts.append({"": name, "removed": removed, **each})
     dense = ", ".join(f"{title} {found['dense'][text]:.2f}" for text, title in QUALITY_TEXTS.items())
+    others: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        if (device := row.get("device", found["device"])) != found["device"]:
+            others.setdefault(device, []).append(f"{row['name']}{' + repair' * row['repaired']}, {row['ratio']:.0%}")
+    elsewhere = "".join(f" On {device}: {'; '.join(rows)}." for device, rows in others.items())
     windows = sorted({found["windows"][text] for text in QUALITY_TEXTS})
     note = (
-        f"{found['model']}, {found['dtype']}, {found['device']}. Calibrated with a third each of WikiText-2 train, "
-        "novels and instructions, 128 × 256 tokens unless said; judged by perplexity on windows of 256 tokens spread "
-        f"over each text ({', '.join(map(str, windows))} of each), of which the last two are of kinds that nothing was "
-        "calibrated with; LAMBADA was not looked at for any choice either, passages of BoolQ were in the trial of the "
-        "ridge. Made by `tests/benchmarks/quality.py`; the numbers are in `docs/quality.json`. –: not measured."
+        f"{found['model']}, {found['dtype']}, {found['device']}.{elsewhere} Calibrated with a third each of "
+        "WikiText-2 train, novels and instructions, 128 × 256 tokens unless said; judged by perplexity on windows of "
+        f"256 tokens spread over each text ({', '.join(map(str, windows))} of each), of which the last two are of "
+        "kinds that nothing was calibrated with; LAMBADA was not looked at for any choice either, passages of BoolQ "
+        "were in the trial of the ridge. Made by `tests/benchmarks/quality.py`; the numbers are in "
+        "`docs/quality.json`. –: not measured."
     )
     return [
         "## A real model",

@@ -1,0 +1,136 @@
+"""One step of all repaired weights at once, towards what the dense model predicts.
+
+Layer by layer, repair keeps the residual stream as it was, whatever of it the predictions depend on. So afterwards one
+backward pass takes g, the gradient of KL(dense ‖ pruned) by the output of each linear consumer, and the step is the
+ridge regression of g on the consumer's inputs, over the mean square of g: natural gradient with Kronecker factors
+(K-FAC, arXiv 1503.05671), of which the one of the outputs is a number. How far to go, held-out text decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_prune.layers.losses import divergence, precision
+from hf_prune.layers.processes import of_main_process, sum_numbers
+from hf_prune.layers.statistics import Statistics, solve_, solving
+from hf_prune.layers.walk import Outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from hf_prune.layers.walk import Found, Part, Walk
+    from hf_prune.repair.consumers import Branches, Refit
+
+HELD_OUT = 8
+"""One batch of so many tells how far to go; at least the last one."""
+RIDGE = 0.3
+"""Of the regression, as a fraction of the mean square of the inputs."""
+FIRST_STEP, STEP_GROWTH = 0.01, 3.0
+"""Steps that are tried, as fractions of the one that the slope says would leave no divergence: the first, and so many
+times the one before, until held-out text no longer gains."""
+
+
+def step_end_to_end_(dense: Walk, pruned: Walk, branches: Iterable[Branches]) -> tuple[float, float]:
+    """Lower the divergence of the pruned model from the dense one by one step of its linear consumers.
+
+    Args:
+        dense: with the hidden states after the last layer.
+        pruned: of the same batches, two or more in each process; its model is in memory, and changed in place.
+        branches: its consumers, of each layer.
+
+    Returns:
+        The divergence on held-out text before and after, in nats per token.
+
+    Raises:
+        CalibrationError: gradients that are not finite.
+    """
+    every, known = pruned.ids, dense.hidden
+    number = len(every)
+    held_out = [batch for batch in range(number) if batch % HELD_OUT == HELD_OUT - 1] or [number - 1]
+    fitted = [batch for batch in range(number) if batch not in held_out]
+    teachers = {id(every[batch]): Outputs(dense, every[batch], known[batch], None) for batch in range(number)}
+    try:
+        pruned.ids, pruned.teachers = [every[batch] for batch in fitted], teachers
+        steps, slope = _steps(pruned, branches)
+        pruned.ids = [every[batch] for batch in held_out]
+        before = best = _divergence(pruned, teachers)
+        size, taken = of_main_process(FIRST_STEP * before / slope if slope else 0.0), 0.0
+        while size:
+            _take_(steps, size)
+            found = _divergence(pruned, teachers)
+            if not of_main_process(found < best):
+                _take_(steps, taken)
+                break
+            best, taken, size = found, size, size * STEP_GROWTH
+        return before, best
+    finally:
+        pruned.ids, pruned.teachers = every, {}
+
+
+def _steps(pruned: Walk, branches: Iterable[Branches]) -> tuple[list[tuple[Refit, Tensor, Tensor]], float]:
+    """The weight of each consumer, and what a step of size 1 adds to it: `[D, K]`, float32 at least, on the CPU.
+
+    Also by how much the divergence of a token falls in such a step, were it to go on as it begins.
+    """
+    refits: dict[int, list[Refit]] = {}
+    for found in branches:
+        linear = [refit for refit in found.all() if refit.pruned is not None and refit.consumer.kind == "linear"]
+        refits[found.pruned_layer] = linear
+    steps: list[tuple[Refit, Tensor, Tensor]] = []
+    slopes: list[float] = []
+
+    def visit(part: Part) -> Found:
+        assert part.layer is not None
+        sums = {}
+        for refit in refits[part.layer]:
+            num_outputs, num_inputs = refit.consumer.matrix(refit.weight).shape
+            sums[refit] = Statistics(num_inputs, num_outputs, refit.weight.device)
+        with contextlib.ExitStack() as stack:
+            for refit, own in sums.items():
+                assert refit.pruned is not None
+                stack.callback(refit.pruned.register_forward_hook(partial(_watch, pruned, own)).remove)
+            part.run()
+        for refit, own in sums.items():
+            total, weight = own.over_processes(), refit.consumer.matrix(refit.weight)
+            scale = total.squares / max(total.num_tokens, 1) / len(weight)
+            if scale:
+                with solving(refit.name):
+                    found = solve_(total, torch.zeros_like(weight), None, RIDGE)
+                wide = precision(weight)
+                step = (-found.weight / scale).to("cpu", wide)
+                steps.append((refit, weight.detach().to("cpu", wide, copy=True), step))
+                slopes.append((found.error_before - found.error_after) / scale)
+        return {}
+
+    pruned.backward(visit, "end to end", layered=True)
+    return steps, sum(slopes)
+
+
+def _watch(walk: Walk, sums: Statistics, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """Add inputs and gradients of a consumer; the loss of a walk is a mean over the tokens of a sample."""
+    if output.requires_grad:
+        inputs, factor = args[0].detach(), (walk.ids[0].shape[1] - 1) / walk.scale
+        output.register_hook(lambda g: sums.add(inputs, g.to(precision(g)) * factor))  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def _take_(steps: Sequence[tuple[Refit, Tensor, Tensor]], size: float) -> None:
+    for refit, weight, step in steps:
+        refit.write_(weight + size * step)
+
+
+@torch.no_grad()
+def _divergence(pruned: Walk, teachers: Mapping[int, Outputs]) -> float:
+    """Mean over the tokens of all processes, in nats."""
+    total = tokens = 0.0
+    for outputs in pruned.outputs():
+        for (*_, ours), (*_, theirs) in zip(outputs.chunks(), teachers[id(outputs.ids)].chunks(), strict=True):
+            total += float(divergence(theirs, ours).sum(dtype=torch.float64))
+            tokens += len(ours)
+    total, tokens = sum_numbers(total, tokens)
+    return total / tokens
