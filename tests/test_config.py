@@ -63,12 +63,12 @@ def test_json_round_trip_is_equal_and_keeps_the_class(config):
     [
         *(("pruning_ratio", value) for value in (0, 1, -0.1, 30, float("nan"), float("inf"), "0.3", None, True)),
         *(("budget", value) for value in ("layers", None, ["decoder"])),
-        *(("axes", value) for value in ((), ("mlp", "mlp"), ("heads",), "mlp", None, (["mlp"],))),
+        *(("axes", value) for value in ((), ("mlp", "mlp"), ("heads",), "mlp,", "mlp,heads", None, (["mlp"],))),
         *(("allocation", value) for value in ("Uniform", 1)),
         *(("round_to", value) for value in (0, -8, 64.0, "64", True)),
         *(("min_units", value) for value in (0, 1.0, None, True)),
         *(("layers", value) for value in ((), (-1,), (1, 1), (True,), 3, "4-", "all")),
-        *(("protect", value) for value in ("layers.0.*", (1,), ("",))),
+        *(("protect", value) for value in ("", "layers.0.*,", (1,), ("",))),
         *(("seed", value) for value in (-1, 0.5, None)),
         ("num_samples", 0),
         ("seq_len", 0),
@@ -79,6 +79,12 @@ def test_json_round_trip_is_equal_and_keeps_the_class(config):
 def test_a_wrong_value_is_named(field, value):
     with pytest.raises(ConfigError, match=rf"(?s)^{field}: found .*expected"):
         MagnitudeConfig(**{"pruning_ratio": 0.3, field: value})
+
+
+def test_names_in_one_text_are_what_the_flags_give():
+    config = PruningConfig(0.3, method="random", axes="mlp, attention", targets="gguf", protect="layers.0.*,layers.1")
+    assert (config.axes, config.targets) == (("mlp", "attention"), ("gguf",))
+    assert config.protect == ("layers.0.*", "layers.1")
 
 
 @pytest.mark.parametrize(

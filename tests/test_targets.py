@@ -135,7 +135,7 @@ def test_a_search_for_plain_keeps_layers_equal():
 
 
 @pytest.mark.parametrize(
-    "targets", [("gguff",), ("tp=1",), ("tp=x",), ("tp=2", "tp=4"), ("gguf", "gguf"), "gguf", (1,)]
+    "targets", [("gguff",), ("tp=1",), ("tp=x",), ("tp=2", "tp=4"), ("gguf", "gguf"), "gguf,gguf", (1,)]
 )
 def test_unknown_targets_are_refused(targets):
     with pytest.raises(ConfigError, match=r"targets: found .* expected gguf, vllm, plain, int4 or tp=N"):

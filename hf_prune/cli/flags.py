@@ -185,8 +185,6 @@ def _value(name: str, value: Any) -> Any:
     """What a field takes, from what its flag gives."""
     if name == "allocation":
         return parse_allocation(value)
-    if name in ("axes", "targets", "protect") and isinstance(value, str):
-        return tuple(kind.strip() for kind in value.split(","))
     if name == "round_to" and value != "auto":
         if value != "none" and not value.isdecimal():
             raise ConfigError(f"round_to: found {value!r}, expected a whole number from 1, auto or none.")

@@ -133,9 +133,11 @@ class PruningConfig:
     def __post_init__(self) -> None:
         if isinstance(self.layers, str):
             object.__setattr__(self, "layers", parse_layers(self.layers))
-        for name in ("axes", "layers", "protect", "targets"):  # lists, as JSON gives them, become tuples
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("axes", "layers", "protect", "targets"):  # lists, as JSON gives them, and "mlp,attention"
+            value = getattr(self, name)
+            value = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
         if isinstance(self.allocation, (Mapping, list)):
             object.__setattr__(self, "allocation", _pairs(self.allocation))
         if self.method != type(self).__dataclass_fields__["method"].default:
