@@ -104,7 +104,7 @@ def reserved(directory: Path) -> Iterator[None]:
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, _this_process().encode(), 0)
             _remove_abandoned(directory.parent.glob(f".{glob.escape(directory.name)}{_ENDING}"))
-            _remove_abandoned(directory.rglob(f".*{_ENDING}"))
+            _remove_abandoned(path for path in below(directory) if path.match(f".*{_ENDING}"))
         elif locked is False and (holder := os.pread(descriptor, 500, 0).decode()) != _this_process():
             raise CheckpointError(
                 f"{directory} is being written to by {holder or 'another process'}. Wait until it is through, or "
@@ -170,6 +170,12 @@ def beside(path: Path, mode: int = 0o777) -> Iterator[Path]:
             _discard(own)
             if descriptor is not None:
                 os.close(descriptor)
+
+
+def below(directory: Path) -> Iterator[Path]:
+    """Everything in a directory and in those in it, but what other processes remove meanwhile."""
+    for folder, folders, files in os.walk(directory):
+        yield from (Path(folder, name) for name in (*folders, *files))
 
 
 def _remove_abandoned(found: Iterable[Path]) -> None:

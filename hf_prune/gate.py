@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_prune.atomic import below
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, StructureError
 from hf_prune.format.building import build_empty
 from hf_prune.layers.walk import Walk, checked_ids
@@ -243,7 +245,10 @@ def check_room(
     way = Path(tempfile.gettempdir()) if work is None else work.path
     needed = price.layer_bytes if is_on_disk(model) or (work is not None and config.repair != "none") else 0
     if work is not None:  # the state after a step is written before that of the last one goes
-        needed += price.held_bytes - sum(path.stat().st_size for path in work.path.rglob("*.safetensors"))
+        needed += price.held_bytes
+        for path in below(work.path):
+            with suppress(FileNotFoundError):
+                needed -= path.stat().st_size if path.suffix == ".safetensors" else 0
     folders = [(way, needed)]
     if output is not None:
         folders.append((output.absolute().parent, price.checkpoint_bytes))

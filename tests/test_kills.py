@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import tiny
@@ -275,3 +276,18 @@ def test_missing_parents_are_not_left_behind(tmp_path):
     with pytest.raises(RuntimeError), reserved(tmp_path / "a" / "b" / "out"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_another_process_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    """Two processes share a work directory: one begins the next run while the other removes what it had."""
+    going, scandir = tmp_path / "out" / "converted-1-of-2", os.scandir
+    going.mkdir(parents=True)
+
+    def removed(path):
+        if Path(path) == going:
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", removed)
+    with reserved(tmp_path / "out"):
+        pass
