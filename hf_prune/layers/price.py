@@ -134,9 +134,11 @@ def count_price(
     if repaired:
         own = counts.tokens if config.repairs_with_data else 0
         operations += sum(2 * counts.active * own * (dense + size) // dense for size in kept)
-        share = kept[-1] / dense
-        gram += round(len(steps) * own * share * counts.gram(share))
-        solving += round(len(steps) * share**3 * counts.cubes())
+        share, times = kept[-1] / dense, len(steps) * (1 + (config.repair == "end_to_end"))
+        gram += round(times * own * share * counts.gram(share))
+        solving += round(times * share**3 * counts.cubes())
+    if config.repair == "end_to_end":  # forward, again, and backward; the logits of both models
+        operations += sum(8 * counts.tokens * (counts.active * size // dense + counts.head) for size in kept)
     hidden = counts.tokens * hidden_size * itemsize
     widest = max((size for size, *_ in counts.consumers), default=0)
     # repair: hidden states of both models before the layer, the dense ones after it, and what each branch gave and
