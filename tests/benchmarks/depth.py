@@ -38,6 +38,7 @@ def main() -> None:
     """Check, print and write."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="check these model types, print, write nothing")
+    parser.add_argument("--write", action="store_true", help="write those of --only into the documents")
     parser.add_argument("--part", default="0/1", help="every n-th type from the k-th: k/n; results of parts are joined")
     arguments = parser.parse_args()
     quiet()
@@ -50,7 +51,7 @@ def main() -> None:
         results[name] = check(name)
         if arguments.only:
             print(name, json.dumps(results[name], ensure_ascii=False), flush=True)
-    if not arguments.only:
+    if arguments.write or not arguments.only:
         path = DOCS / "depth.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         known.update(results)
