@@ -8,7 +8,7 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 4 ] && echo 4 ||
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install demo test test-lowest test-newest test-vllm-versions lint format docs wheel kills laws mutants clean
+.PHONY: install demo test test-all test-lowest test-newest test-vllm-versions lint format docs wheel kills laws mutants clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,10 @@ lint: install
 
 # A file goes to one worker: what its tests share (commands that ran, processes, hostile checkpoints) is made once.
 test: lint
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+
+# With the slow ones: more families, notebooks and pages, whose kind the others show too.
+test-all: lint
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The documents as a site in build/site; a link that leads nowhere is an error.

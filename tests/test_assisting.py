@@ -63,6 +63,7 @@ def test_another_vocabulary_is_refused(material):
         measure_assisted(dense, tiny_model("llama", dtype=torch.float32), tokenizer, text.read_text())
 
 
+@pytest.mark.slow
 def test_eval_measures_a_draft(material):
     folder = material[0]
     command = ["eval", folder / "pruned", "--text", folder / "text.txt", "--window", 32, "--assists", folder / "dense"]

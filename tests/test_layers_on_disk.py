@@ -117,7 +117,9 @@ def calibration():
     return [{"input_ids": token_ids(3, 12, seed=seed)} for seed in range(3)]
 
 
-@pytest.fixture(scope="module", params=list(SHAPES))
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in SHAPES]
+)
 def checkpoint(request, tmp_path_factory):
     from transformers import CONFIG_MAPPING
 

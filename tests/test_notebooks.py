@@ -26,7 +26,11 @@ def run(path):
     return notebook
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [path if path.stem == "first_pruning" else pytest.param(path, marks=pytest.mark.slow) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_notebook(path):
     assert printed(run(path)) == printed(nbformat.read(path, as_version=4))
 

@@ -218,7 +218,7 @@ def enumerable():
     return model, structure, config, units, windows, masks[losses.argmin()]
 
 
-@pytest.mark.parametrize("estimator", ["leave_one_out", "disarm"])
+@pytest.mark.parametrize("estimator", ["leave_one_out", pytest.param("disarm", marks=pytest.mark.slow)])
 def test_it_finds_the_best_mask(enumerable, estimator):
     model, structure, config, units, windows, best = enumerable
     config = dataclasses.replace(

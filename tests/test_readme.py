@@ -51,7 +51,9 @@ def material(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize(
+    "document", [pytest.param(name, marks=pytest.mark.slow) if name == "docs/cli.md" else name for name in DOCUMENTS]
+)
 def test_command_lines_run(document, material, monkeypatch):
     monkeypatch.chdir(material)
     lines = [line for block in blocks(document, "bash") for line in block.splitlines()]

@@ -104,7 +104,6 @@ def together(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)], printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["start", "gradual"])
 def test_pruning_in_a_run_of_two_processes(together, tmp_path, mode):
     folder, (first, second), _ = together
@@ -121,13 +120,11 @@ def test_pruning_in_a_run_of_two_processes(together, tmp_path, mode):
         torch.testing.assert_close(tensor, first[mode]["state"][name], rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.slow
 def test_cutting_in_the_middle_is_refused(together):
     for found in together[1]:
         assert "mode 'cut' cannot work under DDP" in found["cut"]
 
 
-@pytest.mark.slow
 def test_recovery_on_two_processes_saves_one_model(together, tmp_path):
     folder, _, printed = together
     assert [stdout.count("perplexity after") for stdout in printed] == [3, 0]
@@ -139,7 +136,6 @@ def test_recovery_on_two_processes_saves_one_model(together, tmp_path):
         torch.testing.assert_close(found[name], tensor, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.slow
 def test_recovery_under_fsdp2_is_that_of_one_process_and_resumes(together, tmp_path):
     folder = together[0]
     assert torch.load(folder / "fsdp2-0.pt")

@@ -74,7 +74,14 @@ def test_steps_do_not_matter_where_scores_do_not_change(case, ratio, num_steps, 
     assert stepped(structure, config, scores, at, latency) == expected
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "falcon", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "gpt2",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3_text", "falcon", "gpt_neox", "mixtral")),
+    ],
+)
 def test_nor_do_they_on_real_structures(family):
     structure = shared_structure(family)
     generator = torch.Generator().manual_seed(0)
