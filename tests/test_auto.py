@@ -87,6 +87,7 @@ def test_no_time_gives_what_was_measured_and_says_what_was_not(material, tmp_pat
         advise(str(material / "dense"), tmp_path / "out", pruning_ratio=0.3, minutes=1e-9)
 
 
+@pytest.mark.slow
 def test_a_size_to_fit_into(material, tmp_path, monkeypatch):
     monkeypatch.setattr(f"{AUTO}.METHODS", ("magnitude",))
     text = str(material / "text.txt")

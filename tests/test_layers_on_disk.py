@@ -110,6 +110,7 @@ NOT_ON = {
 }
 ALIKE = ("gemma3_text", "gpt_neox", "qwen3_moe")
 """To a walk they look as llama, gpt2 and mixtral do."""
+SLOW = (*ALIKE, "bamba")
 OF_ALIKE = ("wanda, spectral", "fisher, selection, repair", "mixed", "search with repair")
 
 
@@ -118,7 +119,7 @@ def calibration():
 
 
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in SHAPES]
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SHAPES]
 )
 def checkpoint(request, tmp_path_factory):
     from transformers import CONFIG_MAPPING

@@ -57,7 +57,7 @@ def at_once(structure, config, scores, latency=None):
     return allocate(scores, structure, config, latency=latency, exponents=exponents(structure))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(cases(), ratios, st.integers(2, 6), st.sampled_from(SCHEDULES))
 def test_steps_do_not_matter_where_scores_do_not_change(case, ratio, num_steps, schedule):
     structure, scores, settings_ = case
