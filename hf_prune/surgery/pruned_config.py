@@ -458,7 +458,8 @@ def _surgery(
         path, _, tensor = name.rpartition(".")
         modules.setdefault(path, {}).setdefault("shapes", {})[tensor] = list(wanted[name])
     attributes: dict[str, dict[str, int]] = {}
-    wider: dict[str, list[nn.Module | None]] = {}
+    known: dict[str, list[nn.Module | None]] = {}
+    wider: dict[str, nn.Module | None] = {}
     for name, kept in plan.kept_indices.items():
         axis = structure.axes[name].tied or name
         layer = structure.axes[axis].layer
@@ -474,14 +475,17 @@ def _surgery(
             if use.name in inputs:  # selected before: `kept` counts among what was kept then
                 record = {**inputs[use.name], "kept": [inputs[use.name]["kept"][unit] for unit in kept]}
             inputs[use.name] = record
-        pairs, name = _resized(structure, axis, plan.widths), family(structure.axes[axis])
+        pairs = _resized(structure, axis, plan.widths)
         for path, matched in _attributes(model, sorted(p for p in places if p), pairs).items():
             if len(set(matched.values())) < len(matched) or structure.axes[axis].block:  # sizes that coincide
-                known = wider.setdefault(name, [])  # layers of another kind may take their sizes from other attributes
-                if not any(probe is None or _has_twice(probe, structure, axis) for probe in known):
-                    known.append(_wider(dense, structure, axis, cls))
-                probe = next(probe for probe in known if probe is None or _has_twice(probe, structure, axis))
-                if probe is not None:
+                if axis not in wider:  # layers of another kind may take their sizes from other attributes
+                    alike = known.setdefault(family(structure.axes[axis]), [])
+                    fitting = [probe for probe in alike if probe is None or _has_twice(probe, structure, axis)]
+                    if not fitting:
+                        fitting = [_wider(dense, structure, axis, cls)]
+                        alike += fitting
+                    wider[axis] = fitting[0]
+                if (probe := wider[axis]) is not None:
                     here = probe.get_submodule(_old_path(path, layer, structure, plan))
                     sizes = _resized(structure, axis, {axis: 2 * structure.axes[axis].num_units})
                     matched = {k: size for k, size in matched.items() if getattr(here, k) == sizes[size]}
