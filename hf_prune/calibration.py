@@ -100,6 +100,21 @@ def parts_of(sources: Sources, what: str = "calibration") -> list[Part]:
     return [Part(source, weight, weight / total) for source, weight in zip(names, weights, strict=True)]
 
 
+def calibration_names(calibration: Any) -> list[str]:
+    """Texts as `--calibration` takes them; batches have no name."""
+    if calibration is None or not is_text(calibration):
+        return []
+    parts = parts_of(calibration)
+    weighted = len({part.weight for part in parts}) > 1
+    return [f"{part.source}:{part.weight:g}" if weighted else str(part.source) for part in parts]
+
+
+def sources_of(sources: Any, what: str = "calibration") -> dict[str, Any]:
+    """The texts of a mixture by name, as `calibration`, `calibration 1`, ...; rows and batches are none."""
+    found = parts_of(sources, what) if sources is not None and is_text(sources) else []
+    return {f"{what} {number}" if number else what: part.source for number, part in enumerate(found)}
+
+
 def calibration_batches(
     tokenizer: PreTrainedTokenizerBase,
     sources: Sources,

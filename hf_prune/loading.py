@@ -119,6 +119,7 @@ def load_model(
     on_disk: Sequence[str] = (),
     folder: Path | None = None,
     config: PreTrainedConfig | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model of a directory or Hub id, in evaluation mode: a causal LM, or one that reads images and text.
 
@@ -129,6 +130,7 @@ def load_model(
         on_disk: module paths whose weights stay on disk until they are needed.
         folder: where weights go that the files of the checkpoint hold under another shape.
         config: what `load_config` gave, if it has been read.
+        trust_remote_code: whether code that comes with the checkpoint may run; with `config` that is known already.
 
     Raises:
         CheckpointError: there is none, it is damaged, or a tensor is missing.
@@ -141,7 +143,7 @@ def load_model(
     from hf_prune.layers.weights import device_map_of
 
     _check_target(device, dtype)
-    config = config or load_config(name)
+    config = config or load_config(name, trust_remote_code=trust_remote_code)
     name, options = _located(name, {"config": config, "trust_remote_code": has_own_code(type(config))})
     if "gguf_file" in options and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -181,6 +183,7 @@ def open_model(
     folder: Path | None = None,
     structure: Structure | None = None,
     config: PreTrainedConfig | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a model for pruning, in evaluation mode: as a whole, or with its decoder layers left on disk.
 
@@ -193,6 +196,7 @@ def open_model(
             goes with the model.
         structure: of the model, if it is known.
         config: what `load_config` gave, if it has been read.
+        trust_remote_code: as for `load_model`.
 
     Raises:
         ConfigError: no such choice, device or dtype.
@@ -204,7 +208,7 @@ def open_model(
     if layers_on not in get_args(LayersOn):
         raise ConfigError(f"layers_on: found {layers_on!r}, expected one of {get_args(LayersOn)}.")
     _check_target(device, dtype)
-    config = config or load_config(str(source))
+    config = config or load_config(str(source), trust_remote_code=trust_remote_code)
     load = partial(load_model, str(source), device=device, dtype=dtype, config=config)
     if layers_on == "memory":
         return load()

@@ -19,7 +19,15 @@ from accelerate import PartialState
 from hf_prune.allocation.planning import allocate, check_ratio
 from hf_prune.allocation.spectral import hill_exponents
 from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
-from hf_prune.calibration import GENERAL, Sources, asks_model, calibration_batches, is_text, parts_of
+from hf_prune.calibration import (
+    GENERAL,
+    Sources,
+    asks_model,
+    calibration_batches,
+    calibration_names,
+    is_text,
+    parts_of,
+)
 from hf_prune.config import LLMPrunerConfig, PolicyGradientConfig, selected_axes
 from hf_prune.errors import CalibrationError, ConfigError, StructureError
 from hf_prune.evaluation.generation import samples
@@ -36,7 +44,7 @@ from hf_prune.loading import load_config, load_tokenizer, open_model
 from hf_prune.plan import bare_plan, make_plan, with_tokens
 from hf_prune.repair import repair_, select_repairable
 from hf_prune.repair.preview import RepairPreview
-from hf_prune.report.card import Origin, calibration_names
+from hf_prune.report.card import Origin
 from hf_prune.scores import METHODS, check_scores, score
 from hf_prune.scores.learned import LearnedScores
 from hf_prune.structure.inference import infer_structure

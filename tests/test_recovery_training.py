@@ -477,11 +477,17 @@ def test_the_command_recovers(material, tmp_path):
     command = ["recover", material / "pruned", tmp_path / "out", "--train", material / "train.txt"]
     command += ["--eval", material / "eval.txt", "--preset", "full", "--teacher", material / "dense", "--steps", 4]
     command += ["--seq-len", 16, "--learning-rate", "1e-2", "--per-device-train-batch-size", 4, "--use-cpu"]
+    command += ["--temperature", 2, "--teacher-cache", tmp_path / "cache", "--trust-remote-code", "--other", "none"]
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(word) for word in command])
     assert result.exit_code == 0, (result.output, result.exception)
     assert "perplexity before" in result.stdout
     assert "perplexity after" in result.stdout
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.pruning_config
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    again = next(line for line in card.splitlines() if line.startswith("hf-prune recover"))
+    for words in (f"--teacher {material / 'dense'}", "--temperature 2.0", "--teacher-cache", "--other none"):
+        assert words in again
+    assert again.endswith("--trust-remote-code")
 
 
 def test_the_command_says_what_is_wrong(material, tmp_path):

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.atomic import replaced_file
-from hf_prune.calibration import GENERAL, asks_model, calibration_batches, parts_of, text_of
+from hf_prune.calibration import (
+    GENERAL,
+    asks_model,
+    calibration_batches,
+    calibration_names,
+    parts_of,
+    sources_of,
+    text_of,
+)
 from hf_prune.checkpoint.saving import check_apart
 from hf_prune.cli.sweep import check_folder, label, sweep, write_page
 from hf_prune.config import PruningConfig, axes_of_kind
@@ -26,7 +34,7 @@ from hf_prune.layers.weights import free_memory
 from hf_prune.loading import MEMORY_SHARE, bytes_of, load_config, load_model, load_tokenizer
 from hf_prune.memory import fit_ratio
 from hf_prune.plan import PruningPlan
-from hf_prune.report.card import calibration_names, calibration_words, command_block
+from hf_prune.report.card import calibration_words, command_block
 from hf_prune.report.pictures import widths_picture
 from hf_prune.structure.inference import infer_structure
 
@@ -125,8 +133,7 @@ def advise(
         raise ConfigError(f"minutes: found {minutes!r}, expected a number above 0.")
     budget: Budget = "decoder" if fit is None else "memory"
     asked = PruningConfig(0.5 if pruning_ratio is None else pruning_ratio, method="random", budget=budget)
-    texts = {f"calibration {number}": part for number, part in enumerate(calibration_names(calibration))}
-    check_apart(folder, model=name, text=text, **texts)
+    check_apart(folder, model=name, text=text, **sources_of(calibration))
     check_folder(folder)
     config = load_config(name, trust_remote_code=trust_remote_code)
     check_config(config)

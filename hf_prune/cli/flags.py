@@ -105,22 +105,22 @@ def read_asked(
         fields |= {"pruning_ratio": 0.5, "budget": "memory"}
     elif vocabulary and not any((config, preset, fields["method"], fields["pruning_ratio"])):
         fields |= {"pruning_ratio": 0.0, "method": "custom"}  # nothing else goes
-    named = None
-    if preset is not None:
-        if fields.get("pruning_ratio") is None:
-            raise ConfigError("--preset needs --pruning-ratio: the fraction to remove, above 0 and below 1.")
-        from hf_prune.loading import load_config
-
-        num_hidden_layers = load_config(model, **where).get_text_config().num_hidden_layers
-        named = LLMPrunerConfig.preset(preset, fields["pruning_ratio"], num_hidden_layers)
-    chosen = read_config(config, fields, named)
-    if fit is None:
-        return chosen
+    if preset is None and fit is None:
+        return read_config(config, fields)
+    if preset is not None and fields.get("pruning_ratio") is None:
+        raise ConfigError("--preset needs --pruning-ratio: the fraction to remove, above 0 and below 1.")
     from hf_prune.loading import load_config
     from hf_prune.memory import fit_ratio
     from hf_prune.structure.inference import infer_structure
 
-    structure = infer_structure(load_config(model, **where), cache=True)
+    described, named = load_config(model, **where), None
+    if preset is not None:
+        num_hidden_layers = described.get_text_config().num_hidden_layers
+        named = LLMPrunerConfig.preset(preset, fields["pruning_ratio"], num_hidden_layers)
+    chosen = read_config(config, fields, named)
+    if fit is None:
+        return chosen
+    structure = infer_structure(described, cache=True)
     return dataclasses.replace(chosen, pruning_ratio=fit_ratio(structure, fit, chosen))
 
 

@@ -469,7 +469,7 @@ def evaluate(
     from hf_prune.gate import check_windows
     from hf_prune.loading import dense_source, load_config, load_model, load_tokenizer
 
-    trust = {"trust_remote_code": trust_remote_code}
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     tokenizer, config = load_tokenizer(model, required=True, **trust), load_config(model, **trust)
     assert tokenizer is not None
     texts = evaluation.read_texts(tokenizer, text, window, max_windows)
@@ -479,7 +479,7 @@ def evaluate(
     loaded = load_model(model, device=device, dtype=dtype, config=config)
     other = None
     if names["dense"] is not None:
-        other = load_model(names["dense"], device=device, dtype=dtype, config=load_config(names["dense"], **trust))
+        other = load_model(names["dense"], device=device, dtype=dtype, **trust)
     quality = evaluation.evaluate(loaded, tokenizer, texts, dense=other, batch_size=batch_size)
     speed = evaluation.measure_speed(loaded, **evaluation.usual_request(loaded))
     values: dict[str, Any] = {
@@ -502,7 +502,7 @@ def evaluate(
         written = evaluation.check_generation(loaded, tokenizer, questions, dense=other, batch_size=batch_size)
         values["generation"] = evaluation.flat(written)
     if assists is not None:
-        draft_of = load_model(assists, device=device, dtype=dtype, config=load_config(assists, **trust))
+        draft_of = load_model(assists, device=device, dtype=dtype, **trust)
         values |= _assisted(draft_of, loaded, tokenizer, text_of(text[0], tokenizer))
     _print_json(values) if as_json else printing.print_evaluation(values)
 

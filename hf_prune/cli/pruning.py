@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
 
-from hf_prune.calibration import GENERAL, asks_model, parts_of
+from hf_prune.calibration import GENERAL, asks_model, sources_of
 from hf_prune.checkpoint.files import load_plan
 from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
 from hf_prune.cli import printing
@@ -57,12 +57,11 @@ def check_output(
     overwrite: bool,
 ) -> None:
     """Refuse an output that is read, as model, text or one of the paths in `read`, or that must not be replaced."""
-    parts = parts_of(calibration) if calibration else []
+    texts = sources_of(calibration)
     if target is None:
         return
     found = {name: getattr(chosen, name, None) for name in ("policy", "save_policy", "state_dir")}
     named = {name: Path(value) for name, value in found.items() if value}
-    texts = {f"calibration {number}" if number else "calibration": part.source for number, part in enumerate(parts)}
     texts |= {f"vocabulary {number}": source for number, source in enumerate(vocabulary or ())}
     check_apart(target, model=model, **texts, **read, **named)
     check_directory(target.absolute(), overwrite=overwrite)
@@ -109,7 +108,7 @@ def recovery(
         raise ConfigError("--recover trains what was saved: leave out --dry-run.")
     if asks_model(train):
         raise ConfigError("--recover trains on the calibration text, found 'self', which is written anew each time.")
-    check_apart(output, model=dense, **{f"calibration {i}": part.source for i, part in enumerate(parts_of(train))})
+    check_apart(output, model=dense, **sources_of(train))
     check_directory(output.absolute(), overwrite=overwrite)
 
     def then() -> RecoveryResult:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from hf_prune.atomic import held_by, replaced_file
-from hf_prune.calibration import is_text
+from hf_prune.calibration import calibration_names, is_text
 from hf_prune.checkpoint.files import REPORT_NAME
 from hf_prune.config import CONFIGS, PruningConfig, selected_axes
 from hf_prune.data import evaluation_windows, load_text
@@ -36,7 +36,7 @@ from hf_prune.layers.processes import main_writes, of_main_process, reserved_for
 from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.pipeline import base_model_of, calibration_data, prune
 from hf_prune.reading import save_text_file
-from hf_prune.report.card import calibration_names, calibration_words, command_block, samples_table, setting_words
+from hf_prune.report.card import calibration_words, command_block, samples_table, setting_words
 from hf_prune.report.html import html_page
 from hf_prune.report.pictures import tradeoff_picture
 from hf_prune.report.tables import markdown_table

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hf_prune.atomic import check_free, replaced_directory
 from hf_prune.errors import ConfigError, StructureError
 from hf_prune.exporting import Exported
-from hf_prune.loading import load_config, load_model, load_tokenizer
+from hf_prune.loading import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,8 +37,7 @@ def write_onnx(checkpoint: str, output: Path, dtype: str | None, trust_remote_co
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ConfigError("ONNX graphs need the packages onnx and onnxscript: pip install 'hf_prune[onnx]'.") from error
-    config = load_config(checkpoint, trust_remote_code=trust_remote_code)
-    model: Any = load_model(checkpoint, dtype=dtype or "float32", config=config)
+    model: Any = load_model(checkpoint, dtype=dtype or "float32", trust_remote_code=trust_remote_code)
     check_free(output, model.num_parameters() * model.dtype.itemsize)
     model.set_attn_implementation("eager")
     tokenizer = load_tokenizer(checkpoint, required=False, trust_remote_code=trust_remote_code)

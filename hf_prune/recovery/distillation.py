@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_prune.checkpoint.save_hook import plan_of, tokens_in_dense
 from hf_prune.errors import ConfigError
-from hf_prune.loading import load_config, load_model
+from hf_prune.loading import load_model
 from hf_prune.recovery.teacher import LOG_PROBS, REST, TOKENS, top_k_divergence
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         self.temperature, self.alpha, self.hidden_weight = temperature, alpha, hidden_weight
         self.teacher: Any = teacher
         if isinstance(teacher, (str, Path)):
-            config = load_config(str(teacher), trust_remote_code=trust_remote_code)
-            self.teacher = load_model(str(teacher), config=config)
+            self.teacher = load_model(str(teacher), trust_remote_code=trust_remote_code)
         self.layer_map: list[int] = []
         self.kept_channels: Tensor | None = None
         self.kept_tokens: Tensor | None = None

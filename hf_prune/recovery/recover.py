@@ -19,7 +19,15 @@ from safetensors import SafetensorError
 from transformers import Trainer, default_data_collator
 
 from hf_prune.atomic import replaced_directory
-from hf_prune.calibration import GENERAL, Sources, check_chats, is_text, parts_of, training_windows
+from hf_prune.calibration import (
+    GENERAL,
+    Sources,
+    calibration_names,
+    check_chats,
+    is_text,
+    sources_of,
+    training_windows,
+)
 from hf_prune.checkpoint.save_hook import plan_of
 from hf_prune.checkpoint.saving import check_apart, check_directory, save_pruned
 from hf_prune.data import labelled
@@ -38,7 +46,7 @@ from hf_prune.recovery.lora import add_adapters, lora_config, merge_adapters
 from hf_prune.recovery.processes import distributed_kind
 from hf_prune.recovery.resuming import checkpoints, is_whole
 from hf_prune.recovery.teacher import TaughtRows, write_predictions
-from hf_prune.report.card import Origin, calibration_names
+from hf_prune.report.card import Origin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -179,11 +187,19 @@ def recover(
     if teacher_cache is not None and (teacher is None or not is_text(train)):
         raise ConfigError("teacher_cache: found no teacher, or rows in place of text; it is for a teacher and a text.")
     written = None if teacher_cache is None else Path(teacher_cache).absolute()
-    texts = {
-        f"{name}{number or ''}": part
-        for name, given in (("train", train), ("eval", eval), ("other", other))
-        for number, part in enumerate(_sources(given, name))
+    asked: dict[str, Any] = {"preset": preset, "steps": args.max_steps, "seq_len": seq_len, **options}
+    if isinstance(teacher, (str, Path)):
+        asked["teacher"] = teacher
+    usual: dict[str, Any] = {
+        "temperature": (temperature, 1.0),
+        "alpha": (alpha, 1.0),
+        "hidden_weight": (hidden_weight, 0.0),
     }
+    usual |= {"teacher_cache": (teacher_cache, None)}
+    asked |= {name: value for name, (value, default) in usual.items() if value != default}
+    switches = {"assistant_only_loss": assistant_only_loss, "trust_remote_code": trust_remote_code}
+    command = _command(source, output_dir, {"train": train, "eval": eval, "other": other}, asked, switches)
+    texts = sources_of(train, "train") | sources_of(eval, "eval") | sources_of(other, "other")
     for target in (directory, training_dir, *([] if written is None else [written])):
         check_apart(target, model=model, teacher=teacher, **texts)
     check_directory(directory, overwrite=overwrite)
@@ -266,13 +282,7 @@ def recover(
                 dense = getattr(trainer, "teacher", None)
                 wrote = ({} if dense is None else {"dense": samples(dense, tokenizer)}) | wrote
                 wrote["after recovery"] = samples(result, tokenizer)
-            named = {"teacher": str(teacher)} if isinstance(teacher, (str, Path)) else {}
-            asked = {"preset": preset, **named, "steps": args.max_steps, "seq_len": seq_len, **options}
-            words = ["recover", source or "MODEL", str(output_dir)]
-            for name, text in (("train", train), ("eval", eval), ("other", other)):
-                words += [word for part in calibration_names(text) for word in (f"--{name}", part)]
-            words += [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
-            _note_origin(result, wrote, words)
+            _note_origin(result, wrote, command)
             _save(result, directory, tokenizer, _report(eval, before.get(TEXT), after.get(TEXT)))
             remove_checkpoints(training_dir)
         trainer.accelerator.wait_for_everyone()
@@ -286,6 +296,22 @@ def recover(
                 after[OTHER],
             )
         return RecoveryResult(result if result is not None else own, *found, trainer.state.log_history)
+
+
+def _command(
+    source: str | None,
+    output_dir: str | Path,
+    texts: dict[str, Text | None],
+    asked: dict[str, Any],
+    switches: dict[str, bool],
+) -> list[str]:
+    """Words of the command that does the same; rows have no name."""
+    words = ["recover", source or "MODEL", str(output_dir)]
+    for name, text in texts.items():
+        words += [word for part in calibration_names(text) for word in (f"--{name}", part)]
+    words += ["--other", "none"] if texts["other"] is None else []
+    words += [word for name, value in asked.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return words + [f"--{name.replace('_', '-')}" for name, given in switches.items() if given]
 
 
 def _checkpoint(training_dir: Path, resume: bool) -> str | None:
@@ -377,8 +403,8 @@ def _other(other: Text | None, train: Text, tokenizer: object) -> Text | None:
     return other
 
 
-def _sources(text: Text | None, what: str = "training text") -> list[Any]:
-    return [part.source for part in parts_of(text, what)] if is_text(text) else []  # type: ignore[arg-type]
+def _sources(text: Text | None) -> list[Any]:
+    return list(sources_of(text, "training text").values())
 
 
 def _removed(model: PreTrainedModel) -> float:

@@ -17,7 +17,7 @@ from hf_prune.layers.processes import of_main_process
 from hf_prune.layers.walk import Walk
 from hf_prune.layers.weights import fingerprint, inference, is_on_disk
 from hf_prune.layers.work import WorkDir, write_tensors
-from hf_prune.loading import load_config, open_model
+from hf_prune.loading import open_model
 from hf_prune.structure.inference import infer_structure
 
 if TYPE_CHECKING:
@@ -101,10 +101,7 @@ def write_predictions(
     missing = of_main_process([number for number in files if not _path(directory, number).exists()])
     if not missing:
         return
-    model = own
-    if not in_memory:
-        described = load_config(str(own), trust_remote_code=trust_remote_code)
-        model = open_model(str(own), device=device, config=described)
+    model = own if in_memory else open_model(str(own), device=device, trust_remote_code=trust_remote_code)
     kept = None if student is None else tokens_in_dense(student, model)
     windows = windows if kept is None else kept[windows]
     check_windows(model, [{"input_ids": windows}])

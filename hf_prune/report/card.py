@@ -12,7 +12,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_prune.calibration import is_text, parts_of
 from hf_prune.format.building import auto_class, needs_plugin
 
 if TYPE_CHECKING:
@@ -257,15 +256,6 @@ def _command(plan: PruningPlan, calibration: Any) -> str:
     words = ["prune", plan.base_model_name_or_path or "MODEL", "OUTPUT", "--method", config.method]
     words += ["--pruning-ratio", str(asked.pop("pruning_ratio"))]
     return command_block([*words, *calibration_words(calibration), *setting_words(asked)])
-
-
-def calibration_names(calibration: Any) -> list[str]:
-    """Texts as `--calibration` takes them; batches have no name."""
-    if calibration is None or not is_text(calibration):
-        return []
-    parts = parts_of(calibration)
-    weighted = len({part.weight for part in parts}) > 1
-    return [f"{part.source}:{part.weight:g}" if weighted else str(part.source) for part in parts]
 
 
 def calibration_words(names: Sequence[str] | None) -> list[str]:
