@@ -29,6 +29,8 @@ RIDGE_GROWTH, MOST_RIDGE = 10.0, 1e15
 
 RIDGE_STEP, NO_REFIT = 4.0, 1e4
 """What larger ridges are tried in steps of, and one with which a weight stays about as it is."""
+HELD_OUT = 8
+"""One calibration window, or batch, of so many is held out: what is chosen by it is a ridge, or when to stop."""
 
 
 class Statistics:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_prune.layers.losses import divergence, precision
 from hf_prune.layers.processes import of_main_process, sum_numbers
-from hf_prune.layers.statistics import Statistics, solve_, solving
+from hf_prune.layers.statistics import HELD_OUT, Statistics, solve_, solving
 from hf_prune.layers.walk import Outputs
 
 if TYPE_CHECKING:
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from hf_prune.layers.walk import Found, Part, Walk
     from hf_prune.repair.consumers import Branches, Refit
 
-HELD_OUT = 8
-"""One batch of so many tells how far to go; at least the last one."""
 RIDGE = 0.3
 """Of the regression, as a fraction of the mean square of the inputs."""
 FIRST_STEP, STEP_GROWTH = 0.01, 3.0
@@ -51,6 +49,7 @@ def step_end_to_end_(dense: Walk, pruned: Walk, branches: Iterable[Branches]) ->
     """
     every, known = pruned.ids, dense.hidden
     number = len(every)
+    # one batch of so many tells how far to go; at least the last one
     held_out = [batch for batch in range(number) if batch % HELD_OUT == HELD_OUT - 1] or [number - 1]
     fitted = [batch for batch in range(number) if batch not in held_out]
     teachers = {id(every[batch]): Outputs(dense, every[batch], known[batch], None) for batch in range(number)}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hf_prune.layers.masking import keep_mask, mask_axis
 from hf_prune.layers.processes import of_main_process, shard_batches
-from hf_prune.layers.statistics import Solution, Statistics, best_ridge, solve_, solving
+from hf_prune.layers.statistics import HELD_OUT, Solution, Statistics, best_ridge, solve_, solving
 from hf_prune.layers.walk import StopForward, Walk, hidden_of, replaced_forward, with_hidden
 from hf_prune.layers.watch import watching
 from hf_prune.repair.consumers import BRANCHES
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT = 8
-"""One calibration window of so many tells which ridge is best for a linear consumer; then it is fitted to all."""
 MIN_TOKENS_PER_INPUT = 0.25
 """An expert that saw fewer calibration tokens per input than this stays as it is."""
 ADDITIVE = 1e-2

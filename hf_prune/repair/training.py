@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.layers.processes import copy_of_main_process_, least_of_processes, sum_numbers, sum_over_processes
+from hf_prune.layers.statistics import HELD_OUT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 EPOCHS = 8
 LEARNING_RATE = 1e-3
 """Adam's at first, as a fraction of the root mean square of each tensor's values; falls to 0 as a cosine."""
-HELD_OUT = 8
-"""One batch of so many is held out, at least one."""
 PATIENCE = 2
 """Epochs without a gain, after which training ends; the best weights stay, those before training among them."""
 
