@@ -204,14 +204,15 @@ def training_windows(
 ) -> Tensor:
     """Windows of texts for training.
 
-    One text is cut into windows that follow each other without overlap, in its order. Windows of a mixture are drawn as
+    One text is cut into windows that follow each other without overlap, in its order; of one so long that it is
+    tokenised in part, and where a `number` is asked for, so many are drawn. Windows of a mixture are drawn as
     `calibration_batches` does; where a part has fewer than its share of `number`, it comes again, in another order.
 
     Args:
         tokenizer: the model's tokenizer; no special tokens are added, but those of its chat template to chats.
         sources: as for `calibration_batches`; not `self`.
         window: tokens of each window, 1 or more.
-        number: windows of a mixture. Default: as many as the shares allow without repeating any.
+        number: windows of a mixture, or of a long text. Default: as many as the shares allow without repeating any.
         seed: of the draw.
         assistant_only_loss: as for `calibration_batches`, but a token without a label is given as `~id`: see
             `labelled`.
@@ -228,6 +229,8 @@ def training_windows(
     if any(_is_self(part.source) for part in parts):
         raise CalibrationError("training text 'self' is not written here; let the model write it, and pass the file.")
     texts = [_texts(tokenizer, part.source, "text", assistant_only_loss) for part in parts]
+    if len(parts) == 1 and number is not None and len(texts[0]) > _LAZY_PIECES:
+        return _text_windows(texts[0], parts[0].source, 1, window, seed, number - 1)
     if len(parts) == 1:
         tokens = torch.cat([piece() for piece in texts[0]])
         return windows_of(tokens, window, num_windows=1, source=str(parts[0].source))

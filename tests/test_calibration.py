@@ -132,6 +132,25 @@ def test_long_texts_are_tokenised_in_part(tmp_path, monkeypatch):
     assert len(seen) == 4  # of 40: those that hold four times the windows
 
 
+def test_of_a_long_text_to_train_on_as_much_is_tokenised_as_is_needed(tmp_path, monkeypatch):
+    text = "".join(f"{i:09}\n" for i in range(2000))
+    (tmp_path / "long.txt").write_text(text)
+    monkeypatch.setattr(data, "_PIECE_CHARS", 500)
+    seen = []
+    monkeypatch.setattr(
+        calibration, "token_stream", lambda tok, *piece: seen.append(piece) or data.token_stream(tok, *piece)
+    )
+    path = tmp_path / "long.txt"
+    drawn = [TOKENIZER.decode(row) for row in training_windows(TOKENIZER, path, 20, number=10, seed=3)]
+    assert len(seen) == 2  # of 40
+    assert len(set(drawn)) == 10
+    assert all(row in text for row in drawn)
+    for number in (None, 10):  # all of it, in its order: where nothing says how much, and of a text that is not long
+        monkeypatch.setattr(calibration, "_LAZY_PIECES", 16 if number is None else 40)
+        windows = training_windows(TOKENIZER, path, 20, number=number)
+        assert "".join(TOKENIZER.decode(row) for row in windows) == text
+
+
 def test_chats_are_written_by_the_template(tmp_path):
     rows = [
         {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]},
