@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 
 from hf_prune.allocation.planning import allocate, check_ratio
+from hf_prune.allocation.search import split_windows
 from hf_prune.allocation.spectral import hill_exponents
 from hf_prune.allocation.steps import Stage, for_pruned, in_dense_numbering, next_plan
 from hf_prune.calibration import (
@@ -358,7 +359,8 @@ def decide(
     if config.allocation in ("spectral", "search"):
         exponents = of_main_process(hill_exponents(model, structure))
     if config.compares_outputs and config.repairs_with_data:  # judge plans as repair will leave them
-        preview = RepairPreview(model, structure, batches or (), config.repair_ridge, protocol).applied
+        judged, others = split_windows(batches or (), config.search_samples)  # not by the text that repair is fitted to
+        preview = RepairPreview(model, structure, others or judged, config.repair_ridge, protocol).applied
     planned = partial(
         allocate,
         structure=structure,

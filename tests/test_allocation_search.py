@@ -19,6 +19,7 @@ from test_allocation import latency_table, random_scores
 
 from hf_prune import MagnitudeConfig, RandomConfig, WandaConfig, allocate, infer_structure, prune
 from hf_prune.allocation.curves import _worth
+from hf_prune.allocation.search import Evaluator
 from hf_prune.config import PruningConfig, selected_axes
 from hf_prune.errors import BudgetError, CalibrationError, ConfigError
 from hf_prune.layers.masking import masked
@@ -196,6 +197,33 @@ def test_curves_take_first_what_the_model_misses_least():
     assert list(plan.kept_indices) == ["layers.1.mlp"]
     best = scores["layers.1.mlp"].topk(plan.widths["layers.1.mlp"]).indices.sort().values
     assert plan.kept_indices["layers.1.mlp"] == tuple(best.tolist())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "mixtral"])
+def test_a_plan_begins_where_it_changes_something(family, monkeypatch):
+    """Run from the dense model's hidden states there, it loses what it loses when run as a whole; and runs no more."""
+    model, structure = shared_model(family), shared_structure(family)
+    depth = ("layer",) if "layers" in structure.axes else ()
+    config = search_config(axes=("mlp", "attention", *depth), search_samples=3)
+    axes = selected_axes(structure, config)
+    plans = [make_plan(structure, {axis.name: tuple(range(1, axis.num_units))}, config, None) for axis in axes]
+    both = plans[-1 - len(depth)].kept_indices | plans[-2 - len(depth)].kept_indices
+    plans += [make_plan(structure, both, config, None), make_plan(structure, {}, config, None)]
+    ran = []
+    run = Walk.run
+    monkeypatch.setattr(Walk, "run", lambda self, layer, *args: (ran.append(layer), run(self, layer, *args))[1])
+    found = {}
+    with torch.no_grad():
+        for boundaries in (False, True):
+            evaluator = Evaluator(model, structure, config, BATCHES, None, None, None, boundaries=boundaries)
+            ran.clear()
+            found[boundaries] = evaluator._divergences(plans)
+    assert found[True] == found[False]
+    assert min(found[True][:-1]) > 0
+    assert found[True][-1] == pytest.approx(0, abs=1e-7)
+    number = len(structure.layer_paths)  # each axis from its layer on, and the last axes together
+    after = [number - (axis.layer or 0) for axis in axes] + [max(number - structure.axes[name].layer for name in both)]
+    assert len(ran) == len(BATCHES) * sum(after)
 
 
 def test_curves_are_nested_and_measured_once(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import sys
 from collections import defaultdict
 
 import pytest
@@ -802,6 +803,50 @@ def test_preview_is_the_least_squares_weight_on_dense_inputs(family):
         gone = [unit for unit in range(found.shape[1]) if unit not in kept]
         assert not found[:, gone].any()
     assert torch.equal(module.weight, before)
+
+
+def test_preview_takes_the_ridge_that_holds_on_other_windows():
+    """With hardly more tokens than inputs a small ridge fits them, and what it gives is worse on others."""
+    model = tiny_model("llama").double()
+    structure = infer_structure(model)
+    ids = torch.randint(0, 96, (80, 8), generator=torch.Generator().manual_seed(3))
+    plan = plans.make_plan(structure, {"layers.1.mlp": tuple(range(0, 40, 3))}, PruningConfig(0.3), None)
+    module, seen = model.model.layers[1].mlp.down_proj, []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().flatten(0, -2)))
+    model.eval()(input_ids=ids[16:])  # none of which it is fitted to
+    handle.remove()
+    before, inputs = module.weight.detach().clone(), seen[0]
+    errors = {}
+    for name, ridge in (("asked", 0.0), ("chosen", 1e-8), ("none", 1e12)):
+        batches = [{"input_ids": part} for part in ids[:16].split(5)]  # of which windows 7 and 15 are held out
+        with RepairPreview(model, structure, batches, ridge=ridge).applied(plan):
+            errors[name] = float((inputs @ (module.weight - before).T).square().sum())
+    assert errors["chosen"] < min(errors["asked"], errors["none"])
+    few = [{"input_ids": ids[:7]}]  # none to hold out
+    with RepairPreview(model, structure, few, ridge=1e-8).applied(plan):
+        weight = module.weight.detach().clone()
+    with RepairPreview(model, structure, few, ridge=0.0).applied(plan):
+        torch.testing.assert_close(weight, module.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_plans_are_not_judged_by_what_the_preview_is_fitted_to(monkeypatch):
+    fitted = []
+    preview = sys.modules["hf_prune.pipeline"].RepairPreview
+    monkeypatch.setattr(
+        sys.modules["hf_prune.pipeline"],
+        "RepairPreview",
+        lambda model, structure, batches, *rest: (
+            fitted.append(torch.cat(list(batches))),
+            preview(model, structure, batches, *rest),
+        )[1],
+    )
+    ids = torch.randint(0, 96, (8, 32), generator=torch.Generator().manual_seed(3))
+    batches = [{"input_ids": part} for part in ids.split(3)]
+    for samples in (4, 8):  # where all windows judge, all are fitted to
+        config = MagnitudeConfig(0.4, allocation="curves", repair="least_squares", search_samples=samples)
+        prune(tiny_model("llama"), config, calibration=batches)
+    assert torch.equal(fitted[0], ids[4:])
+    assert torch.equal(fitted[1], ids)
 
 
 def test_search_judges_plans_as_repair_will_leave_them():

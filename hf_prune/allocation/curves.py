@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hf_prune.allocation.search import Candidate, Evaluator
-from hf_prune.layers.price import GENERATION, LEVELS
+from hf_prune.layers.price import LEVELS
 from hf_prune.layers.weights import evaluating
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ def measured_orders(
     plans += [Candidate(list(ladders), [*start[:axis], level, *start[axis + 1 :]]) for axis, level in cut]
     losses: list[float] = []
     with evaluating(model), tqdm(total=len(plans), desc="curves", unit="plan", leave=False) as bar:
-        evaluator = Evaluator(model, structure, config, batches, preview, work, protocol)
-        for first in range(0, len(plans), GENERATION):
-            losses += [one.divergence for one in evaluator.evaluate(plans[first : first + GENERATION])]
+        evaluator = Evaluator(model, structure, config, batches, preview, work, protocol, boundaries=True)
+        for first in range(0, len(plans), LEVELS):
+            losses += [one.divergence for one in evaluator.evaluate(plans[first : first + LEVELS])]
             bar.update(len(losses) - bar.n)
     rest = iter(losses[1:])
     found = [

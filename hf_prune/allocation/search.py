@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -200,7 +201,11 @@ def _swapped(ladder: RemovalOrder, steps: int, draws: Floats) -> RemovalOrder:
 
 
 class Evaluator:
-    """Measures plans on the first `search_samples` windows, each plan once; many at a time read the model once."""
+    """Measures plans on the first `search_samples` windows, each plan once; many at a time read the model once.
+
+    With `boundaries` each plan is run from the first layer that it changes on, from the dense model's hidden states,
+    which are kept for all layers (see `Boundaries`); so it is where the layers exchange nothing else.
+    """
 
     def __init__(
         self,
@@ -211,13 +216,15 @@ class Evaluator:
         preview: Preview | None,
         work: WorkDir | None,
         protocol: LayerProtocol | None,
+        *,
+        boundaries: bool = False,
     ) -> None:
         if "hidden" in config.axes:
             raise ConfigError(
                 f"allocation {config.allocation!r} masks units, and the hidden axis cannot be masked: leave it out of "
                 "axes."
             )
-        windows = _windows(batches, config.search_samples)
+        windows, _ = split_windows(batches, config.search_samples)
         self._model, self._structure, self._config = model, structure, config
         self._preview = preview or (lambda plan, layer: contextlib.nullcontext())
         self._known: dict[str, float] = {}
@@ -227,7 +234,10 @@ class Evaluator:
         found = None if self._work is None else self._work.load("divergences")
         self._stored: dict[str, float] = of_main_process(found[1] if found else {})
         self._walk = Walk(model, structure.layer_paths, windows, protocol=protocol)
-        self._dense = [output.offloaded() for output in self._walk.outputs()]
+        self._boundaries = self._walk.boundaries("dense model") if boundaries and self._walk.protocol.layered else None
+        last = None if self._boundaries is None else self._boundaries.get(self._walk.num_layers)
+        dense = self._walk.outputs() if last is None else map(self._walk.outputs_of, self._walk.ids, last)
+        self._dense = [output.offloaded() for output in dense]
 
     @property
     def num_evaluations(self) -> int:
@@ -244,7 +254,9 @@ class Evaluator:
         asked = {key: start for key, start in new.items() if key not in self._stored}
         if asked:
             plans = [make_plan(self._structure, self._kept(start), self._config, None) for start in asked.values()]
-            self._stored |= dict(zip(asked, self._divergences(plans), strict=True))
+            at_once = len(plans) if self._walk.protocol.layered else 1  # else logits are held, not hidden states
+            parts = [plans[first : first + at_once] for first in range(0, len(plans), at_once)]
+            self._stored |= dict(zip(asked, itertools.chain(*map(self._divergences, parts)), strict=True))
             if self._work is not None:
                 self._work.save("divergences", {}, self._stored)
         self._known |= {key: self._stored[key] for key in new}
@@ -262,12 +274,25 @@ class Evaluator:
             with self._preview(plan, layer), masked(self._model, self._structure, plan, layer):
                 yield
 
+        begins = None if self._boundaries is None else [self._begin(plan, i) for plan in plans for i in range(number)]
+        found = [output.offloaded() for output in walk.outputs(each, begins)]
         totals = torch.zeros(len(plans), dtype=torch.float64)
-        for batch, output in enumerate(walk.outputs(each)):
-            for (_, _, ours), (_, _, theirs) in zip(output.chunks(), self._dense[batch % number].chunks(), strict=True):
-                totals[batch // number] += divergence(theirs, ours).sum(dtype=torch.float64).cpu()
+        for batch, dense in enumerate(self._dense):
+            for row, start, theirs in dense.chunks():  # the same for all plans: computed once
+                for plan, output in enumerate(found[batch::number]):
+                    ours = output.logits(row, start, start + len(theirs))
+                    totals[plan] += divergence(theirs, ours).sum(dtype=torch.float64).cpu()
         values = (sum_over_processes(totals) / self._walk.num_tokens).tolist()
         return [math.inf if math.isnan(value) else value for value in values]
+
+    def _begin(self, plan: PruningPlan, batch: int) -> tuple[int, Tensor]:
+        """The first layer that a plan changes, and the dense model's hidden states before it."""
+        assert self._boundaries is not None
+        axes = [self._structure.axes[name] for name in plan.kept_indices]
+        layers = [layer for layer, _ in plan.removed_branches] + list(plan.removed_layers)
+        layers += [0 if axis.layer is None else axis.layer for axis in axes if axis.kind != "layer"]
+        layer = min(layers, default=self._walk.num_layers)
+        return layer, self._boundaries.get(layer)[batch]
 
     def _kept(self, start: Candidate) -> Kept:
         return state_after(start.ladders, start.taken, self._structure, indices=True).kept
@@ -278,15 +303,21 @@ class Evaluator:
         return hashlib.sha256(kept.encode()).hexdigest()
 
 
-def _windows(batches: Iterable[Batch], number: int) -> list[Batch | Tensor]:
-    """The first `number` windows, in batches as they come: `input_ids` `[B, T]`, or whole ones with images."""
-    windows: list[Batch | Tensor] = []
+def split_windows(batches: Iterable[Batch], number: int) -> tuple[list[Batch | Tensor], list[Batch | Tensor]]:
+    """The first `number` windows, by which plans are judged, and the others; in batches as they come.
+
+    Each batch is `input_ids` `[B, T]`, or a whole one with images.
+    """
+    first: list[Batch | Tensor] = []
+    others: list[Batch | Tensor] = []
     for batch in batches:
-        ids = checked_ids(batch)[:number]
-        windows.append(batch if images_of(batch) else ids)
+        ids = checked_ids(batch)
+        if images_of(batch):
+            (first if number > 0 else others).append(batch)
+        else:
+            first += [ids[:number]] if number > 0 else []
+            others += [ids[max(number, 0) :]] if number < len(ids) else []
         number -= len(ids)
-        if number <= 0:
-            break
-    if not windows:
+    if not first:
         raise CalibrationError("allocation found no batch, expected one or more: give a calibration text.")
-    return windows
+    return first, others

@@ -284,24 +284,39 @@ class Walk:
                 results.put(visit(Part(self, None, False, self._run_outside)), [])
             return _merged(results.found)
 
-    def outputs(self, each: EachLayer | None = None) -> Iterator[Outputs]:
+    def outputs(
+        self, each: EachLayer | None = None, begins: Sequence[tuple[int, Tensor]] | None = None
+    ) -> Iterator[Outputs]:
         """What the model gives for each batch; on disk all batches go through a layer before the next.
 
         Args:
             each: what is to be in force while a batch runs, as masks.
+            begins: for each batch the layer with which it begins, and the hidden states before that; layer by layer
+                then, as on disk.
         """
         each = each or _nothing_each
-        if not self._by_layers(False):
+        if begins is None and not self._by_layers(False):
             for batch, ids in enumerate(self.ids):
                 with each(batch, None):
                     yield self._whole_outputs(ids)
             return
         self.start()
-        for layer in range(self.num_layers):
+        firsts = [0] * len(self.ids) if begins is None else [first for first, _ in begins]
+        if begins is not None:
+            self.hidden = [hidden for _, hidden in begins]
+        for layer in range(min(firsts, default=0), self.num_layers):
             with self.resident(layer):
-                self._run_layer(layer, partial(_of_layer, each, layer))
-        for ids, hidden in zip(self.ids, self.hidden, strict=True):
-            yield Outputs(self, ids, hidden, None)
+                self._run_layer(layer, partial(_of_layer, each, layer), [first <= layer for first in firsts])
+        yield from map(self.outputs_of, self.ids, self.hidden)
+
+    def outputs_of(self, ids: Tensor, hidden: Tensor) -> Outputs:
+        """What the model gives for one batch, from its last hidden states."""
+        return Outputs(self, ids, hidden, None)
+
+    def boundaries(self, name: str) -> Boundaries:
+        """The hidden states before every layer and after the last; where they are large, on disk."""
+        with evaluating(self.model):
+            return self._all_boundaries(name)
 
     def start(self) -> None:
         """Put the first hidden states in place, and find what the layers are called with for each batch.
@@ -357,10 +372,11 @@ class Walk:
             for start in range(0, ids.shape[1], step):
                 yield row, start, min(start + step, ids.shape[1])
 
-    def _run_layer(self, layer: int, each: Each) -> None:
+    def _run_layer(self, layer: int, each: Each, running: Sequence[bool] | None = None) -> None:
         for batch, hidden in enumerate(self.hidden):
-            with each(batch):
-                self.hidden[batch] = self.run(layer, batch, hidden)
+            if running is None or running[batch]:
+                with each(batch):
+                    self.hidden[batch] = self.run(layer, batch, hidden)
 
     def _run_outside(self, each: Each) -> None:
         for batch, (ids, hidden) in enumerate(zip(self.ids, self.hidden, strict=True)):

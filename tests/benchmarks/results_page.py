@@ -108,14 +108,15 @@ def real_model(found: Results) -> list[str]:
 
 def table(results: Results, section: Section, corpus: str) -> str:
     """One line per row of the section, one column per ratio."""
-    columns = [f"{100 * ratio:.0f} %" for ratio in RATIOS]
+    ratios = [ratio for ratio in RATIOS if any(_found(results, row.cells(ratio), corpus) for row in section.rows)]
+    columns = [f"{100 * ratio:.0f} %" for ratio in ratios]
     dense = f"{results['dense'][corpus]['perplexity']:.2f}"
     lines = [{"": f"dense: {dense}", **dict.fromkeys(columns, "")}]
     for row in section.rows:
-        cells = [_cell(_found(results, row.cells(ratio), corpus)) for ratio in RATIOS]
+        cells = [_cell(_found(results, row.cells(ratio), corpus)) for ratio in ratios]
         lines.append({"": row.label, **dict(zip(columns, cells, strict=True))})
     for label, values in section.published.items() if corpus == "wikitext2" else ():
-        cells = ["–" if value is None else f"{value:.4g}" for value in (*values, *[None] * (4 - len(values)))]
+        cells = ["–" if value is None else f"{value:.4g}" for value in (*values, *[None] * (len(ratios) - len(values)))]
         lines.append({"": f"*{label}*", **dict(zip(columns, cells, strict=True))})
     return markdown_table(lines)
 

@@ -69,11 +69,11 @@ CRITERIA = Section(
     "LLM-Pruner: every criterion",
     (
         *(
-            _llm_pruner(f"{criterion}, {allocation}", criterion, allocation)
+            _llm_pruner(f"{criterion}, {allocation}", criterion, allocation, ratios=RATIOS[:3])
             for allocation in ("uniform", "global")
             for criterion in CRITERIA_NAMES
         ),
-        _llm_pruner("fisher, global: the recommended preset", "fisher", "global", **RECOMMENDED),
+        _llm_pruner("fisher, global: the recommended preset", "fisher", "global", **RECOMMENDED, ratios=RATIOS[:3]),
         _llm_pruner("first_order, global, 4 steps", "first_order", "global", num_steps=4, ratios=(0.5,)),
         *(
             _llm_pruner(f"{criterion}, {allocation}, 10 × 64 tokens", criterion, allocation, **SHORT, ratios=RATIOS[:3])
