@@ -89,6 +89,19 @@ def test_search_reads_once_for_each_generation(checkpoint):  # noqa: F811
     assert price.bytes_read - layers <= read[0] <= price.bytes_read  # the first plans may fill a generation
 
 
+def test_curves_from_disk_are_those_in_memory_and_read_no_more_than_is_told(checkpoint):  # noqa: F811
+    family, path, whole = checkpoint
+    if family not in ("llama", "gpt2"):
+        pytest.skip("long")
+    config = RandomConfig(0.3, allocation="curves", search_samples=2, repair="least_squares")
+    model = open_model(path, layers_on="disk", dtype="float32")
+    price = price_of(infer_structure(model), config, calibration(), model)
+    with counted() as read:
+        plan = prune(model, config, calibration=calibration()).plan
+    assert 0 < read[0] <= price.bytes_read
+    assert prune(whole, config, calibration=calibration()).plan == plan
+
+
 def test_a_mixture_computes_what_its_routed_experts_do():
     structure = infer_structure(CONFIG_MAPPING["qwen3_moe"](**SHAPES["qwen3_moe"]))
     config = WandaConfig(0.3)

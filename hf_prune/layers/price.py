@@ -240,7 +240,8 @@ class _Counts:
             found += self.sum({name for name in decoder if len(self.structure.layouts[name]) >= 2})
         if config.compares_outputs:
             first = 2 + config.repairs_with_data  # the dense model, the starts, sums for a preview of repair
-            found += self.layers * config.num_steps * (first + math.ceil(self.compared() / GENERATION))
+            at_once = LEVELS if config.allocation == "curves" else GENERATION
+            found += self.layers * config.num_steps * (first + math.ceil(self.compared() / at_once))
         return found
 
     def compared(self) -> int:
