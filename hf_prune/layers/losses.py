@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits at a time: 64 MiB in float32, whatever the vocabulary."""
+CACHED_ELEMENTS = 1 << 18
+"""Of these so many at a time on a CPU: what its caches hold. All in one take three times as long."""
 
 
 def precision(values: Tensor) -> torch.dtype:
@@ -30,6 +32,13 @@ def next_token(logits: Tensor, targets: Tensor) -> Tensor:
 
 def divergence(dense: Tensor, logits: Tensor) -> Tensor:
     """Kullback-Leibler divergence Σ p·(ln p − ln q) of each token, in nats, p of `dense`: `[..., V]` → `[...]`."""
+    size = logits.shape[-1]
+    rows = max(1, (CACHED_ELEMENTS if logits.device.type == "cpu" else logits.numel()) // size)
+    parts = zip(torch.split(dense.reshape(-1, size), rows), torch.split(logits.reshape(-1, size), rows), strict=True)
+    return torch.cat([_divergence(*some) for some in parts]).view(logits.shape[:-1])
+
+
+def _divergence(dense: Tensor, logits: Tensor) -> Tensor:
     log_p = dense.to(precision(dense)).log_softmax(-1)
     log_q = logits.to(log_p).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
