@@ -32,6 +32,7 @@ from hf_prune.data import evaluation_windows
 from hf_prune.evaluation import num_parameters
 from hf_prune.layers.losses import next_token
 from hf_prune.layers.walk import Walk
+from hf_prune.layers.work import WorkDir
 from hf_prune.pipeline import apply_and_repair, decide, scoring_settings
 
 if TYPE_CHECKING:
@@ -100,13 +101,20 @@ class Bench:
     """The dense model, the texts, and what was scored so far."""
 
     def __init__(
-        self, model: Path, data: Path, device: str, windows: int, kept: Path | None, least: int | None
+        self,
+        model: Path,
+        data: Path,
+        device: str,
+        windows: int,
+        kept: Path | None,
+        least: int | None,
+        work: WorkDir | None = None,
     ) -> None:
         self.dense: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.structure = infer_structure(self.dense)
         self.texts = texts_of(data)
-        self.kept, self.least = kept, least
+        self.kept, self.least, self.work = kept, least, work
         self.scores: dict[str, dict[str, Tensor]] = {}
         self.plans: dict[str, PruningPlan] = {}
         self.data: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
@@ -175,7 +183,10 @@ class Bench:
             scores = self.scores.get(key) if config.num_steps == 1 else None
             if scores is None and config.method == "prunenet" and self.kept is not None and self.kept.exists():
                 scores = torch.load(self.kept)
-            plan, found = decide(self.dense, self.structure, config, batches, scores=scores, protocol=self.protocol)
+            work = self.work if config.allocation == "curves" else None  # measured once for all ratios
+            plan, found = decide(
+                self.dense, self.structure, config, batches, scores=scores, work=work, protocol=self.protocol
+            )
             if config.num_steps == 1:
                 self.scores[key] = found
             if config.method == "prunenet" and self.kept is not None:
@@ -225,7 +236,8 @@ def main() -> None:
     begin = time.monotonic()
     rows = [name for name in given.rows.split(";") if name]
     ratios = [float(ratio) for ratio in given.ratios.split(",") if ratio]
-    bench = Bench(given.model, given.data, given.device, given.windows, given.scores, given.least)
+    work = WorkDir(given.output.with_suffix(".work"))
+    bench = Bench(given.model, given.data, given.device, given.windows, given.scores, given.least, work)
     device = torch.cuda.get_device_name() if given.device.startswith("cuda") else f"{platform.machine()} CPU"
     results: Result = {
         "model": given.model.name,

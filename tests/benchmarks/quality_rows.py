@@ -26,6 +26,9 @@ class Row:
 
 OBS = {"method": "obs", "allocation": "global"}
 FISHER = {"method": "llm_pruner", "criterion": "fisher", "allocation": "global"}
+CURVES = {**FISHER, "allocation": "curves", "search_samples": 9, "repair": "least_squares"}
+"""Plans are judged as repair will leave them, by three windows of each text that the preview is not fitted to."""
+END = {"repair": "end_to_end"}
 SHORT = {"num_samples": 512, "seq_len": 64, "num_steps": 4}
 REPAIRED = (True,)
 
@@ -35,7 +38,19 @@ ROWS = (
     Row("OBS, global, 512 × 256 tokens", OBS, "long", num_samples=512, repairs=REPAIRED),
     Row("OBS, global, layers trained", OBS, "train", repairs=REPAIRED, repair={"repair": "train"}),
     Row("LLM-Pruner (Fisher), global", FISHER, "fisher", repairs=(True, False)),
-    Row("LLM-Pruner (Fisher), global, end to end", FISHER, "end", repairs=REPAIRED, repair={"repair": "end_to_end"}),
+    Row("LLM-Pruner (Fisher), global, end to end", FISHER, "end", repairs=REPAIRED, repair=END),
+    Row("LLM-Pruner (Fisher), curves, end to end", CURVES, "end", repairs=REPAIRED, repair=END),
+    *(
+        Row(
+            f"LLM-Pruner (Fisher), {name}, end to end, 1,024 × 256 tokens",
+            {**config, "num_samples": 128},
+            "long",
+            num_samples=1024,
+            repairs=REPAIRED,
+            repair=END,
+        )
+        for name, config in (("global", FISHER), ("curves", CURVES))
+    ),
     Row("LLM-Pruner, paper's block preset", {"preset": "paper_block"}, "fisher"),
     Row("LLM-Pruner (Fisher), global, 512 × 64 tokens, 4 steps", {**FISHER, **SHORT}, "fisher"),
     Row("Wanda-type, global", {"method": "wanda", "allocation": "global"}, "simple"),
