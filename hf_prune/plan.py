@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hf_prune.config import LAYER_AXES, PruningConfig, selected_axes
 from hf_prune.errors import ConfigError, PlanError
 from hf_prune.reading import load_text_file, parse_json, save_text_file
-from hf_prune.structure.axes import BRANCH_OF
+from hf_prune.structure.axes import BRANCH_OF, BRANCHES
 
 if TYPE_CHECKING:
     import os
@@ -305,6 +305,19 @@ def vanishes(axis_name: str, layers: frozenset[int], branches: frozenset[tuple[i
     if match is None:
         return False
     return int(match[1]) in layers or (int(match[1]), BRANCH_OF[match[2]]) in branches
+
+
+def first_change(structure: Structure, plan: PruningPlan) -> tuple[int, int]:
+    """`(layer, branch)` of the first thing that the plan changes; earlier layers are unchanged."""
+    if "hidden" in plan.kept_indices:
+        return 0, 0
+    changes = [(layer, 0) for layer in plan.removed_layers]
+    changes += [(layer, BRANCHES.index(branch)) for layer, branch in plan.removed_branches]  # type: ignore[arg-type]
+    for name in plan.kept_indices:
+        axis = structure.axes[name]
+        if axis.layer is not None and axis.branch is not None:
+            changes.append((axis.layer, BRANCHES.index(axis.branch)))
+    return min(changes, default=(len(structure.layer_paths), 0))
 
 
 def count_parameters(

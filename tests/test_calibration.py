@@ -113,18 +113,24 @@ def test_a_part_that_is_too_short_is_named(texts, tmp_path):
         letters([f"{texts['a']}:0.01", f"{texts['b']}:0.99"])
 
 
-def test_long_texts_are_tokenised_in_part(tmp_path, monkeypatch):
-    text = "".join(f"{i:09}\n" for i in range(2000))
+@pytest.fixture
+def long_text(tmp_path, monkeypatch):
+    """A file of 40 pieces, its text, and a list to which each piece comes that is tokenised."""
+    text, seen = "".join(f"{i:09}\n" for i in range(2000)), []
     (tmp_path / "long.txt").write_text(text)
     monkeypatch.setattr(data, "_PIECE_CHARS", 500)
-    seen = []
     monkeypatch.setattr(
-        calibration, "token_stream", lambda tok, piece: seen.append(piece) or data.token_stream(tok, piece)
+        calibration, "token_stream", lambda tok, *piece: seen.append(piece) or data.token_stream(tok, *piece)
     )
+    return tmp_path / "long.txt", text, seen
+
+
+def test_long_texts_are_tokenised_in_part(long_text):
+    path, text, seen = long_text
     options = {"num_samples": 10, "seq_len": 20, "batch_size": 4}
     drawn = {}
     for seed in (0, 1):
-        batches = calibration_batches(TOKENIZER, tmp_path / "long.txt", seed=seed, **options)
+        batches = calibration_batches(TOKENIZER, path, seed=seed, **options)
         drawn[seed] = [TOKENIZER.decode(row) for batch in batches for row in batch["input_ids"]]
         assert all(row in text for row in drawn[seed])
         assert len(set(drawn[seed])) == 10
@@ -132,15 +138,8 @@ def test_long_texts_are_tokenised_in_part(tmp_path, monkeypatch):
     assert len(seen) == 4  # of 40: those that hold four times the windows
 
 
-def test_of_a_long_text_to_train_on_as_much_is_tokenised_as_is_needed(tmp_path, monkeypatch):
-    text = "".join(f"{i:09}\n" for i in range(2000))
-    (tmp_path / "long.txt").write_text(text)
-    monkeypatch.setattr(data, "_PIECE_CHARS", 500)
-    seen = []
-    monkeypatch.setattr(
-        calibration, "token_stream", lambda tok, *piece: seen.append(piece) or data.token_stream(tok, *piece)
-    )
-    path = tmp_path / "long.txt"
+def test_of_a_long_text_to_train_on_as_much_is_tokenised_as_is_needed(long_text, monkeypatch):
+    path, text, seen = long_text
     drawn = [TOKENIZER.decode(row) for row in training_windows(TOKENIZER, path, 20, number=10, seed=3)]
     assert len(seen) == 2  # of 40
     assert len(set(drawn)) == 10

@@ -116,6 +116,10 @@ def test_operations_of_passes():
     layers = sum(structure.numel(name) for name in structure.owners)
     tokens, head = 32, 96 * 48
     assert count_price(structure, WandaConfig(0.3), [8] * 4, 48, 4).operations == 2 * layers * tokens
+    curves = RandomConfig(0.3, allocation="curves", axes=("mlp",), search_samples=3)
+    found = count_price(structure, curves, [8] * 4, 48, 4)  # of each of 3 layers 8 plans run what is left from there on
+    assert found.operations == 24 * (2 * layers * (1 + 1 + 8 * (3 + 2 + 1) / 3) + 2 * head * (1 + 1 + 24))
+    assert found.boundary_bytes == 24 * 48 * 4 * (3 + 1)
     fisher = count_price(structure, LLMPrunerConfig(0.3), [8] * 4, 48, 4)
     assert fisher.operations == 6 * layers * tokens + 4 * head * tokens
     assert fisher.boundary_bytes == tokens * 48 * 4 * 4

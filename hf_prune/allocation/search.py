@@ -31,7 +31,7 @@ from hf_prune.layers.price import GENERATION
 from hf_prune.layers.processes import of_main_process, sum_over_processes
 from hf_prune.layers.walk import Walk, checked_ids, images_of
 from hf_prune.layers.weights import evaluating
-from hf_prune.plan import make_plan
+from hf_prune.plan import first_change, make_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from hf_prune.allocation.ladders import Floats, RemovalOrder
     from hf_prune.config import PruningConfig
     from hf_prune.latency import LatencyTable
+    from hf_prune.layers.boundaries import Boundaries
     from hf_prune.layers.walk import Batch, LayerProtocol
     from hf_prune.layers.work import WorkDir
     from hf_prune.plan import PruningPlan
@@ -274,7 +275,7 @@ class Evaluator:
             with self._preview(plan, layer), masked(self._model, self._structure, plan, layer):
                 yield
 
-        begins = None if self._boundaries is None else [self._begin(plan, i) for plan in plans for i in range(number)]
+        begins = None if self._boundaries is None else self._begins(plans, self._boundaries)
         found = [output.offloaded() for output in walk.outputs(each, begins)]
         totals = torch.zeros(len(plans), dtype=torch.float64)
         for batch, dense in enumerate(self._dense):
@@ -285,14 +286,11 @@ class Evaluator:
         values = (sum_over_processes(totals) / self._walk.num_tokens).tolist()
         return [math.inf if math.isnan(value) else value for value in values]
 
-    def _begin(self, plan: PruningPlan, batch: int) -> tuple[int, Tensor]:
-        """The first layer that a plan changes, and the dense model's hidden states before it."""
-        assert self._boundaries is not None
-        axes = [self._structure.axes[name] for name in plan.kept_indices]
-        layers = [layer for layer, _ in plan.removed_branches] + list(plan.removed_layers)
-        layers += [0 if axis.layer is None else axis.layer for axis in axes if axis.kind != "layer"]
-        layer = min(layers, default=self._walk.num_layers)
-        return layer, self._boundaries.get(layer)[batch]
+    def _begins(self, plans: list[PruningPlan], boundaries: Boundaries) -> list[tuple[int, Tensor]]:
+        """For each plan and batch the first layer that changes, and the dense model's hidden states before it."""
+        layers = [first_change(self._structure, plan)[0] for plan in plans]
+        hidden = {layer: boundaries.get(layer) for layer in set(layers)}
+        return [(layer, own) for layer in layers for own in hidden[layer]]
 
     def _kept(self, start: Candidate) -> Kept:
         return state_after(start.ladders, start.taken, self._structure, indices=True).kept
@@ -312,12 +310,11 @@ def split_windows(batches: Iterable[Batch], number: int) -> tuple[list[Batch | T
     others: list[Batch | Tensor] = []
     for batch in batches:
         ids = checked_ids(batch)
-        if images_of(batch):
-            (first if number > 0 else others).append(batch)
-        else:
-            first += [ids[:number]] if number > 0 else []
-            others += [ids[max(number, 0) :]] if number < len(ids) else []
-        number -= len(ids)
+        here = min(number, len(ids))
+        for taken, part in ((first, ids[:here]), (others, ids[here:])):
+            if len(part):
+                taken.append(batch if images_of(batch) else part)
+        number -= here
     if not first:
         raise CalibrationError("allocation found no batch, expected one or more: give a calibration text.")
     return first, others

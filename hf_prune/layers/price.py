@@ -53,7 +53,7 @@ class Price:
     solving_operations: int
     """Those of factorisations and eliminations, in float64; the order of magnitude."""
     boundary_bytes: int
-    """Of hidden states between layers that a backward pass needs: in memory, on disk where they are large."""
+    """Of hidden states between layers that a backward pass or curves need: in memory, on disk where they are large."""
     held_bytes: int
     """Of hidden states that are held at the same time, those between layers aside: on the CPU, or if they are large in
     temporary files."""
@@ -125,8 +125,9 @@ def count_price(
     if held_out:
         read, pruned_read = read + dense, pruned_read + kept[-1]
     outside = structure.num_parameters() - dense
-    boundary = counts.tokens * hidden_size * itemsize * (len(structure.layer_paths) + 1)
-    boundary = boundary if config.method in ("llm_pruner", "obs") else 0
+    kept_between = counts.tokens if config.method in ("llm_pruner", "obs") else 0
+    kept_between = max(kept_between, counts.judging if config.allocation == "curves" else 0)
+    boundary = kept_between * hidden_size * itemsize * (len(structure.layer_paths) + 1)
 
     operations, gram, solving = counts.computing(config)
     operations += 2 * held_out * (counts.active * (dense + kept[-1]) // dense + 2 * counts.head)
@@ -191,6 +192,8 @@ class _Counts:
                     self.consumers.append((inputs, self.numel[name] // (inputs * number), number, met))
         self.active = sum(structure.num_active(name) for name in self.numel)
         """Parameters of layers that a token meets."""
+        self.judging = sum(lengths[: config.search_samples])
+        """Tokens that plans of curves and of a search are judged by."""
         self.head = max((structure.numel(n) for n in structure.layouts if n not in structure.owners), default=0)
 
     def scoring(self, config: PruningConfig, lengths: list[int] | None = None) -> int:
@@ -273,8 +276,12 @@ class _Counts:
             operations += per_token * self.tokens * (config.selection == "obs")
         operations *= config.num_steps if config.selection == "scores" else 1
         if config.compares_outputs:
-            searched = sum(self.lengths[: config.search_samples]) * (self.compared() + 1)
-            operations += (per_token + 2 * self.head) * searched * config.num_steps
+            heads = runs = float(self.compared() + 1)
+            if config.allocation == "curves":  # each plan runs from the layer of its axis on
+                number = len(self.structure.layer_paths)
+                axes = selected_axes(self.structure, config)
+                runs -= LEVELS * sum(axis.layer or 0 for axis in axes) / number
+            operations += round((per_token * runs + 2 * self.head * heads) * self.judging * config.num_steps)
         return operations, gram, solving
 
     def gram(self, share: float, outputs: int = 1) -> float:

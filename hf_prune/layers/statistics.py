@@ -33,6 +33,11 @@ HELD_OUT = 8
 """One calibration window, or batch, of so many is held out: what is chosen by it is a ridge, or when to stop."""
 
 
+def is_held_out(first: int, number: int) -> Tensor:
+    """Which of `number` windows are held out, the first of which is the window `first`: bool `[number]`."""
+    return torch.arange(first, first + number) % HELD_OUT == HELD_OUT - 1
+
+
 class Statistics:
     """Sums over tokens of a consumer's input x `[K]` and of the output t `[D]` that it should have.
 

@@ -26,7 +26,8 @@ from hf_prune.gate import positions_of
 from hf_prune.layers.processes import shard_batches
 from hf_prune.layers.walk import LayerProtocol, Walk
 from hf_prune.layers.weights import eager_experts, evaluating
-from hf_prune.repair.consumers import find_branches, first_change
+from hf_prune.plan import first_change
+from hf_prune.repair.consumers import find_branches
 from hf_prune.repair.end_to_end import step_end_to_end_
 from hf_prune.repair.fit import LayerRepair, Repaired
 from hf_prune.repair.reselect import select_repairable

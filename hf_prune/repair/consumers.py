@@ -10,15 +10,13 @@ from torch import Tensor, nn
 
 from hf_prune.layers.processes import copy_of_main_process_
 from hf_prune.structure import layouts as lay
+from hf_prune.structure.axes import BRANCHES
 from hf_prune.structure.consumers import Consumer, consumers_of
 from hf_prune.surgery.slicing import pruned_name, renumber
 
 if TYPE_CHECKING:
     from hf_prune.plan import PruningPlan
     from hf_prune.structure.axes import Branch, Structure
-
-BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
-"""In the order in which they are repaired: the MLP reads what the attention wrote."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,19 +103,6 @@ def find_branches(dense: nn.Module, pruned: nn.Module, structure: Structure, pla
             consumers[branch] = _consumers(dense, pruned, structure, plan, layer, branch)
         found.append(Branches(layer, layer - before, consumers, *modules))
     return found
-
-
-def first_change(structure: Structure, plan: PruningPlan) -> tuple[int, int]:
-    """`(layer, branch)` of the first thing that the plan changes; earlier layers are unchanged."""
-    if "hidden" in plan.kept_indices:
-        return 0, 0
-    changes = [(layer, 0) for layer in plan.removed_layers]
-    changes += [(layer, BRANCHES.index(branch)) for layer, branch in plan.removed_branches]  # type: ignore[arg-type]
-    for name in plan.kept_indices:
-        axis = structure.axes[name]
-        if axis.layer is not None and axis.branch is not None:
-            changes.append((axis.layer, BRANCHES.index(axis.branch)))
-    return min(changes, default=(len(structure.layer_paths), 0))
 
 
 def _consumers(

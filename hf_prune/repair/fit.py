@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from hf_prune.layers.masking import keep_mask, mask_axis
 from hf_prune.layers.processes import of_main_process, shard_batches
-from hf_prune.layers.statistics import HELD_OUT, Solution, Statistics, best_ridge, solve_, solving
+from hf_prune.layers.statistics import Solution, Statistics, best_ridge, is_held_out, solve_, solving
 from hf_prune.layers.walk import StopForward, Walk, hidden_of, replaced_forward, with_hidden
 from hf_prune.layers.watch import watching
-from hf_prune.repair.consumers import BRANCHES
 from hf_prune.repair.training import train_layer_
+from hf_prune.structure.axes import BRANCHES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -210,7 +210,7 @@ class LayerRepair:
                 target = _rows(given[batch]).index_select(1, consumer.kept_outputs)
                 if self.target == "residual" and dense.additive and consumer is only:
                     target = target + self._missing(found, branch, dense, outputs, batch)
-                windows = (firsts[batch] + torch.arange(len(self.pruned.hidden[batch]))) % HELD_OUT == HELD_OUT - 1
+                windows = is_held_out(firsts[batch], len(self.pruned.hidden[batch]))
                 others = windows.repeat_interleave(len(target) // len(windows))
                 x = seen[batch].reshape(len(target), -1)
                 for held_out, own in ((False, ~others), (True, others)):

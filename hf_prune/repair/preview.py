@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from hf_prune.errors import CalibrationError
 from hf_prune.layers.boundaries import on_disk
 from hf_prune.layers.processes import of_main_process, shard_batches
-from hf_prune.layers.statistics import HELD_OUT, Statistics, best_ridge, factorise_, solving
+from hf_prune.layers.statistics import Statistics, best_ridge, factorise_, is_held_out, solving
 from hf_prune.layers.walk import Walk, checked_ids
 from hf_prune.layers.weights import is_on_disk
-from hf_prune.scores.obs import collecting
+from hf_prune.scores.obs import collecting, no_sums
 from hf_prune.structure import layouts as lay
 from hf_prune.structure.consumers import Consumer, only_consumer
 
@@ -75,19 +75,19 @@ class RepairPreview:
 
         def visit(part: Part) -> Found:
             here = [consumer for consumer in linear.values() if part.holds(consumer.parameter)]
-            sums = [{one: Statistics(_size(structure, one), 0, _device(model, one)) for one in here} for _ in range(2)]
+            sums = [no_sums(model, structure, here) for _ in range(2)]  # fitted, held out
 
             @contextlib.contextmanager
             def each(batch: int) -> Iterator[None]:
                 with collecting(model, structure, here) as grams:
                     yield
                 for consumer, (own,) in grams.items():
-                    sums[held_out[batch]][consumer].add_sums(own)
+                    sums[held_out[batch]][consumer][0].add_sums(own)
 
             part.run(each)
             found = {}
             for one in here:
-                fitted, held = (own[one].over_processes() for own in sums)
+                fitted, held = (own[one][0].over_processes() for own in sums)
                 if fitted.num_tokens:
                     self._ridges[one.parameter] = self._ridge_of(one, fitted, held, ridge)
                     fitted.add_sums(held)
@@ -150,11 +150,11 @@ class RepairPreview:
 
 
 def _by_use(batches: Iterable[Batch | Tensor]) -> Iterator[tuple[Batch | Tensor, bool]]:
-    """Batches, and whether they are held out: of every `HELD_OUT` windows one, as in repair."""
+    """Batches, and whether they are held out: as windows are in repair."""
     first = 0
     for batch in batches:
         ids = batch if isinstance(batch, Tensor) else checked_ids(batch)
-        held = torch.arange(first, first + len(ids)) % HELD_OUT == HELD_OUT - 1
+        held = is_held_out(first, len(ids))
         first += len(ids)
         if bool(held.all()) or not held.any():
             yield batch, bool(held[0])
@@ -170,11 +170,3 @@ def _of_inputs(sums: Statistics, weight: Tensor, inside: Tensor) -> Statistics:
     found.gram, found.cross = gram[inside][:, inside], gram[inside] @ weight.T
     found.squares, found.num_tokens = float(((weight @ gram) * weight).sum()), sums.num_tokens
     return found
-
-
-def _size(structure: Structure, consumer: Consumer) -> int:
-    return int(consumer.units(structure).shape[-1])
-
-
-def _device(model: nn.Module, consumer: Consumer) -> torch.device:
-    return model.get_parameter(consumer.parameter).device

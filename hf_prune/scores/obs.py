@@ -119,10 +119,7 @@ def collecting(
     model: nn.Module, structure: Structure, consumers: Sequence[Consumer]
 ) -> Iterator[dict[Consumer, list[Statistics]]]:
     """Within, sums over the inputs of consumers (of each of their experts) are taken; yields where they come."""
-    grams: dict[Consumer, list[Statistics]] = {}
-    for consumer in consumers:
-        size, device = consumer.units(structure).shape[-1], model.get_parameter(consumer.parameter).device
-        grams[consumer] = [Statistics(size, 0, device) for _ in range(num_matrices(model, consumer))]
+    grams = no_sums(model, structure, consumers)
 
     def add(consumer: Consumer, first: int, x: Tensor) -> None:
         for statistics, own in zip(grams[consumer][first:], x, strict=False):
@@ -130,6 +127,15 @@ def collecting(
 
     with watching(model, consumers, given=add):
         yield grams
+
+
+def no_sums(model: nn.Module, structure: Structure, consumers: Sequence[Consumer]) -> dict[Consumer, list[Statistics]]:
+    """Sums over the inputs of consumers (of each of their experts), of no token so far."""
+    grams: dict[Consumer, list[Statistics]] = {}
+    for consumer in consumers:
+        size, device = consumer.units(structure).shape[-1], model.get_parameter(consumer.parameter).device
+        grams[consumer] = [Statistics(size, 0, device) for _ in range(num_matrices(model, consumer))]
+    return grams
 
 
 def num_matrices(model: nn.Module, consumer: Consumer) -> int:

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 Kind = Literal["attention", "mlp", "query_heads", "expert_channels", "expert", "hidden", "layer", "vocab"]
 Branch = Literal["attention", "mlp"]
+BRANCHES: tuple[Branch, ...] = ("attention", "mlp")
+"""In the order in which they are repaired: the MLP reads what the attention wrote."""
 Role = Literal["producer", "consumer", "other"]
 Counted = Literal["decoder", "model", "active"]
 """Whose parameters: of attention and MLP in the decoder layers, of the whole model, or of those in the decoder layers
