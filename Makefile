@@ -10,12 +10,13 @@ export TOKENIZERS_PARALLELISM := false
 
 .PHONY: install demo test test-all test-lowest test-newest test-vllm-versions lint format docs wheel kills laws mutants clean
 
+# Of 29,000 modules few are imported: they are compiled then, not all of them now (a minute).
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: install

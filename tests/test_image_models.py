@@ -15,6 +15,7 @@ from hf_prune.errors import CalibrationError, StructureError
 from hf_prune.format.remote_code import auto_map, remote_code
 from hf_prune.layers.masking import masked
 from hf_prune.plan import bare_plan
+from hf_prune.repair import repair_
 from hf_prune.surgery.pruning import apply_plan
 
 
@@ -103,6 +104,18 @@ def test_calibration_with_images(tmp_path):
     deep, images = image_model("qwen3_vl"), [image_batch("qwen3_vl")]
     with pytest.raises(StructureError, match="images change the hidden states between the decoder layers"):
         prune(deep, config, calibration=images, work_dir=tmp_path / "deep")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SETTINGS if kind != "qwen3_vl"])  # images enter between its layers
+@pytest.mark.parametrize("target", ["own", "residual"])
+def test_repair_sees_the_images_in_both_models(kind, target):
+    model, batch = image_model(kind), image_batch(kind)
+    structure = infer_structure(model)
+    plan = bare_plan(structure, {"layers.0.mlp": tuple(range(0, structure.axes["layers.0.mlp"].num_units, 2))})
+    pruned, expected = apply_plan(model, structure, plan), logits(model, batch)
+    before = (logits(pruned, batch) - expected).abs().max()
+    repair_(pruned, model, structure, plan, [batch] * 2, target=target, ridge=1e-6)
+    assert (logits(pruned, batch) - expected).abs().max() < 0.3 * before  # few tokens: nearly all can be made up for
 
 
 def test_remote_code_of_a_model_of_images():

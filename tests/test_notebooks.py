@@ -1,4 +1,7 @@
-"""The notebooks run, and say what they say; `python tests/test_notebooks.py` runs them and keeps what they print."""
+"""The notebooks run, and say what they say; `python tests/test_notebooks.py` runs them and keeps what they print.
+
+What they do, README and examples do in `make test` too.
+"""
 
 import re
 from pathlib import Path
@@ -26,11 +29,8 @@ def run(path):
     return notebook
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path if path.stem == "first_pruning" else pytest.param(path, marks=pytest.mark.slow) for path in NOTEBOOKS],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook(path):
     assert printed(run(path)) == printed(nbformat.read(path, as_version=4))
 

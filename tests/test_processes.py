@@ -28,7 +28,7 @@ CONFIGS = {
     "first order, in steps, repair": LLMPrunerConfig(
         0.3, criterion="first_order", num_steps=2, repair="least_squares", repair_target="asymmetric"
     ),
-    "second order": LLMPrunerConfig(0.3, criterion="second_order"),
+    "second order, end to end": LLMPrunerConfig(0.3, criterion="second_order", repair="end_to_end"),
     "vector": LLMPrunerConfig(0.3, criterion="vector"),
     "mixed": LLMPrunerConfig(0.3, criterion="mixed"),
     "obs, repair": OBSConfig(0.3, repair="least_squares", repair_target="own"),

@@ -208,6 +208,12 @@ class Walk:
         """A walk over the same model with other batches."""
         return self._derived(batches, None)
 
+    def through(self, model: nn.Module, layer_paths: Sequence[str], protocol: LayerProtocol) -> Walk:
+        """A walk over another model with the same batches and their images, layer by layer."""
+        walk = Walk(model, layer_paths, self.all_ids, layered=True, protocol=protocol)
+        walk.ids, walk._images = self.ids, self._images
+        return walk
+
     def per_sample(self) -> Walk:
         """The same walk with one window in each batch."""
         rows = [

@@ -112,7 +112,7 @@ def repair_(
         raise PlanError("repair target 'own' found pruned hidden channels; use 'asymmetric' or 'residual' with them.")
     data = _any_ids(dense) if batches is None else list(batches)
     walk = Walk(dense, structure.layer_paths, data, layered=True, protocol=protocol)
-    least = 2 * PartialState().num_processes if train or end_to_end else 1
+    least = 2 * PartialState().num_processes if train else 2 if end_to_end else 1
     if len(walk.all_ids) < least:
         raise CalibrationError(
             f"repair found {len(walk.all_ids) or 'no'} calibration batch, expected {least} or more"
@@ -128,8 +128,7 @@ def repair_(
         walk.start()
         outputs = tuple(walk.protocol.outputs[layer] for layer in branches)
         paths = [renumber(structure.layer_paths[layer], layer, structure, plan) for layer in branches]
-        other = Walk(pruned, paths, walk.all_ids, layered=True, protocol=LayerProtocol(outputs, True, ""))
-        other.ids = walk.ids
+        other = walk.through(pruned, paths, LayerProtocol(outputs, True, ""))
         other.start()
         change = first_change(structure, plan)
         fit = LayerRepair(walk, other, change, structure, plan.kept_indices, target, ridge, train)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_prune.layers.losses import divergence, precision
-from hf_prune.layers.processes import of_main_process, sum_numbers
+from hf_prune.layers.processes import of_main_process, shard_batches, sum_numbers
 from hf_prune.layers.statistics import HELD_OUT, Statistics, solve_, solving
 from hf_prune.layers.walk import Outputs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from hf_prune.layers.walk import Found, Part, Walk
     from hf_prune.repair.consumers import Branches, Refit
@@ -38,7 +38,7 @@ def step_end_to_end_(dense: Walk, pruned: Walk, branches: Iterable[Branches]) ->
 
     Args:
         dense: with the hidden states after the last layer.
-        pruned: of the same batches, two or more in each process; its model is in memory, and changed in place.
+        pruned: of the same batches, two or more; its model is in memory, and changed in place.
         branches: its consumers, of each layer.
 
     Returns:
@@ -48,15 +48,15 @@ def step_end_to_end_(dense: Walk, pruned: Walk, branches: Iterable[Branches]) ->
         CalibrationError: gradients that are not finite.
     """
     every, known = pruned.ids, dense.hidden
-    number = len(every)
-    # one batch of so many tells how far to go; at least the last one
-    held_out = [batch for batch in range(number) if batch % HELD_OUT == HELD_OUT - 1] or [number - 1]
-    fitted = [batch for batch in range(number) if batch not in held_out]
-    teachers = {id(every[batch]): Outputs(dense, every[batch], known[batch], None) for batch in range(number)}
+    number = len(pruned.all_ids)
+    # one batch of so many tells how far to go, at least the last one: the same ones whatever the processes
+    held_out = set(range(HELD_OUT - 1, number, HELD_OUT)) or {number - 1}
+    told = [batch in held_out for batch in shard_batches(range(number))]
+    teachers = {id(ids): Outputs(dense, ids, hidden, None) for ids, hidden in zip(every, known, strict=True)}
     try:
-        pruned.ids, pruned.teachers = [every[batch] for batch in fitted], teachers
+        pruned.ids, pruned.teachers = [ids for ids, tells in zip(every, told, strict=True) if not tells], teachers
         steps, slope = _steps(pruned, branches)
-        pruned.ids = [every[batch] for batch in held_out]
+        pruned.ids = [ids for ids, tells in zip(every, told, strict=True) if tells]
         before = best = _divergence(pruned, teachers)
         size, taken = of_main_process(FIRST_STEP * before / slope if slope else 0.0), 0.0
         while size:
@@ -89,11 +89,18 @@ def _steps(pruned: Walk, branches: Iterable[Branches]) -> tuple[list[tuple[Refit
         for refit in refits[part.layer]:
             num_outputs, num_inputs = refit.consumer.matrix(refit.weight).shape
             sums[refit] = Statistics(num_inputs, num_outputs, refit.weight.device)
-        with contextlib.ExitStack() as stack:
-            for refit, own in sums.items():
-                assert refit.pruned is not None
-                stack.callback(refit.pruned.register_forward_hook(partial(_watch, pruned, own)).remove)
-            part.run()
+
+        @contextlib.contextmanager
+        def each(batch: int) -> Iterator[None]:
+            # the loss of a walk is a mean over the tokens of a sample, here each token counts alike
+            factor = (pruned.ids[batch].shape[1] - 1) / pruned.scale
+            with contextlib.ExitStack() as stack:
+                for refit, own in sums.items():
+                    assert refit.pruned is not None
+                    stack.callback(refit.pruned.register_forward_hook(partial(_watch, own, factor)).remove)
+                yield
+
+        part.run(each)
         for refit, own in sums.items():
             total, weight = own.over_processes(), refit.consumer.matrix(refit.weight)
             scale = total.squares / max(total.num_tokens, 1) / len(weight)
@@ -110,10 +117,10 @@ def _steps(pruned: Walk, branches: Iterable[Branches]) -> tuple[list[tuple[Refit
     return steps, sum(slopes)
 
 
-def _watch(walk: Walk, sums: Statistics, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-    """Add inputs and gradients of a consumer; the loss of a walk is a mean over the tokens of a sample."""
+def _watch(sums: Statistics, factor: float, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    """Add inputs and gradients of a consumer, these times `factor`."""
     if output.requires_grad:
-        inputs, factor = args[0].detach(), (walk.ids[0].shape[1] - 1) / walk.scale
+        inputs = args[0].detach()
         output.register_hook(lambda g: sums.add(inputs, g.to(precision(g)) * factor))  # type: ignore[no-untyped-call]
 
 
