@@ -233,8 +233,10 @@ def prune(
             "budget 'latency' found a model on disk, whose time cannot be measured; pass a latency table that was "
             "measured where the model fits."
         )
-    if config.repair == "end_to_end" and is_on_disk(model):
-        raise ConfigError("repair 'end_to_end' found a model on disk; take 'least_squares', or a device that holds it.")
+    if config.repairs_end_to_end and is_on_disk(model):
+        raise ConfigError(
+            f"repair {config.repair!r} found a model on disk; take 'least_squares' or 'train', or a device for it."
+        )
     if work is not None:
         work.claim(identity(model, config, batches))
     num_tokens = sum(batch["input_ids"].numel() for batch in held_out)
@@ -439,8 +441,8 @@ def apply_and_repair(
             data,
             target=target,
             ridge=ridge,
-            train=config.repair == "train",
-            end_to_end=config.repair == "end_to_end",
+            train=config.repairs_by_training,
+            end_to_end=config.repairs_end_to_end,
             seed=config.seed,
             layers=layers,
             work=own,

@@ -10,7 +10,7 @@ import torch
 from image_models import SETTINGS, image_batch, image_model
 from models import random_kept
 
-from hf_prune import MagnitudeConfig, WandaConfig, infer_structure, prune
+from hf_prune import MagnitudeConfig, PolicyGradientConfig, WandaConfig, infer_structure, prune
 from hf_prune.errors import CalibrationError, StructureError
 from hf_prune.format.remote_code import auto_map, remote_code
 from hf_prune.layers.masking import masked
@@ -101,6 +101,8 @@ def test_calibration_with_images(tmp_path):
     both = {name: torch.cat([value, value]) for name, value in batch.items()}
     with pytest.raises(CalibrationError, match="2 samples with pixel_values, expected one"):
         prune(model, config, calibration=[both])
+    with pytest.raises(CalibrationError, match="found samples with images"):
+        prune(model, PolicyGradientConfig(0.3, policy_steps=2, windows_per_step=2), calibration=[batch] * 2)
     deep, images = image_model("qwen3_vl"), [image_batch("qwen3_vl")]
     with pytest.raises(StructureError, match="images change the hidden states between the decoder layers"):
         prune(deep, config, calibration=images, work_dir=tmp_path / "deep")

@@ -559,6 +559,7 @@ def test_the_config_says_how_and_is_checked():
         {"repair": "least_squares", "repair_target": "own", "axes": ("mlp", "hidden")},
         {"repair": "data_free", "axes": ("mlp", "hidden")},
         {"repair": "end_to_end", "repair_target": "own"},
+        {"repair": "all", "repair_target": "own"},
     ):
         with pytest.raises(ConfigError, match="repair"):
             MagnitudeConfig(0.3, **wrong)
@@ -664,6 +665,21 @@ def test_a_step_end_to_end_that_held_out_text_does_not_gain_by_is_not_taken(monk
 
 
 # --- the whole way ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("repair", "parts"),
+    [("least_squares", ()), ("train", ("train",)), ("end_to_end", ("end_to_end",)), ("all", ("train", "end_to_end"))],
+)
+def test_a_config_says_what_repair_does(repair, parts):
+    dense, structure, batches = shared_model("llama"), shared_structure("llama"), calibration(3)
+    batches.append(batches[0])  # of random tokens the held-out ones say nothing of others
+    found = prune(dense, MagnitudeConfig(0.3, repair=repair), calibration=batches)
+    wanted, least = (apply_plan(dense, structure, found.plan) for _ in range(2))
+    repair_(wanted, dense, structure, found.plan, batches, **dict.fromkeys(parts, True))
+    repair_(least, dense, structure, found.plan, batches)
+    assert all(torch.equal(p, wanted.get_parameter(name)) for name, p in found.model.named_parameters())
+    assert bool(parts) != all(torch.equal(p, least.get_parameter(name)) for name, p in found.model.named_parameters())
 
 
 def test_repair_needs_calibration_whatever_the_method():

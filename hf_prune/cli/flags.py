@@ -35,7 +35,7 @@ _SHOWN = {
     "targets": (UNITS, "For gguf, vllm, plain, int4 or tp=N.", "TARGET"),
     "method": (METHOD, "What scores units: see hf-prune methods.", "NAME"),
     "allocation": (METHOD, "uniform, global, curves, search, ...; JSON.", "NAME"),
-    "repair": (METHOD, "least_squares, end_to_end, train, ...", "NAME"),
+    "repair": (METHOD, "least_squares, end_to_end, all, ...", "NAME"),
     "num_steps": (METHOD, "Prune in so many steps, scored anew each.", "N"),
     "seed": (METHOD, "Seed of everything random.", "N"),
     "num_samples": (TEXT, "Windows of text.", "N"),

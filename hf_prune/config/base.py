@@ -19,7 +19,7 @@ Budget = Literal["decoder", "model", "active", "units", "latency", "memory"]
 AllocationName = Literal["uniform", "global", "spectral", "curves", "search"]
 Allocation = AllocationName | Mapping[str, float] | tuple[tuple[str, float], ...]
 Standardise = Literal["none", "sum", "mean", "zscore"]
-Repair = Literal["none", "least_squares", "end_to_end", "train", "data_free"]
+Repair = Literal["none", "least_squares", "end_to_end", "train", "all", "data_free"]
 Selection = Literal["scores", "obs"]
 RepairTarget = Literal["own", "asymmetric", "residual"]
 AxisKind = Literal[
@@ -116,7 +116,8 @@ class PruningConfig:
     """`least_squares`: refit the weights that read pruned units (`o_proj`, `down_proj`, experts) to the dense model on
     the calibration data, in closed form; `end_to_end`: then one step of all of them at once towards the dense model's
     predictions, as far as held-out batches gain; `train`: in its place train all weights of each layer towards the
-    dense residual stream, as long as they gain; `data_free`: on noise in place of hidden states, worth less."""
+    dense residual stream, as long as they gain; `all`: that, then the step of `end_to_end`; `data_free`: on noise in
+    place of hidden states, worth less."""
     repair_target: RepairTarget = "residual"
     """What repaired weights are fitted to: the dense layer on the pruned model's hidden states (`own`), on the dense
     model's (`asymmetric`), or that and what the residual stream lacks so far (`residual`)."""
@@ -165,8 +166,9 @@ class PruningConfig:
         self._check(type(self.bits) is int and self.bits in (4, 8, 16, 32), "bits", "4, 8, 16 or 32")
         if self.repair == "data_free":
             self._check("hidden" not in self.axes, "repair", "'least_squares' with hidden channels")
-        if self.repair == "end_to_end":
-            self._check(self.repair_target != "own", "repair_target", "'asymmetric' or 'residual' with end_to_end")
+        if self.repairs_end_to_end:
+            expected = f"'asymmetric' or 'residual' with {self.repair!r}"
+            self._check(self.repair_target != "own", "repair_target", expected)
         if self.repairs_with_data and "hidden" in self.axes:
             self._check(self.repair_target != "own", "repair_target", "'asymmetric' or 'residual' with hidden channels")
         if self.layers is not None:
@@ -196,7 +198,17 @@ class PruningConfig:
     @property
     def repairs_with_data(self) -> bool:
         """Whether repair needs calibration text."""
-        return self.repair in ("least_squares", "end_to_end", "train")
+        return self.repair not in ("none", "data_free")
+
+    @property
+    def repairs_by_training(self) -> bool:
+        """Whether repair trains all weights of each layer."""
+        return self.repair in ("train", "all")
+
+    @property
+    def repairs_end_to_end(self) -> bool:
+        """Whether repair ends with a step towards the dense model's predictions."""
+        return self.repair in ("end_to_end", "all")
 
     @property
     def allocation_name(self) -> str:

@@ -30,6 +30,8 @@ GENERATION = 4
 """Plans that a search measures together."""
 LEVELS = 8
 """Widths at which `curves` measures each axis, the least one included, evenly spaced."""
+EPOCHS = 8
+"""Of the training of layers in repair, at most."""
 ROLES = ("producer", "consumer")
 
 
@@ -135,10 +137,12 @@ def count_price(
     if repaired:
         own = counts.tokens if config.repairs_with_data else 0
         operations += sum(2 * counts.active * own * (dense + size) // dense for size in kept)
-        share, times = kept[-1] / dense, len(steps) * (1 + (config.repair == "end_to_end"))
+        share, times = kept[-1] / dense, len(steps) * (1 + config.repairs_end_to_end)
         gram += round(times * own * share * counts.gram(share))
         solving += round(times * share**3 * counts.cubes())
-    if config.repair == "end_to_end":  # forward, again, and backward; the logits of both models
+    if config.repairs_by_training:  # forward and backward in every epoch, at most
+        operations += sum(6 * EPOCHS * counts.tokens * counts.active * size // dense for size in kept)
+    if config.repairs_end_to_end:  # forward, again, and backward; the logits of both models
         operations += sum(8 * counts.tokens * (counts.active * size // dense + counts.head) for size in kept)
     hidden = counts.tokens * hidden_size * itemsize
     widest = max((size for size, *_ in counts.consumers), default=0)

@@ -199,6 +199,11 @@ class Walk:
         """Tokens of all batches, of all processes."""
         return sum(ids.numel() for ids in self.all_ids)
 
+    @property
+    def has_images(self) -> bool:
+        """Whether a sample has more than tokens."""
+        return bool(self._images)
+
     def layer_of(self, name: str) -> int | None:
         """The decoder layer that a parameter or module is in, `None` for what is outside of the layers."""
         path = f"{name}."

@@ -91,7 +91,7 @@ def repair_(
         ridge: λ as a fraction of the mean squared norm of the inputs, 0 or more.
         train: then train all weights of each layer, from the first with a pruned unit on, towards the dense residual
             stream (`train_layer_`).
-        end_to_end: afterwards take one step of all linear consumers at once towards what the dense model predicts
+        end_to_end: at last take one step of all linear consumers at once towards what the dense model predicts
             (`step_end_to_end_`); both models are in memory, and the target is not `own`.
         seed: of the noise.
         layers: makes `pruned` layer by layer, of a model on disk; `None`: both models are in memory.

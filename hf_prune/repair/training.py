@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from hf_prune.layers.price import EPOCHS
 from hf_prune.layers.processes import copy_of_main_process_, least_of_processes, sum_numbers, sum_over_processes
 from hf_prune.layers.statistics import HELD_OUT
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from hf_prune.layers.walk import Walk
 
-EPOCHS = 8
 LEARNING_RATE = 1e-3
 """Adam's at first, as a fraction of the root mean square of each tensor's values; falls to 0 as a cosine."""
 PATIENCE = 2

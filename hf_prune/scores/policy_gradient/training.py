@@ -102,6 +102,11 @@ def learn_policy(
 def all_windows(walk: Walk, config: PolicyGradientConfig) -> Tensor:
     """All windows of the batches, int64 `[W, T]`."""
     found = walk.all_ids
+    if walk.has_images:
+        raise CalibrationError(
+            "policy gradient draws windows and masks anew in each step, and found samples with images, which cannot be "
+            "drawn: calibrate with text, or take another method."
+        )
     lengths = sorted({ids.shape[1] for ids in found})
     if len(lengths) > 1 or lengths[0] < 2:
         raise CalibrationError(f"found windows of {lengths} tokens, expected one length of 2 or more in all batches.")
