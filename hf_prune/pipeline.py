@@ -233,10 +233,6 @@ def prune(
             "budget 'latency' found a model on disk, whose time cannot be measured; pass a latency table that was "
             "measured where the model fits."
         )
-    if config.repairs_end_to_end and is_on_disk(model):
-        raise ConfigError(
-            f"repair {config.repair!r} found a model on disk; take 'least_squares' or 'train', or a device for it."
-        )
     if work is not None:
         work.claim(identity(model, config, batches))
     num_tokens = sum(batch["input_ids"].numel() for batch in held_out)

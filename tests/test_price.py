@@ -22,8 +22,9 @@ from hf_prune import (
     prune,
 )
 from hf_prune.checkpoint.saving import save_pruned
-from hf_prune.layers.price import count_price, price_of
+from hf_prune.layers.price import STEPS, count_price, price_of
 from hf_prune.loading import open_model
+from hf_prune.repair import end_to_end
 
 CONFIGS = {
     "random": RandomConfig(0.3),
@@ -74,6 +75,23 @@ def test_weights_that_are_read(checkpoint, name, tmp_path):  # noqa: F811
     assert abs(read[0] - price.pruned_bytes_read) <= off * dense + 8
     shards = sum(file.stat().st_size for file in (tmp_path / "pruned").glob("*.safetensors"))
     assert abs(shards + read[0] - price.bytes_written) <= 2 * off * dense + 20_000  # headers
+
+
+def test_the_step_end_to_end_reads_pruned_layers_for_each_size_that_is_tried(checkpoint, monkeypatch):  # noqa: F811
+    family, path, _ = checkpoint
+    if family not in ("llama", "mixtral"):
+        pytest.skip("long")
+    config, sizes, go = RandomConfig(0.3, repair="end_to_end"), [], end_to_end._Steps.go_
+    monkeypatch.setattr(end_to_end._Steps, "go_", lambda self, size: sizes.append(size) or go(self, size))
+    model = open_model(path, layers_on="disk", dtype="float32")
+    price = price_of(infer_structure(model), config, calibration(), model)
+    with counted() as read:
+        pruned = prune(model, config, calibration=calibration()).model
+    layers = sum(parameter.nbytes for parameter in pruned.parameters() if parameter.is_meta)
+    tried, taken = len(sizes) - 1, sizes[-1] > 0  # at last the best one is gone back to
+    assert taken == (family == "llama")
+    assert read[0] == price.bytes_read + (3 + tried + taken) * layers
+    assert price.pruned_bytes_read == pytest.approx((4 + STEPS + 1) * layers, rel=0.1)  # and saved
 
 
 def test_search_reads_once_for_each_generation(checkpoint):  # noqa: F811

@@ -51,7 +51,7 @@ CASES = {
         else where == "memory" and name in EXPERTS
     )
     and num_windows == (5 if where == "memory" and family == "llama" else 2)
-}
+} | {("llama", "second order, end to end", 5, "disk")}
 """Batches hold two windows: one batch, so that a process has none, and three batches, the last of one window."""
 WORKER = """
 import sys
@@ -118,6 +118,7 @@ RESUMED = [
     ("llama", "obs, repair", 2, "disk"),
     ("mixtral", "obs, repair", 5, "disk"),
     ("llama", "repair without data", 2, "disk"),
+    ("llama", "second order, end to end", 5, "disk"),
     ("llama", "policy gradient", 5, "memory"),
     ("llama", "search with repair", 2, "disk"),
 ]

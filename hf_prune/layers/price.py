@@ -32,6 +32,8 @@ LEVELS = 8
 """Widths at which `curves` measures each axis, the least one included, evenly spaced."""
 EPOCHS = 8
 """Of the training of layers in repair, at most."""
+STEPS = 4
+"""Of the step end to end in repair so many sizes are tried, about."""
 ROLES = ("producer", "consumer")
 
 
@@ -124,10 +126,15 @@ def count_price(
     read = dense + scored + counts.allocating() + dense * (config.selection == "obs")  # a probe, and passes
     read += len(steps) * dense  # sliced, and perhaps repaired, layer by layer
     pruned_read = kept[-1] + sum(round((scored + probed) * size / dense) for size in kept[:-1])
+    layer_bytes = sum(kept) * itemsize
+    if config.repairs_end_to_end:  # forward, backward, held-out text at first and after each step; written once more
+        pruned_read += (4 + STEPS) * sum(kept)
+        layer_bytes += kept[-1] * itemsize + 4 * sum(k * d * n for k, d, n, _ in counts.consumers)
     if held_out:
         read, pruned_read = read + dense, pruned_read + kept[-1]
     outside = structure.num_parameters() - dense
-    kept_between = counts.tokens if config.method in ("llm_pruner", "obs") else 0
+    differentiated = config.method in ("llm_pruner", "obs") or config.repairs_end_to_end
+    kept_between = counts.tokens if differentiated else 0
     kept_between = max(kept_between, counts.judging if config.allocation == "curves" else 0)
     boundary = kept_between * hidden_size * itemsize * (len(structure.layer_paths) + 1)
 
@@ -152,7 +159,7 @@ def count_price(
     return Price(
         bytes_read=read * itemsize,
         pruned_bytes_read=pruned_read * itemsize,
-        layer_bytes=sum(kept) * itemsize,
+        layer_bytes=layer_bytes,
         checkpoint_bytes=(kept[-1] + outside) * itemsize,
         operations=operations,
         gram_operations=gram,

@@ -175,6 +175,8 @@ class Walk:
         """The sample of a batch whose logits are being computed."""
         self.look: Callable[[str], None] | None = None
         """Called by the probe with the path of each layer on disk while its weights are in memory."""
+        self.loaded: Callable[[int], None] | None = None
+        """Called with each layer whose weights have come into memory: may change those of a layer on disk."""
         self._wanted, self._layered = set[str](), layered or work is not None
         self._known = [] if protocol is None else [protocol]  # shared by walks over the same model
         self._consume: Consume = _drop
@@ -263,9 +265,13 @@ class Walk:
         images = send_to_device(dict(self._images.get(id(ids), {})), device)
         return self.model(input_ids=ids.to(device), use_cache=False, **images)
 
-    def resident(self, layer: int) -> AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def resident(self, layer: int) -> Iterator[None]:
         """Within, the weights of one layer are in memory."""
-        return resident(self.model.get_submodule(self.layer_paths[layer]))
+        with resident(self.model.get_submodule(self.layer_paths[layer])):
+            if self.loaded is not None:
+                self.loaded(layer)
+            yield
 
     # --- forward ------------------------------------------------------------------------------------------------------
 

@@ -92,7 +92,7 @@ def repair_(
         train: then train all weights of each layer, from the first with a pruned unit on, towards the dense residual
             stream (`train_layer_`).
         end_to_end: at last take one step of all linear consumers at once towards what the dense model predicts
-            (`step_end_to_end_`); both models are in memory, and the target is not `own`.
+            (`step_end_to_end_`); the target is not `own`.
         seed: of the noise.
         layers: makes `pruned` layer by layer, of a model on disk; `None`: both models are in memory.
         work: keeps the hidden states after each layer, so that an interrupted repair is resumed.
@@ -146,8 +146,8 @@ def repair_(
                     fit.skip(layer)
             if work is not None:
                 _keep(work, layer + 1, walk, other, generator, result)
-        if end_to_end:
-            divergences = step_end_to_end_(walk, other, branches.values())
+        if end_to_end and not (layers is not None and layers.rewritten()):
+            divergences = step_end_to_end_(walk, other, branches.values(), layers)
             logger.info("one step end to end: divergence on held-out text %.4g, then %.4g", *divergences)
     return result
 

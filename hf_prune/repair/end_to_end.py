@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_prune.atomic import temporary_directory
 from hf_prune.layers.losses import divergence, precision
 from hf_prune.layers.processes import of_main_process, shard_batches, sum_numbers
 from hf_prune.layers.statistics import HELD_OUT, Statistics, solve_, solving
 from hf_prune.layers.walk import Outputs
+from hf_prune.layers.work import read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
     from hf_prune.layers.walk import Found, Part, Walk
     from hf_prune.repair.consumers import Branches, Refit
+    from hf_prune.surgery.pruning import PrunedLayers
 
 RIDGE = 0.3
 """Of the regression, as a fraction of the mean square of the inputs."""
@@ -33,13 +37,16 @@ FIRST_STEP, STEP_GROWTH = 0.01, 3.0
 times the one before, until held-out text no longer gains."""
 
 
-def step_end_to_end_(dense: Walk, pruned: Walk, branches: Iterable[Branches]) -> tuple[float, float]:
+def step_end_to_end_(
+    dense: Walk, pruned: Walk, branches: Iterable[Branches], layers: PrunedLayers | None = None
+) -> tuple[float, float]:
     """Lower the divergence of the pruned model from the dense one by one step of its linear consumers.
 
     Args:
         dense: with the hidden states after the last layer.
-        pruned: of the same batches, two or more; its model is in memory, and changed in place.
+        pruned: of the same batches, two or more; its model is changed in place.
         branches: its consumers, of each layer.
+        layers: made the pruned model; of a model on disk its layers are written once more in the end.
 
     Returns:
         The divergence on held-out text before and after, in nats per token.
@@ -47,46 +54,62 @@ def step_end_to_end_(dense: Walk, pruned: Walk, branches: Iterable[Branches]) ->
     Raises:
         CalibrationError: gradients that are not finite.
     """
+    on_disk = layers if layers is not None and layers.open() else None
     every, known = pruned.ids, dense.hidden
     number = len(pruned.all_ids)
     # one batch of so many tells how far to go, at least the last one: the same ones whatever the processes
     held_out = set(range(HELD_OUT - 1, number, HELD_OUT)) or {number - 1}
     told = [batch in held_out for batch in shard_batches(range(number))]
     teachers = {id(ids): Outputs(dense, ids, hidden, None) for ids, hidden in zip(every, known, strict=True)}
-    try:
+    with contextlib.ExitStack() as stack:
+        steps = _Steps(branches, None if on_disk is None else Path(stack.enter_context(temporary_directory())))
+        stack.callback(setattr, pruned, "ids", every)
+        stack.callback(setattr, pruned, "teachers", {})
         pruned.ids, pruned.teachers = [ids for ids, tells in zip(every, told, strict=True) if not tells], teachers
-        steps, slope = _steps(pruned, branches)
+        pruned.backward(partial(steps.find, pruned), "end to end", layered=True)
         pruned.ids = [ids for ids, tells in zip(every, told, strict=True) if tells]
         before = best = _divergence(pruned, teachers)
-        size, taken = of_main_process(FIRST_STEP * before / slope if slope else 0.0), 0.0
+        size = of_main_process(FIRST_STEP * before / steps.slope if steps.slope else 0.0)
+        taken = 0.0
+        if on_disk is not None:
+            pruned.loaded = steps.take_
+            stack.callback(setattr, pruned, "loaded", None)
         while size:
-            _take_(steps, size)
+            steps.go_(size)
             found = _divergence(pruned, teachers)
             if not of_main_process(found < best):
-                _take_(steps, taken)
                 break
             best, taken, size = found, size, size * STEP_GROWTH
+        steps.go_(taken)
+        if on_disk is not None and taken:
+            on_disk.rewrite(steps.take_)
         return before, best
-    finally:
-        pruned.ids, pruned.teachers = every, {}
 
 
-def _steps(pruned: Walk, branches: Iterable[Branches]) -> tuple[list[tuple[Refit, Tensor, Tensor]], float]:
-    """The weight of each consumer, and what a step of size 1 adds to it: `[D, K]`, float32 at least, on the CPU.
+class _Steps:
+    """What a step of size 1 adds to each consumer: `[D, K]`, float32 at least, on the CPU.
 
-    Also by how much the divergence of a token falls in such a step, were it to go on as it begins.
+    Args:
+        branches: the consumers.
+        folder: keeps the steps of a model on disk, whose layers are changed when they are loaded; `None`: in memory,
+            with the weights that there were.
     """
-    refits: dict[int, list[Refit]] = {}
-    for found in branches:
-        linear = [refit for refit in found.all() if refit.pruned is not None and refit.consumer.kind == "linear"]
-        refits[found.pruned_layer] = linear
-    steps: list[tuple[Refit, Tensor, Tensor]] = []
-    slopes: list[float] = []
 
-    def visit(part: Part) -> Found:
+    def __init__(self, branches: Iterable[Branches], folder: Path | None) -> None:
+        self.slope = 0.0
+        """By how much the divergence of a token falls in a step of size 1, were it to go on as it begins."""
+        self._refits: dict[int, list[Refit]] = {}
+        for found in branches:
+            linear = [refit for refit in found.all() if refit.pruned is not None and refit.consumer.kind == "linear"]
+            self._refits[found.pruned_layer] = linear
+        self._folder, self._size = folder, 0.0
+        self._known: dict[Refit, tuple[Tensor, Tensor]] = {}
+
+    def find(self, pruned: Walk, part: Part) -> Found:
+        """The steps of one layer, from its inputs and gradients."""
         assert part.layer is not None
         sums = {}
-        for refit in refits[part.layer]:
+        for refit in self._refits[part.layer]:
             num_outputs, num_inputs = refit.consumer.matrix(refit.weight).shape
             sums[refit] = Statistics(num_inputs, num_outputs, refit.weight.device)
 
@@ -101,6 +124,7 @@ def _steps(pruned: Walk, branches: Iterable[Branches]) -> tuple[list[tuple[Refit
                 yield
 
         part.run(each)
+        steps = {}
         for refit, own in sums.items():
             total, weight = own.over_processes(), refit.consumer.matrix(refit.weight)
             scale = total.squares / max(total.num_tokens, 1) / len(weight)
@@ -108,13 +132,34 @@ def _steps(pruned: Walk, branches: Iterable[Branches]) -> tuple[list[tuple[Refit
                 with solving(refit.name):
                     found = solve_(total, torch.zeros_like(weight), None, RIDGE)
                 wide = precision(weight)
-                step = (-found.weight / scale).to("cpu", wide)
-                steps.append((refit, weight.detach().to("cpu", wide, copy=True), step))
-                slopes.append((found.error_before - found.error_after) / scale)
+                steps[refit] = (-found.weight / scale).to("cpu", wide)
+                self.slope += (found.error_before - found.error_after) / scale
+                if self._folder is None:
+                    self._known[refit] = weight.detach().to("cpu", wide, copy=True), steps[refit]
+        if self._folder is not None:
+            write_tensors(self._file(part.layer), {refit.name: step for refit, step in steps.items()})
         return {}
 
-    pruned.backward(visit, "end to end", layered=True)
-    return steps, sum(slopes)
+    @torch.no_grad()
+    def go_(self, size: float) -> None:
+        """Go so far from where the weights were; on disk when a layer is loaded."""
+        self._size = size
+        for refit, (weight, step) in self._known.items():
+            refit.write_(weight + size * step)
+
+    @torch.no_grad()
+    def take_(self, layer: int) -> None:
+        """Change a layer on disk, whose weights have just been loaded."""
+        if self._size:
+            steps, _ = read_tensors(self._file(layer))
+            for refit in self._refits[layer]:
+                if (step := steps.get(refit.name)) is not None:
+                    weight = refit.consumer.matrix(refit.weight).to("cpu", step.dtype)
+                    refit.write_(weight + self._size * step)
+
+    def _file(self, layer: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{layer:05}.safetensors"
 
 
 def _watch(sums: Statistics, factor: float, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -122,12 +167,6 @@ def _watch(sums: Statistics, factor: float, module: nn.Module, args: tuple[Any, 
     if output.requires_grad:
         inputs = args[0].detach()
         output.register_hook(lambda g: sums.add(inputs, g.to(precision(g)) * factor))  # type: ignore[no-untyped-call]
-
-
-@torch.no_grad()
-def _take_(steps: Sequence[tuple[Refit, Tensor, Tensor]], size: float) -> None:
-    for refit, weight, step in steps:
-        refit.write_(weight + size * step)
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import dispatch_model
+from accelerate import PartialState, dispatch_model
 from torch import Tensor, nn
 
 from hf_prune.atomic import held_by, temporary_directory
 from hf_prune.errors import PlanError
 from hf_prune.format.building import build_empty, fresh_config
+from hf_prune.layers.processes import least_of_processes
 from hf_prune.layers.weights import device_map_of, input_device, is_on_disk, resident
 from hf_prune.layers.work import read_tensors, write_tensors
 from hf_prune.structure import layouts as lay
@@ -30,7 +31,7 @@ from hf_prune.surgery.slicing import (
 from hf_prune.surgery.tokens import renumbered
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -102,7 +103,7 @@ class PrunedLayers:
             kept = {name: units for name, units in plan.kept_indices.items() if name != "vocab"}
             plan = dataclasses.replace(plan, kept_indices=kept)
         self._dense, self._structure, self._plan = model, structure, plan
-        self._on_disk = is_on_disk(model)
+        self._on_disk, self._opened = is_on_disk(model), False
         if self._on_disk:
             self.model = self._outside()
             self._folder: Path | None = folder or held_by(self.model, temporary_directory())
@@ -155,8 +156,14 @@ class PrunedLayers:
         """The pruned model, once all layers are done."""
         if "vocab" in self._whole_plan.kept_indices:
             self._take_tokens()
-        if not self._on_disk:
-            return self.model
+            self._opened = False
+        self.open()
+        return self.model
+
+    def open(self) -> bool:
+        """Once all layers are written: let them be loaded again when they run. False where they are in memory."""
+        if not self._on_disk or self._opened:
+            return self._on_disk
         index: dict[str, dict[str, str]] = {}
         for layer in self._stay:
             path = renumber(self._structure.layer_paths[layer], layer, self._structure, self._plan)
@@ -167,7 +174,37 @@ class PrunedLayers:
         paths = [renumber(self._structure.layer_paths[i], i, self._structure, self._plan) for i in self._stay]
         device_map = device_map_of(self.model, paths, str(input_device(self.model)))
         dispatch_model(self.model, device_map, offload_dir=str(self._folder), offload_index=index)
-        return self.model
+        self._opened = True
+        return True
+
+    def rewrite(self, change: Callable[[int], None]) -> None:
+        """Write all layers on disk once more, changed: `change` gets the number of each in the pruned model.
+
+        Until the last one is written, the old ones stay.
+        """
+        assert self._folder is not None
+        new = self._folder / "rewritten"
+        new.mkdir(exist_ok=True)
+        for number, layer in enumerate(self._stay):
+            path = renumber(self._structure.layer_paths[layer], layer, self._structure, self._plan)
+            module = self.model.get_submodule(path)
+            with resident(module):
+                change(number)
+                tensors = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
+                write_tensors(new / self._file(layer).name, tensors)
+        (new / "whole").touch()
+        PartialState().wait_for_everyone()
+        self.rewritten()
+
+    def rewritten(self) -> bool:
+        """Whether the layers were rewritten, perhaps by a run that was stopped while it exchanged them."""
+        if self._folder is None:
+            return False
+        if not least_of_processes((self._folder / "rewritten" / "whole").exists()):  # then none has exchanged any
+            return False
+        for file in (self._folder / "rewritten").glob("*.safetensors"):
+            file.replace(self._folder / file.name)
+        return True
 
     def _outside(self) -> PreTrainedModel:
         """The pruned model with all weights but those of its layers."""
