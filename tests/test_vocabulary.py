@@ -198,7 +198,7 @@ def folder(tmp_path_factory):
     return path
 
 
-CONFIG = WandaConfig(0.3, axes=("mlp", "hidden"), repair="least_squares", num_samples=6, seq_len=16)
+CONFIG = WandaConfig(0.3, axes=("mlp", "hidden"), repair="end_to_end", num_samples=12, seq_len=16)
 
 
 @pytest.fixture(scope="module")
