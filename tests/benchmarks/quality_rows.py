@@ -29,6 +29,7 @@ FISHER = {"method": "llm_pruner", "criterion": "fisher", "allocation": "global"}
 CURVES = {**FISHER, "allocation": "curves", "search_samples": 9, "repair": "least_squares"}
 """Plans are judged as repair will leave them, by three windows of each text that the preview is not fitted to."""
 END = {"repair": "end_to_end"}
+ALL = {"repair": "all"}
 SHORT = {"num_samples": 512, "seq_len": 64, "num_steps": 4}
 REPAIRED = (True,)
 
@@ -40,6 +41,7 @@ ROWS = (
     Row("LLM-Pruner (Fisher), global", FISHER, "fisher", repairs=(True, False)),
     Row("LLM-Pruner (Fisher), global, end to end", FISHER, "end", repairs=REPAIRED, repair=END),
     Row("LLM-Pruner (Fisher), curves, end to end", CURVES, "end", repairs=REPAIRED, repair=END),
+    Row("LLM-Pruner (Fisher), curves, trained, end to end", CURVES, "end", repairs=REPAIRED, repair=ALL),
     *(
         Row(
             f"LLM-Pruner (Fisher), {name}, end to end, 1,024 × 256 tokens",

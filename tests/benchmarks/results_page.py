@@ -7,6 +7,7 @@ from dataclasses import replace
 from statistics import fmean, geometric_mean
 from typing import TYPE_CHECKING, Any
 
+from quality_rows import ROWS as QUALITY_ROWS
 from results_rows import RATIOS, README_SECTION, REPAIR, SECTIONS, ZERO_SHOT, ZERO_SHOT_QUESTIONS, Section
 
 from hf_prune.report.pictures import perplexity_picture
@@ -67,32 +68,29 @@ QUALITY_TEXTS = {
 
 def real_model(found: Results) -> list[str]:
     """What quality.py measured: the geometric mean of ratios to dense, and the texts one by one."""
-    columns = ("20 %", "30 %", "50 %")
+    columns = ("20 %", "30 %", "50 %", "20 % repaired", "30 % repaired", "50 % repaired")
+    order = {row.name: number for number, row in enumerate(QUALITY_ROWS)}
 
     def ratios(row: Results) -> list[float]:
         return [row[text] / found["dense"][text] for text in QUALITY_TEXTS]
 
     means: dict[str, dict[str, str]] = {}
     texts = []
-    for row in sorted(found["rows"], key=lambda row: row["repaired"]):
-        name = row["name"] + (" + repair" if row["repaired"] else "")
+    for row in sorted(found["rows"], key=lambda row: (row["repaired"], order[row["name"]], row["ratio"])):
         removed = f"{100 * row['ratio']:.0f} %"
-        line = means.setdefault(name, {"": name, **dict.fromkeys(columns, "–")})
-        line[removed] = f"{geometric_mean(ratios(row)):,.4g}"
+        line = means.setdefault(row["name"], {"": row["name"], **dict.fromkeys(columns, "–")})
+        line[removed + " repaired" * row["repaired"]] = f"{geometric_mean(ratios(row)):,.4g}"
         each = {title: f"{ratio:,.4g}" for title, ratio in zip(QUALITY_TEXTS.values(), ratios(row), strict=True)}
-        texts.append({"": name, "removed": removed, **each})
+        on, _, coarse = row.get("device", found["device"]).partition(", products in bfloat16")
+        name = row["name"] + " + repair" * row["repaired"]
+        texts.append({"": name, "removed": removed, **each, "pruned on": on + "¹" * bool(coarse)})
     dense = ", ".join(f"{title} {found['dense'][text]:.2f}" for text, title in QUALITY_TEXTS.items())
-    others: dict[str, list[str]] = {}
-    for row in found["rows"]:
-        if (device := row.get("device", found["device"])) != found["device"]:
-            others.setdefault(device, []).append(f"{row['name']}{' + repair' * row['repaired']}, {row['ratio']:.0%}")
-    elsewhere = "".join(f" On {device}: {'; '.join(rows)}." for device, rows in others.items())
     windows = sorted({found["windows"][text] for text in QUALITY_TEXTS})
     note = (
-        f"{found['model']}, {found['dtype']}, {found['device']}.{elsewhere} Calibrated with a third each of "
-        "WikiText-2 train, novels and instructions, 128 × 256 tokens unless said; judged by perplexity on windows of "
-        f"256 tokens spread over each text ({', '.join(map(str, windows))} of each), of which the last two are of "
-        "kinds that nothing was calibrated with; LAMBADA was not looked at for any choice either, passages of BoolQ "
+        f"{found['model']}, {found['dtype']}. Calibrated with a third each of WikiText-2 train, novels and "
+        "instructions, 128 × 256 tokens unless said; judged by perplexity on windows of 256 tokens spread over each "
+        f"text ({', '.join(map(str, windows))} of each), of which the last two are of kinds that nothing was "
+        "calibrated with; LAMBADA was not looked at for any choice either, passages of BoolQ "
         "were in the trial of the ridge. Made by `tests/benchmarks/quality.py`; the numbers are in "
         "`docs/quality.json`. –: not measured."
     )
@@ -101,7 +99,7 @@ def real_model(found: Results) -> list[str]:
         note,
         f"Dense: {dense}. Geometric mean of the four ratios to it, by the fraction of decoder parameters removed:",
         markdown_table(list(means.values())).rstrip(),
-        "The ratios one by one:",
+        "The ratios one by one; ¹ products of layers but `down_proj` in bfloat16 while pruning and repairing:",
         markdown_table(texts).rstrip(),
     ]
 
