@@ -141,8 +141,15 @@ def test_the_report_holds_everything(advised, material):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
-@pytest.mark.parametrize("width", [1000, 500])
-@pytest.mark.parametrize("name", ["dense-auto", "dense-pruned-pruned"])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        ("dense-auto", 500),
+        ("dense-pruned-pruned", 1000),
+        pytest.param("dense-auto", 1000, marks=pytest.mark.slow),
+        pytest.param("dense-pruned-pruned", 500, marks=pytest.mark.slow),
+    ],
+)
 def test_a_browser_shows_the_report_without_overflow(advised, material, tmp_path_factory, name, width):
     """The pictures stay among the test's files: look at them."""
     page = material / name / "report.html"

@@ -111,7 +111,7 @@ NOT_ON = {
 }
 ALIKE = ("gemma3_text", "gpt_neox", "qwen3_moe")
 """To a walk they look as llama, gpt2 and mixtral do."""
-SLOW = (*ALIKE, "bamba")
+SLOW = (*ALIKE, "bamba", "deepseek_v3")
 OF_ALIKE = ("wanda, spectral", "fisher, selection, repair", "mixed, end to end", "search with repair")
 
 
@@ -198,7 +198,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("family", list(OTHERS))
+@pytest.mark.parametrize("family", ["mamba2", pytest.param("zamba", marks=pytest.mark.slow)])
 def test_state_spaces_and_shared_layers(family, tmp_path):
     from transformers import CONFIG_MAPPING
 

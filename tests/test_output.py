@@ -163,11 +163,16 @@ DAMAGES = {
 }
 
 
+SLOW_DAMAGES = [name for name in DAMAGES if name.startswith("half of the") and name != "half of the weights"]
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", list(DAMAGES))
+@pytest.mark.parametrize(
+    "damage", ["no state", "half of the weights", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW_DAMAGES)]
+)
 def test_recovery_goes_on_from_the_newest_whole_checkpoint(material, damage, monkeypatch):
     options = {"train": "text.txt", "preset": "full", "seq_len": 16, "steps": 3, "save_steps": 1, "use_cpu": True}
     options |= {"per_device_train_batch_size": 4, "save_total_limit": 3, "disable_tqdm": True, "learning_rate": 1e-2}

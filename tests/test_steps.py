@@ -78,8 +78,7 @@ def test_steps_do_not_matter_where_scores_do_not_change(case, ratio, num_steps, 
     "family",
     [
         "llama",
-        "gpt2",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3_text", "falcon", "gpt_neox", "mixtral")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "gemma3_text", "falcon", "gpt_neox", "mixtral")),
     ],
 )
 def test_nor_do_they_on_real_structures(family):
