@@ -22,7 +22,7 @@ from hf_prune import (
     prune,
 )
 from hf_prune.checkpoint.saving import save_pruned
-from hf_prune.layers.price import STEPS, count_price, price_of
+from hf_prune.layers.price import EPOCHS, STEPS, count_price, price_of
 from hf_prune.loading import open_model
 from hf_prune.repair import end_to_end
 
@@ -141,3 +141,12 @@ def test_operations_of_passes():
     fisher = count_price(structure, LLMPrunerConfig(0.3), [8] * 4, 48, 4)
     assert fisher.operations == 6 * layers * tokens + 4 * head * tokens
     assert fisher.boundary_bytes == tokens * 48 * 4 * 4
+    small = layers - round(0.3 * structure.num_parameters(budget="decoder"))
+    fitted, trained, stepped, both = (
+        count_price(structure, RandomConfig(0.3, repair=repair), [8] * 4, 48, 4)
+        for repair in ("least_squares", "train", "end_to_end", "all")
+    )
+    assert trained.operations - fitted.operations == 6 * EPOCHS * small * tokens
+    assert stepped.operations - fitted.operations == 8 * (small + head) * tokens
+    assert both.operations == trained.operations + stepped.operations - fitted.operations
+    assert [price.boundary_bytes for price in (trained, stepped)] == [0, tokens * 48 * 4 * 4]
