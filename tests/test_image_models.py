@@ -98,6 +98,12 @@ def test_calibration_with_images(tmp_path):
     by_layers = prune(model, config, calibration=[batch] * 2, work_dir=tmp_path)
     assert all(torch.allclose(by_layers.scores[name], with_image.scores[name]) for name in with_image.scores)
 
+    other = {**batch, "pixel_values": -batch["pixel_values"]}  # the same tensor of tokens
+    mixed = prune(model, config, calibration=[batch, other])
+    apart = prune(model, config, calibration=[batch, {**other, "input_ids": batch["input_ids"].clone()}])
+    assert all(torch.equal(mixed.scores[name], apart.scores[name]) for name in apart.scores)
+    assert any(not torch.equal(mixed.scores[name], with_image.scores[name]) for name in with_image.scores)
+
     both = {name: torch.cat([value, value]) for name, value in batch.items()}
     with pytest.raises(CalibrationError, match="2 samples with pixel_values, expected one"):
         prune(model, config, calibration=[both])

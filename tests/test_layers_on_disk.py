@@ -206,7 +206,7 @@ def test_state_spaces_and_shared_layers(family, tmp_path):
     AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**OTHERS[family])).save_pretrained(tmp_path / "dense")
     for config in (
         WandaConfig(0.3, axes=("mlp",)),
-        LLMPrunerConfig(0.3, axes=("mlp",), criterion="first_order", repair="least_squares"),
+        LLMPrunerConfig(0.3, axes=("mlp",), criterion="first_order", repair="all"),
     ):
         wanted, found = (
             prune(tmp_path / "dense", config, calibration=calibration(), layers_on=where, dtype="float32")
@@ -373,6 +373,25 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, monkeypatch, name,
     assert all(torch.equal(found.scores[axis], values) for axis, values in wanted.scores.items())
     save_pruned(found.model, tmp_path / "pruned", plan=found.plan)
     assert same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32), wanted.model)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_done_already_is_taken_as_it_is(tmp_path, monkeypatch, dtype):
+    path = write_checkpoint(tmp_path / "dense", num_layers=3)
+    write_text(tmp_path / "text.txt", 400, seed=1)
+    config = WandaConfig(0.3, num_samples=12, seq_len=16, repair="end_to_end")
+    options = {"calibration": str(tmp_path / "text.txt"), "layers_on": "disk", "dtype": dtype, "batch_size": 4}
+    wanted = prune(path, config, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_prune.repair.step_end_to_end_", lambda *args: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            prune(path, config, work_dir=tmp_path / "work", **options)
+    for _ in range(2):  # goes on, and is done
+        found = prune(path, config, work_dir=tmp_path / "work", **options)
+        assert {p.dtype for p in found.model.parameters()} == {getattr(torch, dtype)}
+        assert found.perplexity_after == wanted.perplexity_after
+        for name, _ in wanted.model.named_parameters():
+            assert torch.equal(read_weight(found.model, name), read_weight(wanted.model, name))
 
 
 @pytest.mark.parametrize("checkpoint", ["llama"], indirect=True)

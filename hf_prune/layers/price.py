@@ -44,9 +44,12 @@ class Price:
     bytes_read: int
     """Of weights of the dense model's layers."""
     pruned_bytes_read: int
-    """Of weights of pruned layers: of intermediate steps, and by saving, to which they are on disk."""
+    """Of weights of pruned layers: of intermediate steps, of the step end to end, and by saving, to which they are on
+    disk."""
     layer_bytes: int
     """Of pruned layers that go to disk on the way."""
+    rewritten_bytes: int
+    """Of pruned layers on disk that the step end to end writes once more, and of what it adds."""
     checkpoint_bytes: int
     """Of the weights of the pruned checkpoint."""
     operations: int
@@ -64,9 +67,9 @@ class Price:
 
     @property
     def bytes_written(self) -> int:
-        """Of pruned layers, of the checkpoint, and of hidden states that go to disk."""
+        """Of pruned layers on disk, of the checkpoint, and of hidden states that go to disk."""
         hidden = self.boundary_bytes if self.boundary_bytes > MEMORY_BYTES else 0
-        return self.layer_bytes + self.checkpoint_bytes + hidden
+        return self.layer_bytes + self.rewritten_bytes + self.checkpoint_bytes + hidden
 
     @property
     def text(self) -> str:
@@ -126,10 +129,11 @@ def count_price(
     read = dense + scored + counts.allocating() + dense * (config.selection == "obs")  # a probe, and passes
     read += len(steps) * dense  # sliced, and perhaps repaired, layer by layer
     pruned_read = kept[-1] + sum(round((scored + probed) * size / dense) for size in kept[:-1])
-    layer_bytes = sum(kept) * itemsize
+    rewritten = 0
     if config.repairs_end_to_end:  # forward, backward, held-out text at first and after each step; written once more
         pruned_read += (4 + STEPS) * sum(kept)
-        layer_bytes += kept[-1] * itemsize + 4 * sum(k * d * n for k, d, n, _ in counts.consumers)
+        steps_bytes = 4 * sum(k * d * n for k, d, n, _ in counts.consumers)
+        rewritten = sum(kept) * itemsize + len(kept) * steps_bytes
     if held_out:
         read, pruned_read = read + dense, pruned_read + kept[-1]
     outside = structure.num_parameters() - dense
@@ -159,7 +163,8 @@ def count_price(
     return Price(
         bytes_read=read * itemsize,
         pruned_bytes_read=pruned_read * itemsize,
-        layer_bytes=layer_bytes,
+        layer_bytes=sum(kept) * itemsize,
+        rewritten_bytes=rewritten,
         checkpoint_bytes=(kept[-1] + outside) * itemsize,
         operations=operations,
         gram_operations=gram,

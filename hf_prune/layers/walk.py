@@ -152,7 +152,7 @@ class Walk:
     ) -> None:
         self.model, self.layer_paths, self.work, self.every = model, list(layer_paths), work, every
         own = [isinstance(batch, Tensor) and not batch.is_floating_point() for batch in batches]
-        self.all_ids: list[Tensor] = [x if known else checked_ids(x) for x, known in zip(batches, own, strict=True)]  # type: ignore[misc, arg-type]
+        self.all_ids: list[Tensor] = [x if known else _own_ids(x) for x, known in zip(batches, own, strict=True)]  # type: ignore[misc, arg-type]
         self.ids = shard_batches(self.all_ids)
         self._images = {
             id(ids): images for ids, x in zip(self.all_ids, batches, strict=True) if (images := images_of(x))
@@ -712,6 +712,12 @@ def checked_ids(batch: Batch) -> Tensor:
             "sample with images as a batch of its own."
         )
     return ids
+
+
+def _own_ids(batch: Batch) -> Tensor:
+    """Samples may share a tensor of tokens, with other images or labels, which go by the tensor's identity."""
+    ids = checked_ids(batch)
+    return ids.view(ids.shape)
 
 
 def images_of(batch: Batch | Tensor) -> dict[str, Any]:

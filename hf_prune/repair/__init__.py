@@ -74,9 +74,10 @@ def repair_(
 ) -> dict[str, Repaired]:
     """Refit the consumers of the pruned model to the dense one. Modifies `pruned` in place; `dense` is left as it was.
 
-    A consumer before which nothing was pruned keeps its bits. Products are taken in float32 within a batch and added
-    up in float64. Each layer of each model computes every calibration batch about once; besides the statistics of one
-    layer, the hidden states of the calibration set and the inputs of one branch are held, on the CPU.
+    A consumer before which nothing was pruned keeps its bits, unless the step end to end is taken. Products are taken
+    in float32 within a batch and added up in float64. Each layer of each model computes every calibration batch about
+    once; besides the statistics of one layer, the hidden states of the calibration set and the inputs of one branch are
+    held, on the CPU.
 
     Args:
         pruned: `apply_plan(dense, structure, plan)`.

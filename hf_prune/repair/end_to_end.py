@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import contextlib
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_prune.atomic import temporary_directory
 from hf_prune.layers.losses import divergence, precision
 from hf_prune.layers.processes import of_main_process, shard_batches, sum_numbers
 from hf_prune.layers.statistics import HELD_OUT, Statistics, solve_, solving
@@ -25,6 +23,7 @@ from hf_prune.layers.work import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
+    from pathlib import Path
 
     from hf_prune.layers.walk import Found, Part, Walk
     from hf_prune.repair.consumers import Branches, Refit
@@ -62,7 +61,7 @@ def step_end_to_end_(
     told = [batch in held_out for batch in shard_batches(range(number))]
     teachers = {id(ids): Outputs(dense, ids, hidden, None) for ids, hidden in zip(every, known, strict=True)}
     with contextlib.ExitStack() as stack:
-        steps = _Steps(branches, None if on_disk is None else Path(stack.enter_context(temporary_directory())))
+        steps = _Steps(branches, None if on_disk is None else stack.enter_context(on_disk.beside()))
         stack.callback(setattr, pruned, "ids", every)
         stack.callback(setattr, pruned, "teachers", {})
         pruned.ids, pruned.teachers = [ids for ids, tells in zip(every, told, strict=True) if not tells], teachers

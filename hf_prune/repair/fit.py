@@ -112,7 +112,11 @@ class LayerRepair:
             for consumer in shared:
                 result.update(self._repair_shared(found, consumer, dense, outputs))
         if self.train:
-            errors = train_layer_(self.pruned, found.pruned_layer, [self._kept(hidden) for hidden in dense.outputs])
+            targets = [self._kept(hidden) for hidden in dense.outputs]
+            path = f"{self.dense.layer_paths[found.layer]}."
+            aliases = self.structure.aliases
+            common = {name.removeprefix(path) for name in (*aliases, *aliases.values()) if name.startswith(path)}
+            errors = train_layer_(self.pruned, found.pruned_layer, targets, common)
             result[self.dense.layer_paths[found.layer]] = Repaired(*errors, self.ridge)
             outputs = Outputs()
         for batch, hidden in enumerate(self.pruned.hidden):

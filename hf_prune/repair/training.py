@@ -18,7 +18,7 @@ from hf_prune.layers.processes import copy_of_main_process_, least_of_processes,
 from hf_prune.layers.statistics import HELD_OUT
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from hf_prune.layers.walk import Walk
 
@@ -28,7 +28,9 @@ PATIENCE = 2
 """Epochs without a gain, after which training ends; the best weights stay, those before training among them."""
 
 
-def train_layer_(walk: Walk, layer: int, targets: Sequence[Tensor]) -> tuple[float, float]:
+def train_layer_(
+    walk: Walk, layer: int, targets: Sequence[Tensor], shared: Collection[str] = ()
+) -> tuple[float, float]:
     """Minimise the squared error of the layer's output.
 
     Batches are gone through in order, one a step; the last ones are held out and decide which epoch's weights stay.
@@ -37,6 +39,7 @@ def train_layer_(walk: Walk, layer: int, targets: Sequence[Tensor]) -> tuple[flo
         walk: over the pruned model: its hidden states are what the layer is given.
         layer: its number there; its weights are in memory, and are changed in place.
         targets: per batch what it should give, `[B, T, D]`.
+        shared: names of its weights that other layers have too: they stay as they are.
 
     Returns:
         The mean squared error of held-out tokens, summed over channels, before and after.
@@ -44,7 +47,7 @@ def train_layer_(walk: Walk, layer: int, targets: Sequence[Tensor]) -> tuple[flo
     module = walk.model.get_submodule(walk.layer_paths[layer])
     number = len(targets)
     first = least_of_processes(number - max(1, number // HELD_OUT))  # as many steps in each
-    with _in_float32(module) as parameters:
+    with _in_float32(module, shared) as parameters:
         rates = [{"params": [p], "lr": LEARNING_RATE * float(p.norm()) / math.sqrt(p.numel())} for p in parameters]
         optimizer = torch.optim.Adam(rates, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * first)
@@ -87,16 +90,18 @@ def _held_out(walk: Walk, layer: int, targets: Sequence[Tensor], first: int) -> 
 
 
 @contextlib.contextmanager
-def _in_float32(module: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """Within, halves among the parameters are float32 and all of them need gradients."""
-    parameters = [p for p in module.parameters() if p.is_floating_point()]
+def _in_float32(module: nn.Module, shared: Collection[str]) -> Iterator[list[nn.Parameter]]:
+    """The parameters to train; within, halves among all are float32, and these need gradients."""
+    every = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    parameters = list(every.values())
+    trained = [p for name, p in every.items() if name not in shared]
     before = [(p.dtype, p.requires_grad) for p in parameters]
     for parameter, (dtype, _) in zip(parameters, before, strict=True):
         if dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
-        parameter.requires_grad_()
+        parameter.requires_grad_(any(parameter is one for one in trained))
     try:
-        yield parameters
+        yield trained
     finally:
         for parameter, (dtype, wanted) in zip(parameters, before, strict=True):
             parameter.grad = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,7 +149,9 @@ class PrunedLayers:
             for name, tensor in own.items():
                 if name in buffers and self._on_disk:
                     _assign(module, name, tensor, None)
-                elif not self._on_disk:
+                elif self._on_disk:  # of the dtype that it has in the file
+                    _assign(module, name, tensor.to("meta"), module.get_parameter(name).requires_grad)
+                else:
                     module.state_dict(keep_vars=True)[name].copy_(tensor)
         return True
 
@@ -176,6 +179,15 @@ class PrunedLayers:
         dispatch_model(self.model, device_map, offload_dir=str(self._folder), offload_index=index)
         self._opened = True
         return True
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[Path]:
+        """A folder beside the layers on disk, for what is needed for a while."""
+        assert self._folder is not None
+        folder = self._folder / "beside"
+        folder.mkdir(exist_ok=True)
+        yield folder
+        shutil.rmtree(folder)
 
     def rewrite(self, change: Callable[[int], None]) -> None:
         """Write all layers on disk once more, changed: `change` gets the number of each in the pruned model.
