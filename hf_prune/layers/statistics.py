@@ -34,7 +34,7 @@ HELD_OUT = 8
 
 
 def is_held_out(first: int, number: int) -> Tensor:
-    """Which of `number` windows are held out, the first of which is the window `first`: bool `[number]`."""
+    """Which of `number` windows (or batches) are held out, the first of which is that of `first`: bool `[number]`."""
     return torch.arange(first, first + number) % HELD_OUT == HELD_OUT - 1
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hf_prune.layers.losses import divergence, precision
 from hf_prune.layers.processes import of_main_process, shard_batches, sum_numbers
-from hf_prune.layers.statistics import HELD_OUT, Statistics, solve_, solving
+from hf_prune.layers.statistics import Statistics, is_held_out, solve_, solving
 from hf_prune.layers.walk import Outputs
 from hf_prune.layers.work import read_tensors, write_tensors
 
@@ -55,10 +55,10 @@ def step_end_to_end_(
     """
     on_disk = layers if layers is not None and layers.open() else None
     every, known = pruned.ids, dense.hidden
-    number = len(pruned.all_ids)
-    # one batch of so many tells how far to go, at least the last one: the same ones whatever the processes
-    held_out = set(range(HELD_OUT - 1, number, HELD_OUT)) or {number - 1}
-    told = [batch in held_out for batch in shard_batches(range(number))]
+    # some batches tell how far to go, at least the last one: the same ones whatever the processes
+    held_out = is_held_out(0, len(pruned.all_ids))
+    held_out[-1] |= not held_out.any()
+    told = shard_batches(held_out.tolist())
     teachers = {id(ids): Outputs(dense, ids, hidden, None) for ids, hidden in zip(every, known, strict=True)}
     with contextlib.ExitStack() as stack:
         steps = _Steps(branches, None if on_disk is None else stack.enter_context(on_disk.beside()))

@@ -92,18 +92,16 @@ def _held_out(walk: Walk, layer: int, targets: Sequence[Tensor], first: int) -> 
 @contextlib.contextmanager
 def _in_float32(module: nn.Module, shared: Collection[str]) -> Iterator[list[nn.Parameter]]:
     """The parameters to train; within, halves among all are float32, and these need gradients."""
-    every = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
-    parameters = list(every.values())
-    trained = [p for name, p in every.items() if name not in shared]
-    before = [(p.dtype, p.requires_grad) for p in parameters]
-    for parameter, (dtype, _) in zip(parameters, before, strict=True):
-        if dtype in (torch.float16, torch.bfloat16):
+    parameters = {name: p for name, p in module.named_parameters() if p.is_floating_point()}
+    before = [(p.dtype, p.requires_grad) for p in parameters.values()]
+    for name, parameter in parameters.items():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
             parameter.data = parameter.data.float()
-        parameter.requires_grad_(any(parameter is one for one in trained))
+        parameter.requires_grad_(name not in shared)
     try:
-        yield trained
+        yield [parameter for name, parameter in parameters.items() if name not in shared]
     finally:
-        for parameter, (dtype, wanted) in zip(parameters, before, strict=True):
+        for parameter, (dtype, wanted) in zip(parameters.values(), before, strict=True):
             parameter.grad = None
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(wanted)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState, dispatch_model
 from torch import Tensor, nn
 
-from hf_prune.atomic import held_by, temporary_directory
+from hf_prune.atomic import beside, held_by, temporary_directory
 from hf_prune.errors import PlanError
 from hf_prune.format.building import build_empty, fresh_config
 from hf_prune.layers.processes import least_of_processes
@@ -33,6 +32,7 @@ from hf_prune.surgery.tokens import renumbered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -116,20 +116,18 @@ class PrunedLayers:
     @contextlib.contextmanager
     def layer(self, layer: int) -> Iterator[None]:
         """Within, a dense layer and the pruned one (if it stays) are in memory; what is done to the latter counts."""
-        path = self._structure.layer_paths[layer]
+        dense = self._dense.get_submodule(self._structure.layer_paths[layer])
         if layer in self._plan.removed_layers:
-            with resident(self._dense.get_submodule(path)):
+            with resident(dense):
                 yield
             return
-        new = renumber(path, layer, self._structure, self._plan)
-        module = self.model.get_submodule(new)
-        with resident(self._dense.get_submodule(path)):
+        module = self.model.get_submodule(self._path(layer))
+        with resident(dense):
             if self._on_disk:
                 self._load(module, layer)
             yield
         if self._folder is not None:
-            names = {f"{new}.{name}": tensor for name, tensor in module.state_dict().items()}
-            write_tensors(self._file(layer), names)
+            self._write(layer, self._folder)
         if self._on_disk:
             for name, parameter in list(module.named_parameters()):
                 _assign(module, name, parameter.to("meta"), parameter.requires_grad)
@@ -140,7 +138,7 @@ class PrunedLayers:
             return True
         if self._folder is None or not self._file(layer).exists():
             return False
-        path = renumber(self._structure.layer_paths[layer], layer, self._structure, self._plan)
+        path = self._path(layer)
         module = self.model.get_submodule(path)
         tensors, _ = read_tensors(self._file(layer))
         own = {name.removeprefix(f"{path}."): tensor for name, tensor in tensors.items()}
@@ -169,25 +167,21 @@ class PrunedLayers:
             return self._on_disk
         index: dict[str, dict[str, str]] = {}
         for layer in self._stay:
-            path = renumber(self._structure.layer_paths[layer], layer, self._structure, self._plan)
+            path = self._path(layer)
             file = str(self._file(layer).absolute())
             for name, parameter in self.model.get_submodule(path).named_parameters():
                 dtype = str(parameter.dtype).removeprefix("torch.")
                 index[f"{path}.{name}"] = {"safetensors_file": file, "weight_name": f"{path}.{name}", "dtype": dtype}
-        paths = [renumber(self._structure.layer_paths[i], i, self._structure, self._plan) for i in self._stay]
+        paths = [self._path(layer) for layer in self._stay]
         device_map = device_map_of(self.model, paths, str(input_device(self.model)))
         dispatch_model(self.model, device_map, offload_dir=str(self._folder), offload_index=index)
         self._opened = True
         return True
 
-    @contextlib.contextmanager
-    def beside(self) -> Iterator[Path]:
+    def beside(self) -> AbstractContextManager[Path]:
         """A folder beside the layers on disk, for what is needed for a while."""
         assert self._folder is not None
-        folder = self._folder / "beside"
-        folder.mkdir(exist_ok=True)
-        yield folder
-        shutil.rmtree(folder)
+        return beside(self._folder / "steps")
 
     def rewrite(self, change: Callable[[int], None]) -> None:
         """Write all layers on disk once more, changed: `change` gets the number of each in the pruned model.
@@ -198,12 +192,9 @@ class PrunedLayers:
         new = self._folder / "rewritten"
         new.mkdir(exist_ok=True)
         for number, layer in enumerate(self._stay):
-            path = renumber(self._structure.layer_paths[layer], layer, self._structure, self._plan)
-            module = self.model.get_submodule(path)
-            with resident(module):
+            with resident(self.model.get_submodule(self._path(layer))):
                 change(number)
-                tensors = {f"{path}.{name}": tensor for name, tensor in module.state_dict().items()}
-                write_tensors(new / self._file(layer).name, tensors)
+                self._write(layer, new)
         (new / "whole").touch()
         PartialState().wait_for_everyone()
         self.rewritten()
@@ -259,14 +250,22 @@ class PrunedLayers:
 
     def _load(self, module: nn.Module, layer: int) -> None:
         """Slice the dense layer, which is in memory, into the pruned one."""
-        path = self._structure.layer_paths[layer]
-        new = renumber(path, layer, self._structure, self._plan)
+        path, new = self._structure.layer_paths[layer], self._path(layer)
         for name, tensor in self._dense.get_submodule(path).state_dict(keep_vars=True).items():
             full = f"{path}.{name}"
             if (renamed := pruned_name(full, self._structure, self._plan)) is not None:
                 sliced = slice_tensor(full, tensor, self._structure, self._plan)
                 wanted = tensor.requires_grad if isinstance(tensor, nn.Parameter) else None
                 _assign(module, renamed.removeprefix(f"{new}."), sliced, wanted)
+
+    def _path(self, layer: int) -> str:
+        """Of a layer that stays, in the pruned model."""
+        return renumber(self._structure.layer_paths[layer], layer, self._structure, self._plan)
+
+    def _write(self, layer: int, folder: Path) -> None:
+        path = self._path(layer)
+        tensors = self.model.get_submodule(path).state_dict()
+        write_tensors(folder / self._file(layer).name, {f"{path}.{name}": tensor for name, tensor in tensors.items()})
 
     def _file(self, layer: int) -> Path:
         assert self._folder is not None
