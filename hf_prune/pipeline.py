@@ -43,7 +43,7 @@ from hf_prune.layers.weights import fingerprint, is_on_disk
 from hf_prune.layers.work import WorkDir
 from hf_prune.loading import load_config, load_tokenizer, open_model
 from hf_prune.plan import bare_plan, make_plan, with_tokens
-from hf_prune.repair import repair_, select_repairable
+from hf_prune.repair import check_batches, repair_, select_repairable
 from hf_prune.repair.preview import RepairPreview
 from hf_prune.report.card import Origin
 from hf_prune.scores import METHODS, check_scores, score
@@ -218,6 +218,8 @@ def prune(
         model = opened() if opens else model
     batches, held_out = _data(config, tokenizer, calibration, batch_size, HELD_OUT, model if writes else None)
     check_windows(model, [*(batches or ()), *held_out])
+    if batches is not None and config.repairs_with_data:
+        check_batches(len(batches), train=config.repairs_by_training, end_to_end=config.repairs_end_to_end)
     if opens and not writes:
         model = opened()
     smaller, tokens = tokenizer, None

@@ -664,6 +664,13 @@ def test_a_step_end_to_end_that_held_out_text_does_not_gain_by_is_not_taken(monk
         repair_(stepped, dense, structure, plan, batches[:1], end_to_end=True)
 
 
+@pytest.mark.parametrize("repair", ["train", "end_to_end", "all"])
+def test_too_few_batches_are_named_before_anything_is_scored(repair, monkeypatch):
+    monkeypatch.setattr("hf_prune.pipeline.score", lambda *args, **kwargs: pytest.fail("scored"))
+    with pytest.raises(CalibrationError, match="found 1 calibration batch, expected 2"):
+        prune(shared_model("llama"), MagnitudeConfig(0.3, repair=repair), calibration=calibration(1))
+
+
 # --- the whole way ----------------------------------------------------------------------------------------------------
 
 

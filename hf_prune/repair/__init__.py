@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from hf_prune.structure.axes import Structure
     from hf_prune.surgery.pruning import PrunedLayers
 
-__all__ = ["Repaired", "repair_", "select_repairable"]
+__all__ = ["Repaired", "check_batches", "repair_", "select_repairable"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,12 +113,7 @@ def repair_(
         raise PlanError("repair target 'own' found pruned hidden channels; use 'asymmetric' or 'residual' with them.")
     data = _any_ids(dense) if batches is None else list(batches)
     walk = Walk(dense, structure.layer_paths, data, layered=True, protocol=protocol)
-    least = 2 * PartialState().num_processes if train else 2 if end_to_end else 1
-    if len(walk.all_ids) < least:
-        raise CalibrationError(
-            f"repair found {len(walk.all_ids) or 'no'} calibration batch, expected {least} or more"
-            f"{', one of them to be held out' if least > 1 else ''}: give more calibration text, or smaller batches."
-        )
+    check_batches(len(walk.all_ids), train=train, end_to_end=end_to_end)
     branches = {found.layer: found for found in find_branches(dense, pruned, structure, plan)}
     result: dict[str, Repaired] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -151,6 +146,16 @@ def repair_(
             divergences = step_end_to_end_(walk, other, branches.values(), layers)
             logger.info("one step end to end: divergence on held-out text %.4g, then %.4g", *divergences)
     return result
+
+
+def check_batches(number: int, *, train: bool = False, end_to_end: bool = False) -> None:
+    """Raise `CalibrationError` if there are too few batches for a repair (see `repair_`)."""
+    least = 2 * PartialState().num_processes if train else 2 if end_to_end else 1
+    if number < least:
+        raise CalibrationError(
+            f"repair found {number or 'no'} calibration batch, expected {least} or more"
+            f"{', one of them to be held out' if least > 1 else ''}: give more calibration text, or smaller batches."
+        )
 
 
 def _keep(
