@@ -218,7 +218,7 @@ def prune(
         model = opened() if opens else model
     batches, held_out = _data(config, tokenizer, calibration, batch_size, HELD_OUT, model if writes else None)
     check_windows(model, [*(batches or ()), *held_out])
-    if batches is not None and config.repairs_with_data:
+    if batches and config.repairs_with_data:  # of none the method says so
         check_batches(len(batches), train=config.repairs_by_training, end_to_end=config.repairs_end_to_end)
     if opens and not writes:
         model = opened()
