@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import tiny
@@ -34,6 +35,7 @@ from hf_prune.checkpoint.saving import save_pruned
 from hf_prune.cli.main import app
 from hf_prune.data import load_text
 from hf_prune.errors import CalibrationError, CheckpointError, ConfigError, DivergenceError, StructureError
+from hf_prune.layers import losses
 from hf_prune.loading import load_model
 from hf_prune.recovery import teacher as teacher_module
 from hf_prune.recovery.arguments import (
@@ -44,7 +46,7 @@ from hf_prune.recovery.arguments import (
     read_tokens,
     training_arguments,
 )
-from hf_prune.recovery.distillation import _kl
+from hf_prune.recovery.distillation import _ByRows, _kl
 from hf_prune.recovery.lora import add_adapters, linear_members
 from hf_prune.recovery.teacher import TaughtRows, _most_likely, top_k_divergence, write_predictions
 
@@ -571,6 +573,35 @@ def test_the_divergence_of_the_likeliest_is_a_bound_and_exact_with_all(top_k, te
         assert found < 0.99 * full
     equal = top_k_divergence(teacher, *_most_likely(teacher, temperature, top_k), temperature=temperature)
     assert equal.item() == pytest.approx(0, abs=2e-2)  # log-probabilities are kept in half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [0, 7, 23])
+def test_the_divergence_by_rows_is_that_of_all_rows_with_its_gradient(monkeypatch, dtype, count):
+    monkeypatch.setattr(losses, "CACHED_ELEMENTS", 5 * 64)  # five rows at a time
+    generator = torch.Generator().manual_seed(0)
+    learnt, teacher = ((3 * torch.randn(23, 64, generator=generator)).to(dtype) for _ in range(2))
+    positions = torch.randperm(23, generator=generator)[:count].sort().values
+    wide = torch.promote_types(dtype, torch.float32)
+    likely = _most_likely(teacher, 2.0, 5)
+    for loss_of, taught in ((_kl, (teacher,)), (top_k_divergence, likely)):
+        own, whole = (learnt.clone().requires_grad_() for _ in range(2))
+        found = _ByRows.apply(own, positions, partial(loss_of, temperature=2.0), *taught)
+        expected = loss_of(whole[positions].to(wide), *(known[positions] for known in taught), temperature=2.0)
+        assert found.dtype == wide
+        torch.testing.assert_close(found, expected.to(wide))
+        (3 * found).backward()
+        (3 * expected).backward()
+        torch.testing.assert_close(own.grad, whole.grad if count else torch.zeros_like(own))
+
+
+def test_a_student_that_learns_from_its_teacher_alone_takes_no_loss_of_the_text(tmp_path):
+    student = prune(shared_model("llama"), MagnitudeConfig(0.4)).model.train()
+    asked = []
+    student.register_forward_pre_hook(lambda module, args, kwargs: asked.append("labels" in kwargs), with_kwargs=True)
+    for alpha in (1.0, 0.5):
+        distiller(student, tmp_path, teacher=tiny_model("llama"), alpha=alpha).compute_loss(student, batch())
+    assert asked == [False, True]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

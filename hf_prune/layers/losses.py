@@ -30,10 +30,14 @@ def next_token(logits: Tensor, targets: Tensor) -> Tensor:
     return losses.view(targets.shape)
 
 
+def rows_at_once(logits: Tensor) -> int:
+    """Tokens whose float32 copies are made together: of a `[..., V]` on the CPU what its caches hold."""
+    return max(1, (CACHED_ELEMENTS if logits.device.type == "cpu" else CHUNK_ELEMENTS) // logits.shape[-1])
+
+
 def divergence(dense: Tensor, logits: Tensor) -> Tensor:
     """Kullback-Leibler divergence Σ p·(ln p − ln q) of each token, in nats, p of `dense`: `[..., V]` → `[...]`."""
-    size = logits.shape[-1]
-    rows = max(1, (CACHED_ELEMENTS if logits.device.type == "cpu" else logits.numel()) // size)
+    size, rows = logits.shape[-1], rows_at_once(logits)
     parts = zip(torch.split(dense.reshape(-1, size), rows), torch.split(logits.reshape(-1, size), rows), strict=True)
     return torch.cat([_divergence(*some) for some in parts]).view(logits.shape[:-1])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,12 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_prune.checkpoint.save_hook import plan_of, tokens_in_dense
 from hf_prune.errors import ConfigError
+from hf_prune.layers.losses import divergence, precision, rows_at_once
 from hf_prune.loading import load_model
 from hf_prune.recovery.teacher import LOG_PROBS, REST, TOKENS, top_k_divergence
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 
 class DistillationTrainer(Trainer):  # type: ignore[misc]
@@ -92,23 +94,25 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         hidden = self.hidden_weight > 0
         asked = {"output_hidden_states": True} if hidden else {}
-        written = {name: inputs.pop(name)[:, :-1] for name in (TOKENS, LOG_PROBS, REST) if name in inputs}
-        lm_loss, outputs = super().compute_loss(model, {**inputs, **asked}, True, num_items_in_batch)
-        where = inputs["labels"][:, 1:] != -100
-        learnt = outputs.logits[:, :-1][where]
-        if self.teacher is None:
-            likely = [written[name][where] for name in (TOKENS, LOG_PROBS, REST)]
-            kl = top_k_divergence(learnt, *likely, temperature=self.temperature)
+        written = [inputs.pop(name).flatten(0, 1) for name in (TOKENS, LOG_PROBS, REST) if name in inputs]
+        read = {name: value for name, value in inputs.items() if name != "labels"}
+        lm_loss: Any = 0.0
+        if self.alpha < 1:
+            lm_loss, outputs = super().compute_loss(model, {**inputs, **asked}, True, num_items_in_batch)
         else:
-            read = {name: value for name, value in inputs.items() if name != "labels"}
+            outputs = model(**read, **asked)
+        where = inputs["labels"][:, 1:] != -100
+        if self.teacher is not None:
             if self.kept_tokens is not None:
                 read["input_ids"] = self.kept_tokens.to(read["input_ids"].device)[read["input_ids"]]
             with torch.no_grad():
                 taught = self.teacher(**read, **asked, use_cache=False)
-            expected = taught.logits[:, :-1][where]
-            if self.kept_tokens is not None:
-                expected = expected[:, self.kept_tokens.to(expected.device)]
-            kl = _kl(learnt, expected, self.temperature)
+            expected = taught.logits.flatten(0, 1)
+            written = [expected if self.kept_tokens is None else expected[:, self.kept_tokens.to(expected.device)]]
+        loss_of = partial(_kl if self.teacher is not None else top_k_divergence, temperature=self.temperature)
+        positions = F.pad(where, (0, 1)).flatten().nonzero().squeeze(-1)
+        student = outputs.logits.flatten(0, 1)
+        kl = _ByRows.apply(student, positions, loss_of, *written)  # type: ignore[no-untyped-call]
         loss = self.alpha * kl
         if hidden:
             loss = loss + self.hidden_weight * self._hidden_loss(outputs.hidden_states, taught.hidden_states, where)
@@ -134,11 +138,35 @@ class DistillationTrainer(Trainer):  # type: ignore[misc]
         return torch.stack(terms).mean()
 
 
+class _ByRows(torch.autograd.Function):
+    """The sum of a loss over rows of logits, a few at a time, with its gradient: no `[N, V]` in float32, ever."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, positions: Tensor, loss_of: Callable[..., Tensor], *taught: Tensor) -> Tensor:  # type: ignore[override]
+        """`logits` `[N, V]`; `loss_of` takes rows of them, in float32 at least, and the same rows of `taught`."""
+        wide = precision(logits)
+        # what is below the least number of float16 would be lost: it has not been scaled yet
+        gradient = torch.zeros_like(logits, dtype=wide if logits.dtype == torch.float16 else None)
+        total = torch.zeros((), dtype=wide, device=logits.device)
+        for rows in torch.split(positions, rows_at_once(logits)):
+            with torch.enable_grad():
+                own = logits.detach()[rows].to(wide).requires_grad_()
+                loss = loss_of(own, *(known[rows.to(known.device)] for known in taught))
+            gradient[rows] = torch.autograd.grad(loss, own)[0].to(gradient.dtype)
+            total += loss.detach()
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grads[0]).to(ctx.dtype), None, None, *(None for _ in ctx.needs_input_grad[3:])
+
+
 def _kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T²·KL(teacher ‖ student) summed over tokens; logits `[N, V]`, in float32."""
-    predicted = F.log_softmax(student.float() / temperature, dim=-1)
-    target = F.log_softmax(teacher.to(student.device).float() / temperature, dim=-1)
-    return temperature**2 * F.kl_div(predicted, target, reduction="sum", log_target=True)
+    """T²·KL(teacher ‖ student) summed over tokens; logits `[N, V]`."""
+    return temperature**2 * divergence(teacher.to(student) / temperature, student / temperature).sum()
 
 
 def _matching(student: Any, teacher: Any, layer_map: Sequence[int] | None) -> tuple[list[int], Tensor | None]:

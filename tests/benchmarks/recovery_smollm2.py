@@ -1,15 +1,18 @@
 """Recovery of a real model on several texts, as ratios to the dense one: docs/recovery_smollm2.json and its table.
 
     python tests/benchmarks/recovery_smollm2.py MODEL --device cuda [--seconds 280] [--rows "distill 30 %;lora 30 %"]
+    python tests/benchmarks/recovery_smollm2.py MODEL --pruned PRUNED --work WORK --rows "distill 20 %, recommended"
     python tests/benchmarks/recovery_smollm2.py MODEL --tables-only
 
 MODEL is SmolLM2-135M-Instruct. It is pruned by `OBSConfig(ratio)`, repaired on 128 × 256 tokens of the training
 mixture, and trained on at most 2 M tokens of it: a third each of WikiText-2 train, novels and instructions, 16 windows
-of 256 tokens a step. Perplexity: windows of 256 without overlap, no BOS, float32, spread over each text; the intervals
-are those of `evaluate`. Two of the texts are of kinds that nothing was calibrated, trained or chosen with. Every row is
-written when it is measured, and those that are there are not measured again. With `--seconds` no row is begun that
-would not be done in that time, and training takes as many tokens (up to 2 M) as the time allows. Texts are tokenised
-once (`--texts-only`). Data are read from `HF_PRUNE_DATA` (default `../shared`).
+of 256 tokens a step. Rows called `recommended` start from checkpoints in PRUNED, `20 %` and `30 %`: widths from curves,
+Fisher scores, least squares, layers trained, then the step end to end (`quality.py`). With `--work` training goes on
+from its last checkpoint after an interruption. Perplexity: windows of 256 without overlap, no BOS, float32, spread over
+each text; the intervals are those of `evaluate`. Two of the texts are of kinds that nothing was calibrated, trained or
+chosen with. Every row is written when it is measured, and those that are there are not measured again. With `--seconds`
+no row is begun that would not be done in that time, and training takes as many tokens (up to 2 M) as the time allows.
+Texts are tokenised once (`--texts-only`). Data are read from `HF_PRUNE_DATA` (default `../shared`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import os
 import platform
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +35,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_prune import OBSConfig, prune, recover
 from hf_prune.calibration import calibration_batches, training_windows
+from hf_prune.checkpoint.save_hook import plan_of
 from hf_prune.evaluation import evaluate, flat, read_texts
+from hf_prune.loading import load_model
 from hf_prune.recovery.arguments import distillation_rate
 from hf_prune.report.tables import markdown_table
 
@@ -58,8 +64,19 @@ ROWS: dict[str, tuple[float, dict[str, Any]]] = {
     "distill 30 %, alpha 0.5": (0.3, {"preset": "distill", "alpha": 0.5}),
     "distill 50 %, twice the rate": (0.5, {"preset": "distill", "rate": 2.0}),
     "lora 30 %, towards the dense model": (0.3, {"preset": "lora", "learning_rate": 1e-3, "taught": True}),
+    "distill 20 %, recommended": (0.2, DISTILL),
+    "distill 30 %, recommended": (0.3, DISTILL),
+    "distill 20 %, recommended, three times the rate": (0.2, {"preset": "distill", "rate": 3.0}),
+    "distill 30 %, recommended, three times the rate": (0.3, {"preset": "distill", "rate": 3.0}),
 }
 """Name → ratio, what is asked of `recover` (`rate`: times that of `distillation_rate`); the most wanted first."""
+RECOMMENDED = ", recommended"
+"""In names: from checkpoints that were pruned as the page recommends."""
+
+
+def start_of(name: str) -> str:
+    """What a row is called that starts where this one does, and is not trained."""
+    return f"none {100 * ROWS[name][0]:.0f} %{RECOMMENDED * (RECOMMENDED in name)}"
 
 
 def write_texts(data: Path, folder: Path) -> None:
@@ -88,10 +105,20 @@ def write_windows(tokenizer: Any, texts: Path) -> None:
 class Bench:
     """The dense model, windows of its texts, and pruned models as they were made."""
 
-    def __init__(self, model: str, texts: Path, device: str, windows: int, samples: int, ends: float | None) -> None:
+    def __init__(
+        self,
+        model: str,
+        texts: Path,
+        device: str,
+        windows: int,
+        samples: int,
+        ends: float | None,
+        checkpoints: Path | None,
+        work: Path | None,
+    ) -> None:
         self.dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.device, self.ends = device, ends
+        self.device, self.ends, self.checkpoints, self.work = device, ends, checkpoints, work
         found = torch.load(texts / "windows.pt")
         self.judged = {
             name: ids[torch.arange(min(windows, len(ids))) * len(ids) // min(windows, len(ids))].long()
@@ -101,12 +128,22 @@ class Bench:
         self.train_rows, self.valid_rows = (
             [{"input_ids": ids.long(), "labels": ids.long()} for ids in found[name]] for name in ("train", "valid")
         )
+        self.valid_rows = self.valid_rows[:: 3 if device == "cpu" else 1]
         self.scores: Any = None
         self.pruned: dict[float, tuple[PreTrainedModel, float]] = {}
 
-    def start(self, ratio: float) -> tuple[PreTrainedModel, float]:
-        """A copy of the pruned and repaired model, and the share of the decoder that went."""
+    def start(self, name: str) -> tuple[PreTrainedModel, float]:
+        """A copy of the pruned and repaired model that a row starts from, and the share of the decoder that went."""
         torch.set_float32_matmul_precision("highest")
+        ratio = ROWS[name][0]
+        if RECOMMENDED in name:
+            if self.checkpoints is None:
+                raise typer.BadParameter(f"{name!r} starts from a checkpoint; say where by --pruned.")
+            path = self.checkpoints / f"{100 * ratio:.0f} %"
+            model = load_model(str(path), dtype="float32").to(self.device)
+            plan = plan_of(model)
+            assert plan is not None
+            return model.eval(), plan.achieved["decoder"]
         if ratio not in self.pruned:
             self.dense.requires_grad_(True)  # a teacher is frozen
             config = OBSConfig(ratio, num_samples=128, seq_len=SEQ_LEN)
@@ -145,7 +182,7 @@ class Bench:
         """One row: prune, train, measure."""
         ratio, asked = ROWS[name]
         settings = dict(asked)
-        model, removed = self.start(ratio)
+        model, removed = self.start(name)
         rate, taught = settings.pop("rate", None), settings.pop("taught", settings["preset"] == "distill")
         if rate is not None:
             settings["learning_rate"] = rate * distillation_rate(model.num_parameters(), removed)
@@ -155,7 +192,10 @@ class Bench:
         tokens = self.affordable(model, most)
         if not tokens:
             return {}
-        with tempfile.TemporaryDirectory() as folder:
+        kept: dict[str, Any] = {"save_strategy": "no"}
+        if self.work is not None:
+            kept = {"resume": True, "overwrite": True, "save_strategy": "steps"}
+        with tempfile.TemporaryDirectory() if self.work is None else nullcontext(self.work / name) as folder:
             began = time.perf_counter()
             result = recover(
                 model,
@@ -165,12 +205,14 @@ class Bench:
                 tokenizer=self.tokenizer,
                 tokens=tokens,
                 seq_len=SEQ_LEN,
-                per_device_train_batch_size=BATCH,
-                per_device_eval_batch_size=2 * BATCH,
+                per_device_train_batch_size=BATCH if self.device != "cpu" else BATCH // 4,
+                gradient_accumulation_steps=1 if self.device != "cpu" else 4,
+                per_device_eval_batch_size=2 * BATCH if self.device != "cpu" else BATCH // 4,
                 use_cpu=self.device == "cpu",
+                bf16=self.device == "cpu",
                 disable_tqdm=True,
-                save_strategy="no",
                 load_best_model_at_end=False,
+                **kept,
                 **settings,
             )
         train_s = time.perf_counter() - began
@@ -197,12 +239,12 @@ def run(bench: Bench, output: Path, names: list[str], tokens: int, circumstances
     """Measure every row that `output` does not hold yet."""
     results = json.loads(output.read_text()) if output.exists() else {**circumstances, "rows": {}}
     for name in names:
-        before = f"none {100 * ROWS[name][0]:.0f} %"
+        before = start_of(name)
         if name in results["rows"]:
             continue
         start = time.monotonic()
         if before not in results["rows"]:
-            model, removed = bench.start(ROWS[name][0])
+            model, removed = bench.start(name)
             prune_s = time.monotonic() - start
             results["rows"][before] = {"removed": removed, "prune_s": prune_s, **bench.measure(model)}
             save(results, output)
@@ -252,6 +294,10 @@ def main(
     windows: Annotated[int, typer.Option(help="Of each judged text.")] = 96,
     samples: Annotated[int, typer.Option(help="Windows to calibrate with.")] = 128,
     tokens: Annotated[int, typer.Option(help="To train on.")] = TOKENS,
+    pruned: Annotated[
+        Path | None, typer.Option(help="Folder of the checkpoints `recommended` rows start from.")
+    ] = None,
+    work: Annotated[Path | None, typer.Option(help="Folder for checkpoints of training, kept.")] = None,
     texts_only: Annotated[bool, typer.Option(help="Only write the texts.")] = False,
     tables_only: Annotated[bool, typer.Option(help="Only write the table.")] = False,
 ) -> None:
@@ -273,7 +319,9 @@ def main(
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        bench = Bench(model, texts, device, windows, samples, None if seconds is None else began + seconds)
+        bench = Bench(
+            model, texts, device, windows, samples, None if seconds is None else began + seconds, pruned, work
+        )
         run(bench, output, [name for name in rows.split(";") if name] or list(ROWS), tokens, circumstances)
     if tables_only or output.parent == PAGE.parent:
         write_table(json.loads(output.read_text()))
