@@ -139,7 +139,7 @@ def load_model(
     import transformers
 
     from hf_prune.checkpoint.verifying import load_verified
-    from hf_prune.format.building import build_empty, has_own_code
+    from hf_prune.format.building import build_empty, has_own_code, unsharded
     from hf_prune.layers.weights import device_map_of
 
     _check_target(device, dtype)
@@ -150,7 +150,8 @@ def load_model(
     if on_disk:
         shell = build_empty(config)
         options |= {"device_map": device_map_of(shell, on_disk, device or "cpu"), "offload_folder": str(folder)}
-    model = load_verified(name, dtype=dtype or "auto", **options)
+    with unsharded():
+        model = load_verified(name, dtype=dtype or "auto", **options)
     assert not isinstance(model, tuple)
     if _quantisation(config).get("dequantize") and getattr(model, "hf_quantizer", None) is not None:
         model = model.dequantize()

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     LlamaForCausalLM,
 )
+from transformers.integrations import deepspeed
 from typer.testing import CliRunner
 
 from hf_prune import MagnitudeConfig, PrunedModelForCausalLM
@@ -27,6 +28,7 @@ from hf_prune.checkpoint.saving import save_pruned, verify_checkpoint
 from hf_prune.checkpoint.verifying import _config, not_loaded
 from hf_prune.cli.main import app
 from hf_prune.errors import CheckpointError
+from hf_prune.format.building import build_empty
 from hf_prune.format.per_layer import DIGESTS
 from hf_prune.loading import load_config, load_model
 from hf_prune.reading import LARGEST_FILE, parse_json, read_text
@@ -218,3 +220,19 @@ def test_a_config_that_we_refuse_is_refused_in_our_words(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="not a config that transformers can read"):
         _config(tmp_path)
+
+
+def test_models_are_whole_where_transformers_would_split_them(pruned, monkeypatch):
+    class Zero3:
+        def is_zero3(self):
+            return True
+
+    run = Zero3()  # what transformers knows of a run under DeepSpeed ZeRO-3
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    deepspeed.set_hf_deepspeed_config(run)
+    whole = load_model(str(pruned)).state_dict()
+    assert deepspeed.is_deepspeed_zero3_enabled()
+    empty = build_empty(load_config(str(pruned))).state_dict()
+    assert {name: tensor.shape for name, tensor in empty.items()} == {name: w.shape for name, w in whole.items()}
+    deepspeed.unset_hf_deepspeed_config()
+    assert all(torch.equal(whole[name], tensor) for name, tensor in load_model(str(pruned)).state_dict().items())

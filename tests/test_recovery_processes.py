@@ -74,6 +74,39 @@ AcceleratorState._reset_state(reset_partial_state=True)
 app([*command, "--resume"], standalone_mode=False)
 torch.distributed.destroy_process_group()
 """
+ZERO3 = """
+# DeepSpeed ZeRO-3, as `accelerate launch --config_file docs/zero3.yaml` starts it; these processes are taken for GPUs.
+import os, shutil, sys, torch
+from pathlib import Path
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+PartialState._prepare_backend = lambda state, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)
+PartialState.set_device = lambda state: setattr(state, "device", torch.device("cpu"))
+os.environ |= environment
+from hf_prune.cli.main import app
+import hf_prune.recovery.recover as recovery
+def run(name, *more):
+    command = ["recover", f"{folder}/pruned", f"{folder}/zero3-{name}", *sys.argv[2:], *RECIPES[name], *more]
+    app(command, standalone_mode=False)
+    assert AcceleratorState().distributed_type == DistributedType.DEEPSPEED and AcceleratorState().num_processes == 2
+    torch.distributed.barrier()
+    AcceleratorState._reset_state(reset_partial_state=True)
+folder = sys.argv[1]
+for name in RECIPES:
+    if name == "distill":
+        removed, recovery.remove_checkpoints = recovery.remove_checkpoints, lambda _: None
+        run(name)
+        recovery.remove_checkpoints = removed
+        if os.environ["RANK"] == "0":  # as if the run had been killed after its first checkpoint
+            Path(f"{folder}/zero3-distill").rename(f"{folder}/zero3-whole")
+            shutil.rmtree(f"{folder}/zero3-distill-training/checkpoint-4")
+        torch.distributed.barrier()
+        run(name, "--resume")
+    else:
+        run(name)
+torch.distributed.destroy_process_group()
+"""
 OPTIONS = {"steps": 4, "seq_len": 16, "hidden_weight": 1.0}
 OPTIONS |= {"learning_rate": 0.5, "optim": "sgd", "load_best_model_at_end": False}
 
@@ -86,16 +119,32 @@ def accelerate_environment():
     return {"ACCELERATE_USE_FSDP": "true", **found}
 
 
-@pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """What two processes made: a folder, the results of each, and what each printed."""
-    folder = tmp_path_factory.mktemp("processes")
+def zero3_environment():
+    """The same of the other file, but for the precision, which a CPU refuses."""
+    config = yaml.safe_load((Path(__file__).parents[1] / "docs" / "zero3.yaml").read_text())
+    assert config["distributed_type"] == "DEEPSPEED"
+    found = {
+        name.upper().removesuffix("_FLAG"): str(value).lower() for name, value in config["deepspeed_config"].items()
+    }
+    found = {f"ACCELERATE_DEEPSPEED_{name}": value for name, value in found.items()}
+    return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_USE_CPU": "false", "DS_ACCELERATOR": "cpu", **found}
+
+
+def write_models(folder):
+    """A dense model, a pruned one, and texts."""
     tiny.write_checkpoint(folder / "dense")
     tiny.write_text(folder / "train.txt", 2000, seed=1)
     tiny.write_text(folder / "eval.txt", 300, seed=2)
     tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
     result = prune(AutoModelForCausalLM.from_pretrained(folder / "dense"), MagnitudeConfig(0.3, allocation="global"))
     PrunedModelForCausalLM.save_pretrained(result.model, folder / "pruned", plan=result.plan, tokenizer=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What two processes made: a folder, the results of each, and what each printed."""
+    folder = tmp_path_factory.mktemp("processes")
+    write_models(folder)
     command = ["recover", folder / "pruned", folder / "out", "--train", folder / "train.txt", "--preset", "full"]
     command += ["--eval", folder / "eval.txt", "--teacher", folder / "dense", "--per-device-train-batch-size", 2]
     command += [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", value)]
@@ -151,3 +200,49 @@ def test_recovery_under_fsdp2_is_that_of_one_process_and_resumes(together, tmp_p
     for name, tensor in alone.items():
         torch.testing.assert_close(whole[name], tensor, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=0)
+
+
+def test_recovery_under_zero3_is_that_of_one_process_and_resumes(tmp_path, monkeypatch):
+    pytest.importorskip("deepspeed", reason="pip install deepspeed; a first run compiles for a minute")
+    write_models(tmp_path)
+    texts = {"train": tmp_path / "train.txt", "eval": tmp_path / "eval.txt"}
+    recipes = {
+        "distill": {"teacher": tmp_path / "dense", "hidden_weight": 1.0},
+        "full": {"teacher": tmp_path / "dense", "alpha": 0.5, "teacher_cache": tmp_path / "taught"},
+        "lora": {},
+        "norms": {},
+    }
+    options = {"steps": 4, "seq_len": 16, "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
+
+    def words(settings):
+        return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+    asked = {name: ["--preset", name, *words(settings)] for name, settings in recipes.items()}
+    code = f"environment = {zero3_environment()}\nRECIPES = {asked}\n" + ZERO3
+    printed = launch(code, tmp_path, *words({**texts, **options, "per_device_train_batch_size": 2}))
+    assert [stdout.count("perplexity after") for stdout in printed] == [5, 0]
+    assert "'prune/params': 15008" in printed[0] + (tmp_path / "0.err").read_text()
+
+    def weights(name):
+        return AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+
+    start = weights("pruned")
+    for name, settings in recipes.items():
+        alone = {
+            **texts,
+            **settings,
+            **options,
+            "per_device_train_batch_size": 4,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        expected = recover(tmp_path / "pruned", tmp_path / name, preset=name, **alone).model.state_dict()
+        found = weights(f"zero3-{name}")
+        assert max(float((start[key] - tensor).abs().max()) for key, tensor in found.items()) > 1e-3
+        for key, tensor in expected.items():
+            if name == "lora":  # each process has a dropout of its own
+                assert float((found[key] - tensor).norm()) <= 0.8 * float((start[key] - tensor).norm())
+            else:
+                torch.testing.assert_close(found[key], tensor, rtol=1e-3, atol=1e-4)
+    for key, tensor in weights("zero3-whole").items():
+        torch.testing.assert_close(weights("zero3-distill")[key], tensor, rtol=0, atol=0)

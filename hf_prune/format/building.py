@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hf_prune.errors import StructureError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import PreTrainedModel
 
 
@@ -74,6 +77,23 @@ def has_own_code(cls: type) -> bool:
     return cls.__module__.startswith("transformers_modules.")
 
 
+@contextmanager
+def unsharded() -> Iterator[None]:
+    """Make whole models inside, also under DeepSpeed ZeRO-3.
+
+    There transformers splits every model that it makes, whatever `zero3_init_flag` says; the pieces have no shapes, and
+    no engine that would put them together.
+    """
+    from transformers.integrations import deepspeed
+
+    held = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = held
+
+
 def build_empty(config: Any, cls: type | None = None) -> PreTrainedModel:
     """Build the model of `config` on the meta device; heterogeneous configs build heterogeneous layers.
 
@@ -90,7 +110,7 @@ def build_empty(config: Any, cls: type | None = None) -> PreTrainedModel:
 
     per_layer.install()
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), unsharded():
             if cls is not None:
                 model = cls(config)
             else:  # whether its code may run is never asked of the one who sits there

@@ -387,11 +387,11 @@ class PruningCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             widths = {} if plan is None else plan.widths
         elif pruning is not None:
             trainable, total = model.get_nb_trainable_parameters() if hasattr(model, "peft_config") else (0, None)
-            params = model.num_parameters() if total is None else total - trainable
+            params = _num_parameters(model) if total is None else total - trainable
             achieved = pruning["achieved"][pruning["settings"].get("budget", "decoder")]
             widths = pruning["widths"]
         else:  # mode `cut`, before it
-            params, achieved, widths = model.num_parameters(), 0.0, {}
+            params, achieved, widths = _num_parameters(model), 0.0, {}
         self._entry = {"prune/sparsity": achieved, "prune/params": params}
         of_layers = {f"prune/{name}": width for name, width in widths.items()}
         state.log_history.append({**self._entry, **of_layers, "epoch": state.epoch, "step": state.global_step})
@@ -424,6 +424,13 @@ def _as_lists(scores: Mapping[str, Tensor]) -> dict[str, list[float]]:
 def _pruning_of(model: Any) -> dict[str, Any] | None:
     recorded: dict[str, Any] | None = getattr(getattr(model, "config", None), "pruning_config", None)
     return recorded
+
+
+def _num_parameters(model: Any) -> int:
+    """Of the whole model; a part of it under DeepSpeed ZeRO-3 knows the size of the whole."""
+    if any(hasattr(parameter, "ds_numel") for parameter in model.parameters()):
+        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+    return int(model.num_parameters())
 
 
 def _own_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:

@@ -166,7 +166,10 @@ def recover(
     recipe = PRESETS[preset]
     # Small steps are lost in half-precision weights: they are float32 while they are trained.
     dtype = _dtype(config) if recipe.trains != "adapters" else torch.float32
-    mixed = {"bf16": True} if dtype == torch.bfloat16 and "fp16" not in options else {}
+    kind = "bf16" if dtype == torch.bfloat16 else "no"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # refuses arguments that do not say what it was told
+        kind = os.environ.get("ACCELERATE_MIXED_PRECISION", kind)
+    mixed = {kind: True} if kind in ("bf16", "fp16") and not {"bf16", "fp16"} & options.keys() else {}
     args = training_arguments(
         training_dir,
         {**mixed, **options},
