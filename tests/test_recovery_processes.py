@@ -105,6 +105,17 @@ for name in RECIPES:
         run(name, "--resume")
     else:
         run(name)
+
+# A model that transformers splits while it loads it is the same, in pieces.
+import deepspeed
+from transformers import AutoModelForCausalLM, TrainingArguments
+from hf_prune.loading import load_model
+args = TrainingArguments(f"{folder}/split")
+whole = dict(load_model(f"{folder}/pruned").named_parameters())
+split = dict(AutoModelForCausalLM.from_pretrained(f"{folder}/pruned").named_parameters())
+assert whole.keys() == split.keys() and all(part.numel() == 0 for part in split.values())
+with deepspeed.zero.GatheredParameters(list(split.values())):
+    assert all(torch.equal(whole[name], part) for name, part in split.items())
 torch.distributed.destroy_process_group()
 """
 OPTIONS = {"steps": 4, "seq_len": 16, "hidden_weight": 1.0}

@@ -304,6 +304,7 @@ def _check_shapes(directory: Path, config: PreTrainedConfig, shapes: dict[str, l
     import transformers
 
     from hf_prune.format import per_layer
+    from hf_prune.format.building import unsharded
 
     per_layer.install()
     name = (config.architectures or [""])[0]
@@ -315,7 +316,7 @@ def _check_shapes(directory: Path, config: PreTrainedConfig, shapes: dict[str, l
         )
     try:
         tensors = {tensor: torch.empty(shape, device="meta") for tensor, shape in shapes.items()}
-        with _quiet():
+        with _quiet(), unsharded():
             model, info = model_class.from_pretrained(
                 None,
                 config=config,
