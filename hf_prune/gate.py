@@ -243,7 +243,7 @@ def check_room(
     Hidden states between layers aside, of which `Boundaries` keeps as many as there is room for.
     """
     way = Path(tempfile.gettempdir()) if work is None else work.path
-    needed = price.rewritten_bytes if is_on_disk(model) else 0
+    needed = price.rewritten_bytes
     needed += price.layer_bytes if is_on_disk(model) or (work is not None and config.repair != "none") else 0
     if work is not None:  # the state after a step is written before that of the last one goes
         needed += price.held_bytes

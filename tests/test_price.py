@@ -78,13 +78,14 @@ def test_weights_that_are_read(checkpoint, name, tmp_path):  # noqa: F811
 
 
 def test_the_step_end_to_end_reads_pruned_layers_for_each_size_that_is_tried(checkpoint, monkeypatch):  # noqa: F811
-    family, path, _ = checkpoint
+    family, path, whole = checkpoint
     if family not in ("llama", "mixtral"):
         pytest.skip("long")
     config, sizes, go = RandomConfig(0.3, repair="end_to_end"), [], end_to_end._Steps.go_
     monkeypatch.setattr(end_to_end._Steps, "go_", lambda self, size: sizes.append(size) or go(self, size))
     model = open_model(path, layers_on="disk", dtype="float32")
     price = price_of(infer_structure(model), config, calibration(), model)
+    assert price_of(infer_structure(whole), config, calibration(), whole).rewritten_bytes == 0 < price.rewritten_bytes
     with counted() as read:
         pruned = prune(model, config, calibration=calibration()).model
     layers = sum(parameter.nbytes for parameter in pruned.parameters() if parameter.is_meta)

@@ -16,6 +16,7 @@ from hf_prune.config import (
     selected_axes,
 )
 from hf_prune.layers.boundaries import MEMORY_BYTES
+from hf_prune.layers.weights import is_on_disk
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -93,7 +94,7 @@ def price_of(
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     lengths = [length for batch in batches or () for length in [batch["input_ids"].shape[1]] * len(batch["input_ids"])]
     channels, itemsize = embedding.weight.shape[1], embedding.weight.element_size()
-    return count_price(structure, config, lengths, channels, itemsize, held_out)
+    return count_price(structure, config, lengths, channels, itemsize, held_out, on_disk=is_on_disk(model))
 
 
 def count_price(
@@ -103,6 +104,8 @@ def count_price(
     hidden_size: int,
     itemsize: int,
     held_out: int = 0,
+    *,
+    on_disk: bool = True,
 ) -> Price:
     """As `price_of`, from numbers.
 
@@ -115,6 +118,7 @@ def count_price(
         hidden_size: channels of the residual stream.
         itemsize: bytes of a weight.
         held_out: tokens that perplexity of the dense and the pruned model is measured on.
+        on_disk: whether the layers of the model are.
     """
     counts = _Counts(structure, config, list(lengths))
     dense, decoder = counts.layers, structure.num_parameters(budget="decoder")
@@ -133,7 +137,7 @@ def count_price(
     if config.repairs_end_to_end:  # forward, backward, held-out text at first and after each step; written once more
         pruned_read += (4 + STEPS) * sum(kept)
         steps_bytes = 4 * sum(k * d * n for k, d, n, _ in counts.consumers)
-        rewritten = sum(kept) * itemsize + len(kept) * steps_bytes
+        rewritten = sum(kept) * itemsize + len(kept) * steps_bytes if on_disk else 0
     if held_out:
         read, pruned_read = read + dense, pruned_read + kept[-1]
     outside = structure.num_parameters() - dense
