@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from models import logits, make_plan, shared_model, shared_structure, tiny_model, token_ids
 from test_recovery_callback import arguments, rows, same
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 from typer.testing import CliRunner
 
@@ -742,3 +744,29 @@ def test_half_precision_weights_are_trained_in_single_and_saved_as_they_were(mat
     start = model.get_input_embeddings().weight
     moved = (saved.get_input_embeddings().weight != start).float().mean()
     assert moved > 0.15  # steps that each are lost in bfloat16 add up
+
+
+@pytest.mark.parametrize("preset", ["full", "norms", "lora", "distill"])
+def test_the_price_of_training_is_what_it_takes(material, tmp_path, monkeypatch, caplog, preset):
+    from hf_prune.recovery import recover as module
+
+    counted, sizes, step = [], [], Trainer.training_step
+
+    def steps(*args):
+        with FlopCounterMode(display=False) as counter:
+            loss = step(*args)
+        counted.append(counter.get_total_flops())
+        return loss
+
+    def removed(folder):
+        files = next(folder.glob("checkpoint-*")).iterdir()
+        sizes.extend(file.stat().st_size for file in files if file.suffix in (".safetensors", ".pt"))
+
+    monkeypatch.setattr(Trainer, "training_step", steps)
+    monkeypatch.setattr(module, "remove_checkpoints", removed)
+    caplog.set_level("INFO", "hf_prune")
+    quick(material, tmp_path / "out", preset=preset, teacher=material / "dense" if preset == "distill" else None)
+    said = r"trains on 384 tokens in 6 steps, .* (\S+) TFLOP, and writes checkpoints of (\S+) GB"
+    found = re.search(said, caplog.text)
+    assert 0.8 < 1e12 * float(found[1]) / sum(counted) <= 1.1
+    assert 1e9 * float(found[2]) == pytest.approx(sum(sizes), rel=0.02, abs=30_000)  # headers

@@ -590,12 +590,14 @@ def recover(
     `--learning-rate 1e-4 --bf16 --per-device-train-batch-size 4`. Several GPUs, FSDP and DeepSpeed: start it by
     `accelerate launch --no_python hf-prune recover ...`.
     """
+    from hf_prune.cli import printing
     from hf_prune.recovery.arguments import parse_training_options, read_tokens
     from hf_prune.recovery.recover import recover as run
 
     if model.startswith("-") or str(output).startswith("-"):
         raise ConfigError("the pruned model and the output directory come first, before any option.")
     options = parse_training_options(context.args)
+    printing.show_price()
     result = run(
         model,
         output,

@@ -36,8 +36,8 @@ class _ToStderr(logging.Handler):
 
 
 def show_price() -> None:
-    """Show on stderr what a run on disk will read, write and compute, or how long it takes, before it starts."""
-    for name in ("hf_prune.layers.price", "hf_prune.cli.auto"):
+    """Show on stderr what a run will read, write and compute, or how long it takes, before it starts."""
+    for name in ("hf_prune.layers.price", "hf_prune.cli.auto", "hf_prune.recovery.recover"):
         price = logging.getLogger(name)
         if not price.handlers:
             price.addHandler(_ToStderr())

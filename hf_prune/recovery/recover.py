@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from peft import LoraConfig
     from torch import Tensor
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -253,6 +253,8 @@ def recover(
                 "teacher": teacher,
                 **trust,
             }
+        if args.process_index == 0:
+            _announce(trained, teacher, args, seq_len * number)
         trainer_class = DistillationTrainer if distillation else Trainer
         trainer = trainer_class(
             trained,
@@ -299,6 +301,35 @@ def recover(
                 after[OTHER],
             )
         return RecoveryResult(result if result is not None else own, *found, trainer.state.log_history)
+
+
+def _announce(model: Any, teacher: Any, args: TrainingArguments, tokens: int) -> None:
+    """Log what training costs: products of weights alone, of a mixture of experts those of all of them."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    learnt, trainable = (sum(own.numel() for own in trained if own.ndim >= dims) for dims in (2, 0))
+    operations = 4 * _multiplied(model) + 2 * learnt  # forward, backward to activations, and to what is trained
+    if teacher is not None:
+        shell = teacher if isinstance(teacher, torch.nn.Module) else build_empty(load_config(str(teacher)))
+        operations += 2 * _multiplied(shell)
+    saved = trainable if hasattr(model, "peft_config") else model.num_parameters()
+    kept = 0 if args.save_strategy == "no" else 4 * (saved + 2 * trainable)  # and AdamW's two moments
+    logger.info(
+        "this run trains on %s tokens in %s steps, computes at most %.3g TFLOP, and writes checkpoints of %.3g GB",
+        f"{tokens:,}",
+        f"{args.max_steps:,}",
+        operations * tokens / 1e12,
+        kept / 1e9,
+    )
+
+
+def _multiplied(model: Any) -> int:
+    """Parameters of matrices that a token is multiplied by."""
+    found = {id(parameter): parameter.numel() for parameter in model.parameters() if parameter.ndim > 1}
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings().weight
+    if head is None or head.weight is not embedding:
+        found.pop(id(embedding), None)
+    return sum(found.values())
 
 
 def _command(
