@@ -254,7 +254,7 @@ def recover(
                 **trust,
             }
         if args.process_index == 0:
-            _announce(trained, teacher, args, seq_len * number)
+            _announce(trained, teacher, args, seq_len * number, **trust)
         trainer_class = DistillationTrainer if distillation else Trainer
         trainer = trainer_class(
             trained,
@@ -303,13 +303,13 @@ def recover(
         return RecoveryResult(result if result is not None else own, *found, trainer.state.log_history)
 
 
-def _announce(model: Any, teacher: Any, args: TrainingArguments, tokens: int) -> None:
+def _announce(model: Any, teacher: Any, args: TrainingArguments, tokens: int, **trust: bool) -> None:
     """Log what training costs: products of weights alone, of a mixture of experts those of all of them."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     learnt, trainable = (sum(own.numel() for own in trained if own.ndim >= dims) for dims in (2, 0))
     operations = 4 * _multiplied(model) + 2 * learnt  # forward, backward to activations, and to what is trained
     if teacher is not None:
-        shell = teacher if isinstance(teacher, torch.nn.Module) else build_empty(load_config(str(teacher)))
+        shell = teacher if isinstance(teacher, torch.nn.Module) else build_empty(load_config(str(teacher), **trust))
         operations += 2 * _multiplied(shell)
     saved = trainable if hasattr(model, "peft_config") else model.num_parameters()
     kept = 0 if args.save_strategy == "no" else 4 * (saved + 2 * trainable)  # and AdamW's two moments

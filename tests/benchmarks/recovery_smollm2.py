@@ -274,6 +274,7 @@ def write_table(results: dict[str, Any]) -> None:
             {
                 "training, removed": name,
                 "learning rate": f"{row['learning_rate']:.2g}" if row.get("learning_rate") else "",
+                "tokens": f"{row['tokens'] / 1e6:.2f} M" if row.get("tokens") else "",
                 "parameters": f"{row['num_parameters']:,}",
                 "mean of ratios": f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})",
                 **{text: ratios[text] for text in JUDGED},
