@@ -230,6 +230,7 @@ def test_models_are_whole_where_transformers_would_split_them(pruned, monkeypatc
     run = Zero3()  # what transformers knows of a run under DeepSpeed ZeRO-3
     monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
     deepspeed.set_hf_deepspeed_config(run)
+    verify_checkpoint(pruned)
     whole = load_model(str(pruned)).state_dict()
     assert deepspeed.is_deepspeed_zero3_enabled()
     empty = build_empty(load_config(str(pruned))).state_dict()

@@ -213,7 +213,7 @@ def test_recovery_under_fsdp2_is_that_of_one_process_and_resumes(together, tmp_p
         torch.testing.assert_close(resumed[name], whole[name], rtol=0, atol=0)
 
 
-def test_recovery_under_zero3_is_that_of_one_process_and_resumes(tmp_path, monkeypatch):
+def test_recovery_under_zero3_is_that_of_one_process_and_resumes(tmp_path):
     pytest.importorskip("deepspeed", reason="pip install deepspeed; a first run compiles for a minute")
     write_models(tmp_path)
     texts = {"train": tmp_path / "train.txt", "eval": tmp_path / "eval.txt"}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from safetensors import SafetensorError
 from transformers import Trainer, default_data_collator
 
@@ -167,7 +168,7 @@ def recover(
     # Small steps are lost in half-precision weights: they are float32 while they are trained.
     dtype = _dtype(config) if recipe.trains != "adapters" else torch.float32
     kind = "bf16" if dtype == torch.bfloat16 else "no"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":  # refuses arguments that do not say what it was told
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):  # refuses arguments that do not say what it was told
         kind = os.environ.get("ACCELERATE_MIXED_PRECISION", kind)
     mixed = {kind: True} if kind in ("bf16", "fp16") and not {"bf16", "fp16"} & options.keys() else {}
     args = training_arguments(

@@ -192,6 +192,8 @@ class Bench:
         tokens = self.affordable(model, most)
         if not tokens:
             return {}
+        on_cpu = self.device == "cpu"
+        parts = 4 if on_cpu else 1
         kept: dict[str, Any] = {"save_strategy": "no"}
         if self.work is not None:
             kept = {"resume": True, "overwrite": True, "save_strategy": "steps"}
@@ -205,11 +207,11 @@ class Bench:
                 tokenizer=self.tokenizer,
                 tokens=tokens,
                 seq_len=SEQ_LEN,
-                per_device_train_batch_size=BATCH if self.device != "cpu" else BATCH // 4,
-                gradient_accumulation_steps=1 if self.device != "cpu" else 4,
-                per_device_eval_batch_size=2 * BATCH if self.device != "cpu" else BATCH // 4,
-                use_cpu=self.device == "cpu",
-                bf16=self.device == "cpu",
+                per_device_train_batch_size=BATCH // parts,
+                gradient_accumulation_steps=parts,
+                per_device_eval_batch_size=2 * BATCH // parts,
+                use_cpu=on_cpu,
+                bf16=on_cpu,
                 disable_tqdm=True,
                 load_best_model_at_end=False,
                 **kept,
